@@ -1,0 +1,1 @@
+//! Admin: the API, probes, metrics and live page of a running proxy.

@@ -1,0 +1,1 @@
+//! Balance: pure placement: cohorts, rendezvous hashing, smooth weighted round robin.

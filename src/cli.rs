@@ -1,0 +1,1 @@
+//! CLI: the command line and the commands that talk to a running proxy.

@@ -1,0 +1,394 @@
+//! Config: the checked form of the configuration file, as every other module reads it.
+//!
+//! A [`Config`] exists only if [`check`] found no problem, so readers never validate again.
+//! Durations are [`Duration`], sizes are bytes, ratios are fractions between 0 and 1.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use ipnet::IpNet;
+
+/// The whole configuration, valid and complete (every default filled in).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    pub listeners: Vec<Listener>,
+    pub admin: Admin,
+    pub debug_from: Vec<IpNet>,
+    pub log: Log,
+    pub shutdown: Shutdown,
+    /// First match wins. Never empty: a file without routes gets one that matches everything.
+    pub routes: Vec<Route>,
+    pub services: Vec<Service>,
+}
+
+/// Where a socket listens or connects.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listener {
+    pub name: String,
+    pub address: Address,
+    pub tls: Option<ListenerTls>,
+    pub trusted_proxies: Vec<IpNet>,
+    /// Accept PROXY protocol v1 and v2 from `trusted_proxies`.
+    pub proxy_protocol: bool,
+    pub keepalive_timeout: Duration,
+    pub limits: Limits,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ListenerTls {
+    pub certificates: Vec<CertificateFiles>,
+    pub client_ca_file: Option<PathBuf>,
+    pub min_version: TlsVersion,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateFiles {
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsVersion {
+    V1_2,
+    V1_3,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub max_connections: usize,
+    pub header_timeout: Duration,
+    pub max_header_bytes: usize,
+    pub max_headers: usize,
+    pub max_body_bytes: u64,
+    pub max_streams_per_connection: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Admin {
+    pub address: Address,
+    pub token_file: Option<PathBuf>,
+    pub probes: Option<SocketAddr>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    pub level: LogLevel,
+    pub format: LogFormat,
+    pub access: bool,
+    pub session_ids: SessionIds,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionIds {
+    Hashed,
+    Plain,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shutdown {
+    /// How long everything is still served after SIGTERM, so that whoever routes to us can notice.
+    pub delay: Duration,
+    pub timeout: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Route {
+    /// What metrics call it: its path pattern, else its hosts, else `default`.
+    pub label: String,
+    pub matches: RouteMatch,
+    pub action: RouteAction,
+    pub strip_prefix: Option<String>,
+    pub request_headers: HeaderEdits,
+    pub response_headers: HeaderEdits,
+    pub timeouts: TimeoutOverrides,
+}
+
+/// All of the conditions must hold; an empty one holds always.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RouteMatch {
+    /// Lower case, without port; `*.example.com` matches any depth below.
+    pub hosts: Vec<String>,
+    pub path: Option<PathPattern>,
+    pub methods: Vec<Method>,
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum RouteAction {
+    /// Index into [`Config::services`].
+    Service(usize),
+    Redirect { scheme: Option<String>, host: Option<String>, path: Option<String>, status: StatusCode },
+    Respond { status: StatusCode, body: String },
+}
+
+/// A path pattern: `*` is one segment, a final `/**` is the path itself and everything below it,
+/// `{session}` (only in session keys) captures one segment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathPattern {
+    pub segments: Vec<Segment>,
+    /// Ends in `/**`.
+    pub open: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Segment {
+    Literal(String),
+    Any,
+    Session,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HeaderEdits {
+    pub set: Vec<(HeaderName, HeaderValue)>,
+    pub remove: Vec<HeaderName>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TimeoutOverrides {
+    pub connect: Option<Duration>,
+    pub first_byte: Option<Duration>,
+    pub idle: Option<Duration>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    pub name: String,
+    pub agent_protocol: AgentProtocol,
+    pub session: Session,
+    pub runs: Runs,
+    pub timeouts: Timeouts,
+    /// How often one exchange may be tried, the first time included; at least 1.
+    pub attempts: u32,
+    pub health: Health,
+    pub outlier: Outlier,
+    pub balance: Balance,
+    pub slow_start: Duration,
+    pub pool: Pool,
+    pub versions: Vec<Version>,
+    pub drain_timeout: Duration,
+}
+
+/// Until protocols exist, `auto` behaves as `http`; all others are refused by [`check`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AgentProtocol {
+    Auto,
+    Http,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Session {
+    /// Places of the session key in order; first hit wins.
+    pub key: Vec<KeySource>,
+    pub cookie: Option<SessionCookie>,
+    /// Values that tell principals apart: the pin of one is never used for another.
+    pub scope: Vec<KeySource>,
+    pub affinity: Affinity,
+    pub idle_timeout: Duration,
+    pub max_sessions: usize,
+    pub when_draining: WhenDraining,
+    pub when_lost: WhenLost,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum KeySource {
+    Header(HeaderName),
+    Cookie(String),
+    Query(String),
+    Path(PathPattern),
+    /// A JSON pointer (RFC 6901) into the request body.
+    Json(JsonPointer),
+    ResponseHeader(HeaderName),
+    ResponseJson(JsonPointer),
+}
+
+/// RFC 6901, unescaped, one token an element.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JsonPointer(pub Vec<String>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionCookie {
+    pub name: String,
+    pub ttl: Duration,
+    /// The secrets of `secret_file`, one a line: the first seals, all open. Empty: a random one for this process.
+    pub secrets: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Affinity {
+    Pin,
+    Hash,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenDraining {
+    MoveIdle,
+    Stay,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenLost {
+    Rebind,
+    Reject,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Runs {
+    /// Which requests are runs; `None`: POST, Upgrade, and GET that accepts `text/event-stream`.
+    pub matches: Option<Vec<RunMatch>>,
+    /// Outstanding runs an endpoint may have; an endpoint's own `max_runs` goes before it.
+    pub max_per_endpoint: Option<u32>,
+    pub max_duration: Option<Duration>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunMatch {
+    pub methods: Vec<Method>,
+    pub path: Option<PathPattern>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    pub connect: Duration,
+    pub first_byte: Duration,
+    pub idle: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Health {
+    /// Path of the HTTP check; with `None` and `tcp: false` there is no active check.
+    pub path: Option<String>,
+    pub tcp: bool,
+    pub port: Option<u16>,
+    /// Inclusive ranges.
+    pub expect_status: Vec<(u16, u16)>,
+    pub interval: Duration,
+    pub timeout: Duration,
+    pub unhealthy_after: u32,
+    pub healthy_after: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outlier {
+    /// 0 switches ejection off.
+    pub consecutive_failures: u32,
+    pub eject_for: Duration,
+    /// Share of a version's endpoints that may be ejected at once; a lone endpoint never is.
+    pub max_ejected: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Balance {
+    LeastOutstandingRuns,
+    RoundRobin,
+    Random,
+}
+
+/// Limits of upstream connections, per endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    pub max_idle: usize,
+    pub idle_timeout: Duration,
+    pub max_connections: Option<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Version {
+    pub name: String,
+    pub weight: u32,
+    pub endpoints: Vec<Endpoint>,
+    pub http: HttpVersion,
+    pub host: HostPolicy,
+    pub tls: UpstreamTls,
+    pub headers: HeaderEdits,
+    /// Header conditions that send new sessions and keyless exchanges here, whatever the weights.
+    pub matches: Vec<(HeaderName, HeaderValue)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Endpoint {
+    pub url: EndpointUrl,
+    pub weight: u32,
+    pub max_runs: Option<u32>,
+}
+
+/// Where an endpoint is. Its identity within the service is [`EndpointUrl::identity`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum EndpointUrl {
+    Tcp { https: bool, host: EndpointHost, port: u16 },
+    Unix(PathBuf),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum EndpointHost {
+    Ip(IpAddr),
+    /// Resolved at each connect.
+    Name(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HttpVersion {
+    /// By ALPN on https, HTTP/1.1 on http.
+    Auto,
+    Http1,
+    Http2,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostPolicy {
+    Preserve,
+    Endpoint,
+    Literal(String),
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct UpstreamTls {
+    pub ca_file: Option<PathBuf>,
+    pub cert_file: Option<PathBuf>,
+    pub key_file: Option<PathBuf>,
+    pub server_name: Option<String>,
+}
+
+impl EndpointUrl {
+    /// `scheme://host:port` or `unix:/path`: what tells endpoints of one service apart.
+    pub fn identity(&self) -> String {
+        match self {
+            EndpointUrl::Tcp { https, .. } => {
+                format!("{}://{}", if *https { "https" } else { "http" }, self.address())
+            }
+            EndpointUrl::Unix(path) => format!("unix:{}", path.display()),
+        }
+    }
+
+    /// `host:port` (IPv6 in brackets) or `unix:/path`: the name in metrics, status and the admin API.
+    pub fn address(&self) -> String {
+        match self {
+            EndpointUrl::Tcp { host: EndpointHost::Ip(ip), port, .. } => SocketAddr::new(*ip, *port).to_string(),
+            EndpointUrl::Tcp { host: EndpointHost::Name(name), port, .. } => format!("{name}:{port}"),
+            EndpointUrl::Unix(path) => format!("unix:{}", path.display()),
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Control: reload, health checks and deadlines, on a runtime of their own.

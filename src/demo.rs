@@ -1,0 +1,1 @@
+//! Demo: three built-in agents behind the proxy, and a tour of lines to paste.

@@ -1,0 +1,1 @@
+//! Drain: one signal that tells every listener and connection to finish.

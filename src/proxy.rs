@@ -1,0 +1,1 @@
+//! Proxy: the way of a request, top to bottom.

@@ -1,0 +1,1 @@
+//! Snapshot: everything that a reload replaces as a whole.

@@ -1,0 +1,1 @@
+//! SSE: an incremental scanner of event streams (WHATWG HTML section 9.2).

@@ -1,0 +1,191 @@
+//! State: the live half of the proxy, keyed by identity and untouched by reloads: endpoints, sessions, runs.
+
+pub mod dispatcher;
+pub mod endpoints;
+pub mod runs;
+pub mod sessions;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::config;
+use crate::error::Code;
+use crate::metrics::VersionMetrics;
+
+/// What the data plane needs to reach and to label one endpoint. Immutable: a reload that changes any of it makes a new
+/// one and retires this one; unchanged settings keep the same `Arc`.
+pub struct Target {
+    /// Unique in this process, never reused: the key of the connection pools.
+    pub id: u64,
+    pub service: Arc<str>,
+    pub version: Arc<str>,
+    /// `host:port` or `unix:/path`.
+    pub address: Arc<str>,
+    pub url: config::EndpointUrl,
+    pub http: config::HttpVersion,
+    pub host: config::HostPolicy,
+    pub headers: config::HeaderEdits,
+    pub pool: config::Pool,
+    /// Set for https.
+    pub tls: Option<ClientTls>,
+    pub metrics: Arc<VersionMetrics>,
+    /// Open connections of all workers.
+    pub connections: AtomicUsize,
+    retired: AtomicBool,
+}
+
+/// How to do TLS towards an endpoint.
+#[derive(Clone)]
+pub struct ClientTls {
+    pub config: Arc<rustls::ClientConfig>,
+    pub server_name: rustls_pki_types::ServerName<'static>,
+}
+
+/// The part of a [`Target`] that configuration decides.
+pub struct TargetSettings {
+    pub service: Arc<str>,
+    pub version: Arc<str>,
+    pub url: config::EndpointUrl,
+    pub http: config::HttpVersion,
+    pub host: config::HostPolicy,
+    pub headers: config::HeaderEdits,
+    pub pool: config::Pool,
+    pub tls: Option<ClientTls>,
+    pub metrics: Arc<VersionMetrics>,
+}
+
+impl Target {
+    pub fn new(settings: TargetSettings) -> Target {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        let TargetSettings { service, version, url, http, host, headers, pool, tls, metrics } = settings;
+        Target {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            address: url.address().into(),
+            service,
+            version,
+            url,
+            http,
+            host,
+            headers,
+            pool,
+            tls,
+            metrics,
+            connections: AtomicUsize::new(0),
+            retired: AtomicBool::new(false),
+        }
+    }
+
+    /// No idle connection to it is worth keeping: it was removed, or its settings were replaced.
+    pub fn retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
+    }
+
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What an exchange is to a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It starts a run.
+    Start,
+    /// It neither starts, joins, reads nor cancels one.
+    Other,
+}
+
+/// The value of `longhaul-affinity` and of the label `outcome` of `longhaul_affinity_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AffinityOutcome {
+    New,
+    Hit,
+    Moved,
+    Lost,
+    None,
+}
+
+impl AffinityOutcome {
+    pub const ALL: [AffinityOutcome; 5] = [
+        AffinityOutcome::New,
+        AffinityOutcome::Hit,
+        AffinityOutcome::Moved,
+        AffinityOutcome::Lost,
+        AffinityOutcome::None,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            AffinityOutcome::New => "new",
+            AffinityOutcome::Hit => "hit",
+            AffinityOutcome::Moved => "moved",
+            AffinityOutcome::Lost => "lost",
+            AffinityOutcome::None => "none",
+        }
+    }
+}
+
+/// How a run ended: the label `outcome` of `longhaul_runs_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunOutcome {
+    Completed,
+    Failed,
+    Cancelled,
+    Interrupted,
+    Truncated,
+    TimedOut,
+    Rejected,
+    Unknown,
+}
+
+impl RunOutcome {
+    pub const ALL: [RunOutcome; 8] = [
+        RunOutcome::Completed,
+        RunOutcome::Failed,
+        RunOutcome::Cancelled,
+        RunOutcome::Interrupted,
+        RunOutcome::Truncated,
+        RunOutcome::TimedOut,
+        RunOutcome::Rejected,
+        RunOutcome::Unknown,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RunOutcome::Completed => "completed",
+            RunOutcome::Failed => "failed",
+            RunOutcome::Cancelled => "cancelled",
+            RunOutcome::Interrupted => "interrupted",
+            RunOutcome::Truncated => "truncated",
+            RunOutcome::TimedOut => "timed_out",
+            RunOutcome::Rejected => "rejected",
+            RunOutcome::Unknown => "unknown",
+        }
+    }
+}
+
+/// What an exchange showed of its endpoint: the evidence of passive health (`outlier`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Evidence {
+    /// An answer below 500.
+    Good,
+    /// Connect failure, reset, malformed answer, time-out before the first byte, or an answer of 500 and above.
+    Bad,
+}
+
+/// Why no endpoint was picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    NoEndpoint,
+    QueueFull,
+    SessionLost,
+}
+
+impl Refusal {
+    pub fn code(self) -> Code {
+        match self {
+            Refusal::NoEndpoint => Code::NoEndpoint,
+            Refusal::QueueFull => Code::QueueFull,
+            Refusal::SessionLost => Code::SessionLost,
+        }
+    }
+}

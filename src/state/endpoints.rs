@@ -1,0 +1,1 @@
+//! Endpoints: the live endpoints of a service and who is least loaded.
