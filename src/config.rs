@@ -392,3 +392,37 @@ impl EndpointUrl {
         }
     }
 }
+
+/// A configuration file that was found good.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    pub config: Config,
+    /// Nothing wrong, but worth a line in the log.
+    pub warnings: Vec<Problem>,
+    /// Of the file's text, in hex.
+    pub sha256: String,
+    /// The effective configuration in the file's own shape, defaults filled in, secrets redacted.
+    pub effective: serde_json::Value,
+    /// Every file that the configuration names (certificates, secrets, `${file:..}`): a change of one is a change too.
+    pub files: Vec<PathBuf>,
+}
+
+/// One problem of a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// 1-based.
+    pub line: usize,
+    /// 1-based, in characters.
+    pub column: usize,
+    /// `services[0].versions[1].weight`
+    pub path: String,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+/// All problems of a file, in the order of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problems {
+    pub file: String,
+    pub list: Vec<Problem>,
+}
