@@ -42,7 +42,8 @@ impl ServerTls {
     }
 
     /// Reads the files again; true if they differ from last time and are in use from now on. Files that are missing or
-    /// bad change nothing: what was there stays in use, and the error says which file it was (once for each content).
+    /// bad change nothing: what was there stays in use, and the error says which file it was (of a bad one only once, until
+    /// it changes again).
     pub fn reload_if_changed(&self) -> Result<bool, String> {
         let contents = read_all(&self.files)?;
         let digest = digest(&contents);
@@ -272,4 +273,319 @@ fn no_certificate(path: &Path) -> String {
 
 fn mismatch(cert_file: &Path, key_file: &Path, error: &str) -> String {
     format!("{} and {} can't be used together: {error}", cert_file.display(), key_file.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::path::PathBuf;
+
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    use rustls::{HandshakeKind, ProtocolVersion};
+    use tempfile::TempDir;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+    use super::*;
+
+    /// A directory with an authority in `ca.crt`, which signs what [`Files::issue`] writes.
+    struct Files {
+        directory: TempDir,
+        issuer: Issuer<'static, KeyPair>,
+    }
+
+    impl Files {
+        fn new() -> Files {
+            let directory = tempfile::tempdir().unwrap();
+            let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let key = KeyPair::generate().unwrap();
+            let authority = params.self_signed(&key).unwrap();
+            std::fs::write(directory.path().join("ca.crt"), authority.pem()).unwrap();
+            Files { directory, issuer: Issuer::new(params, key) }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn issue(&self, file: &str, names: &[&str]) -> CertificateFiles {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let key = KeyPair::generate().unwrap();
+            let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &self.issuer).unwrap();
+            let files = CertificateFiles {
+                cert_file: self.path(&format!("{file}.crt")),
+                key_file: self.path(&format!("{file}.key")),
+            };
+            std::fs::write(&files.cert_file, certificate.pem()).unwrap();
+            std::fs::write(&files.key_file, key.serialize_pem()).unwrap();
+            files
+        }
+
+        fn upstream(&self) -> UpstreamTls {
+            UpstreamTls { ca_file: Some(self.path("ca.crt")), ..UpstreamTls::default() }
+        }
+
+        /// Issues by this authority, but writes where the other's files are (this directory is gone by then).
+        fn issue_in(&self, other: &Files, file: &str) -> CertificateFiles {
+            let from = self.issue(file, &["stranger.example"]);
+            let to = CertificateFiles {
+                cert_file: other.path(&format!("{file}.crt")),
+                key_file: other.path(&format!("{file}.key")),
+            };
+            std::fs::copy(from.cert_file, &to.cert_file).unwrap();
+            std::fs::copy(from.key_file, &to.key_file).unwrap();
+            to
+        }
+
+        /// A copy of this authority among the other's files.
+        fn path_of_copy(&self, other: &Files) -> PathBuf {
+            let path = other.path("new-ca.crt");
+            std::fs::copy(self.path("ca.crt"), &path).unwrap();
+            path
+        }
+
+        fn upstream_in(&self, other: &Files) -> UpstreamTls {
+            UpstreamTls { ca_file: Some(self.path_of_copy(other)), ..UpstreamTls::default() }
+        }
+    }
+
+    fn listener(certificates: Vec<CertificateFiles>) -> ListenerTls {
+        ListenerTls { certificates, client_ca_file: None, min_version: TlsVersion::V1_2 }
+    }
+
+    /// What a client saw of a handshake after which both sides sent a byte.
+    struct Seen {
+        certificate: CertificateDer<'static>,
+        alpn: Option<Vec<u8>>,
+        version: Option<ProtocolVersion>,
+        kind: Option<HandshakeKind>,
+    }
+
+    fn handshake(server: &ServerTls, client: Arc<ClientConfig>, name: &str) -> Result<Seen, String> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let socket = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let address = socket.local_addr().unwrap();
+            let acceptor = TlsAcceptor::from(server.config());
+            let accept = async {
+                let (stream, _) = socket.accept().await.unwrap();
+                let mut stream = acceptor.accept(stream).await.map_err(|error| format!("server: {error}"))?;
+                let byte = stream.read_u8().await.map_err(|error| format!("server: {error}"))?;
+                stream.write_u8(byte).await.map_err(|error| format!("server: {error}"))?;
+                stream.shutdown().await.map_err(|error| format!("server: {error}"))
+            };
+            let connect = async {
+                let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+                let name = ServerName::try_from(name.to_owned()).unwrap();
+                let connector = TlsConnector::from(client);
+                let mut stream = connector.connect(name, stream).await.map_err(|error| format!("client: {error}"))?;
+                stream.write_u8(7).await.map_err(|error| format!("client: {error}"))?;
+                let mut answer = Vec::new();
+                // To the end, so that the session's tickets have come.
+                stream.read_to_end(&mut answer).await.map_err(|error| format!("client: {error}"))?;
+                assert_eq!(answer, [7]);
+                let session = stream.get_ref().1;
+                Ok::<_, String>(Seen {
+                    certificate: session.peer_certificates().unwrap()[0].clone().into_owned(),
+                    alpn: session.alpn_protocol().map(<[u8]>::to_vec),
+                    version: session.protocol_version(),
+                    kind: session.handshake_kind(),
+                })
+            };
+            let (accepted, seen) = tokio::join!(accept, connect);
+            // One of the two errors is the reason, the other only the alert that followed from it.
+            match (accepted, seen) {
+                (Ok(()), seen) => seen,
+                (Err(server), Ok(_)) => Err(server),
+                (Err(server), Err(client)) => Err(format!("{server}; {client}")),
+            }
+        })
+    }
+
+    fn certificate(files: &CertificateFiles) -> CertificateDer<'static> {
+        CertificateDer::from_pem_file(&files.cert_file).unwrap()
+    }
+
+    #[test]
+    fn the_certificate_is_chosen_by_the_name_that_the_client_asks_for() {
+        let files = Files::new();
+        let first = files.issue("first", &["first.example", "127.0.0.1"]);
+        let exact = files.issue("exact", &["a.wild.example"]);
+        let wildcard = files.issue("wildcard", &["*.wild.example", "other.example"]);
+        let server = server(&listener(vec![first.clone(), wildcard.clone(), exact.clone()])).unwrap();
+        let client = client(&files.upstream(), HttpVersion::Auto).unwrap();
+        for (name, expected) in [
+            ("first.example", &first),
+            ("a.wild.example", &exact),
+            ("A.Wild.Example", &exact),
+            ("b.wild.example", &wildcard),
+            ("other.example", &wildcard),
+            // An address is never sent as SNI.
+            ("127.0.0.1", &first),
+        ] {
+            let seen = handshake(&server, client.clone(), name).unwrap();
+            assert_eq!(seen.certificate, certificate(expected), "{name}");
+        }
+        // Nobody is that; the client is given the first one, and refuses it.
+        for name in ["unknown.example", "a.b.wild.example", "wild.example"] {
+            let error = handshake(&server, client.clone(), name).err().unwrap();
+            assert!(error.contains("client: invalid peer certificate"), "{name}: {error}");
+            assert!(error.contains("first.example"), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn http2_is_preferred_and_each_side_may_ask_for_one_only() {
+        let files = Files::new();
+        let server = server(&listener(vec![files.issue("a", &["a.example"])])).unwrap();
+        for (http, expected) in
+            [(HttpVersion::Auto, "h2"), (HttpVersion::Http2, "h2"), (HttpVersion::Http1, "http/1.1")]
+        {
+            let client = client(&files.upstream(), http).unwrap();
+            let seen = handshake(&server, client, "a.example").unwrap();
+            assert_eq!(seen.alpn.as_deref(), Some(expected.as_bytes()));
+            assert_eq!(seen.version, Some(ProtocolVersion::TLSv1_3));
+        }
+    }
+
+    #[test]
+    fn the_minimal_version_holds() {
+        let files = Files::new();
+        let mut tls = listener(vec![files.issue("a", &["a.example"])]);
+        let roots = authorities(&files.path("ca.crt"), &read(files.path("ca.crt")).unwrap()).unwrap();
+        let old_client = Arc::new(
+            ClientConfig::builder_with_provider(PROVIDER.clone())
+                .with_protocol_versions(&[&rustls::version::TLS12])
+                .unwrap()
+                .with_root_certificates(roots)
+                .with_no_client_auth(),
+        );
+        let seen = handshake(&server(&tls).unwrap(), old_client.clone(), "a.example").unwrap();
+        assert_eq!((seen.version, seen.alpn), (Some(ProtocolVersion::TLSv1_2), None));
+        tls.min_version = TlsVersion::V1_3;
+        assert!(handshake(&server(&tls).unwrap(), old_client, "a.example").is_err());
+    }
+
+    #[test]
+    fn sessions_are_resumed() {
+        let files = Files::new();
+        let server = server(&listener(vec![files.issue("a", &["a.example"])])).unwrap();
+        let client = client(&files.upstream(), HttpVersion::Auto).unwrap();
+        let kinds = [(); 2].map(|()| handshake(&server, client.clone(), "a.example").unwrap().kind);
+        assert_eq!(kinds, [Some(HandshakeKind::Full), Some(HandshakeKind::Resumed)]);
+    }
+
+    #[test]
+    fn with_a_client_authority_only_its_clients_come_in() {
+        let files = Files::new();
+        let mut tls = listener(vec![files.issue("a", &["a.example"])]);
+        tls.client_ca_file = Some(files.path("ca.crt"));
+        let server = server(&tls).unwrap();
+
+        let anonymous = client(&files.upstream(), HttpVersion::Auto).unwrap();
+        let refusal = |client| handshake(&server, client, "a.example").err().unwrap();
+        let error = refusal(anonymous);
+        assert!(error.contains("server: peer sent no certificates"), "{error}");
+
+        let with = |pair: CertificateFiles| {
+            let tls =
+                UpstreamTls { cert_file: Some(pair.cert_file), key_file: Some(pair.key_file), ..files.upstream() };
+            client(&tls, HttpVersion::Auto).unwrap()
+        };
+        let known = with(files.issue("client", &["client.example"]));
+        assert!(handshake(&server, known.clone(), "a.example").is_ok());
+        let stranger = with(Files::new().issue_in(&files, "stranger"));
+        let error = refusal(stranger);
+        assert!(error.contains("server: invalid peer certificate"), "{error}");
+
+        // When the authority is replaced, an old client can't slip in by a ticket either.
+        std::fs::copy(Files::new().path_of_copy(&files), files.path("ca.crt")).unwrap();
+        assert_eq!(server.reload_if_changed(), Ok(true));
+        let error = refusal(known);
+        assert!(error.contains("server: invalid peer certificate"), "{error}");
+    }
+
+    #[test]
+    fn changed_files_are_taken_up_and_bad_ones_are_not() {
+        let files = Files::new();
+        let pair = files.issue("a", &["a.example"]);
+        let server = server(&listener(vec![pair.clone()])).unwrap();
+        let client = client(&files.upstream(), HttpVersion::Auto).unwrap();
+        let served = || handshake(&server, client.clone(), "a.example").unwrap().certificate;
+        let old = certificate(&pair);
+        assert_eq!(served(), old);
+        assert_eq!(server.reload_if_changed(), Ok(false));
+
+        files.issue("a", &["a.example"]);
+        assert_eq!(server.reload_if_changed(), Ok(true));
+        let new = certificate(&pair);
+        assert_ne!(new, old);
+        assert_eq!(served(), new);
+        assert_eq!(server.reload_if_changed(), Ok(false));
+
+        // The certificate is there already, its key not yet.
+        let other = files.issue("other", &["a.example"]);
+        std::fs::copy(&other.cert_file, &pair.cert_file).unwrap();
+        let error = server.reload_if_changed().unwrap_err();
+        assert!(error.contains("a.crt") && error.contains("a.key"), "{error}");
+        assert_eq!(served(), new);
+        std::fs::copy(&other.key_file, &pair.key_file).unwrap();
+        assert_eq!(server.reload_if_changed(), Ok(true));
+        assert_eq!(served(), certificate(&other));
+
+        std::fs::remove_file(&pair.key_file).unwrap();
+        assert!(server.reload_if_changed().unwrap_err().contains("a.key"));
+        assert_eq!(served(), certificate(&other));
+    }
+
+    #[test]
+    fn an_endpoint_of_another_authority_is_refused() {
+        let files = Files::new();
+        let server = server(&listener(vec![files.issue("a", &["a.example"])])).unwrap();
+        let client = client(&Files::new().upstream_in(&files), HttpVersion::Auto).unwrap();
+        let error = handshake(&server, client, "a.example").err().unwrap();
+        assert!(error.contains("client: invalid peer certificate"), "{error}");
+    }
+
+    #[test]
+    fn bad_files_are_named() {
+        let files = Files::new();
+        let good = files.issue("good", &["a.example"]);
+        let other = files.issue("other", &["a.example"]);
+        std::fs::write(files.path("empty"), "").unwrap();
+        std::fs::write(files.path("cut"), "-----BEGIN CERTIFICATE-----\nMIIB").unwrap();
+        let message = |cert: &Path, key: &Path| {
+            let pair = CertificateFiles { cert_file: cert.to_owned(), key_file: key.to_owned() };
+            server(&listener(vec![pair])).err().unwrap()
+        };
+        for (cert, key, file, reason) in [
+            (files.path("none"), good.key_file.clone(), "none", "No such file"),
+            (files.path("empty"), good.key_file.clone(), "empty", "no PEM certificate"),
+            (files.path("cut"), good.key_file.clone(), "cut", "not a PEM file"),
+            (good.cert_file.clone(), files.path("empty"), "empty", "no unencrypted PEM private key"),
+            (good.cert_file.clone(), other.key_file.clone(), "other.key", "can't be used together"),
+        ] {
+            let message = message(&cert, &key);
+            assert!(message.contains(file) && message.contains(reason), "{message}");
+        }
+        assert!(server(&listener(Vec::new())).err().unwrap().contains("tls.certificates is empty"));
+
+        let without_key = UpstreamTls { cert_file: Some(good.cert_file), ..files.upstream() };
+        assert!(client(&without_key, HttpVersion::Auto).unwrap_err().contains("tls.key_file"));
+        let bad_authority = UpstreamTls { ca_file: Some(files.path("empty")), ..UpstreamTls::default() };
+        assert!(client(&bad_authority, HttpVersion::Auto).unwrap_err().contains("empty"));
+    }
+
+    #[test]
+    fn the_name_to_verify_is_the_configured_one_or_the_endpoints_host() {
+        let named = UpstreamTls { server_name: Some("agents.example".to_owned()), ..UpstreamTls::default() };
+        let ip = EndpointHost::Ip(Ipv4Addr::new(10, 0, 0, 1).into());
+        assert_eq!(server_name(&named, &ip).unwrap(), ServerName::try_from("agents.example").unwrap());
+        assert_eq!(server_name(&UpstreamTls::default(), &ip).unwrap(), ServerName::try_from("10.0.0.1").unwrap());
+        let host = EndpointHost::Name("agents.svc".to_owned());
+        assert_eq!(server_name(&UpstreamTls::default(), &host).unwrap(), ServerName::try_from("agents.svc").unwrap());
+        let bad = EndpointHost::Name("not a name".to_owned());
+        assert!(server_name(&UpstreamTls::default(), &bad).unwrap_err().contains("tls.server_name"));
+    }
 }
