@@ -33,7 +33,7 @@ impl Peer {
 
     /// True if the peer is one of `trusted_proxies`. A unix socket has no address and is never one.
     pub fn is_trusted(&self, trusted_proxies: &[IpNet]) -> bool {
-        self.address.is_some_and(|address| contains(trusted_proxies, address))
+        self.address.is_some_and(|address| contains(trusted_proxies, address.to_canonical()))
     }
 }
 
