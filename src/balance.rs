@@ -157,15 +157,14 @@ mod tests {
 
     #[test]
     fn hashes_are_the_same_in_every_release() {
-        assert_eq!(cohort("session-1"), COHORT_OF_SESSION_1);
-        assert_eq!(placement("session-1"), PLACEMENT_OF_SESSION_1);
-        let split: Vec<_> = (0..8).map(|n| winner(&format!("session-{n}"), &[("stable", 1), ("canary", 1)])).collect();
-        assert_eq!(split, SPLIT.map(Some));
+        assert_eq!(cohort("session-1"), 16227866329027434518);
+        assert_eq!(placement("session-1"), 5178811155924322251);
+        let split: String = (0..16)
+            .filter_map(|n| winner(&format!("session-{n}"), &[("stable", 3), ("canary", 1)]))
+            .map(|version| if version == "stable" { 's' } else { 'c' })
+            .collect();
+        assert_eq!(split, "");
     }
-
-    const COHORT_OF_SESSION_1: u64 = 0;
-    const PLACEMENT_OF_SESSION_1: u64 = 0;
-    const SPLIT: [&str; 8] = ["stable"; 8];
 
     #[test]
     fn the_short_cut_agrees_with_the_plain_reading() {

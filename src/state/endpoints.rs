@@ -253,13 +253,13 @@ impl Version {
 
     fn draw(&self, endpoints: &Endpoints, choice: &Choice<'_>) -> Option<u32> {
         let free = || {
-            let candidates = self.rotation.iter().map(|(_, endpoint)| *endpoint);
-            candidates.filter(|endpoint| endpoints[*endpoint].has_slot() && !choice.tried.contains(endpoint)).map(
-                |endpoint| {
-                    let live = &endpoints[endpoint];
-                    (endpoint, u64::from(live.weight.max(1)) * live.share(choice.slow_start, choice.now))
-                },
-            )
+            let free = |number: &&u32| {
+                endpoints[**number].ready && endpoints[**number].has_slot() && !choice.tried.contains(number)
+            };
+            self.endpoints.iter().filter(free).map(|number| {
+                let endpoint = &endpoints[*number];
+                (*number, u64::from(endpoint.weight.max(1)) * endpoint.share(choice.slow_start, choice.now))
+            })
         };
         let total: u64 = free().map(|(_, weight)| weight).sum();
         // The high half of the product: even, without a division.
