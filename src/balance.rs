@@ -163,7 +163,7 @@ mod tests {
             .filter_map(|n| winner(&format!("session-{n}"), &[("stable", 3), ("canary", 1)]))
             .map(|version| if version == "stable" { 's' } else { 'c' })
             .collect();
-        assert_eq!(split, "");
+        assert_eq!(split, "sccssscsssssscss");
     }
 
     #[test]

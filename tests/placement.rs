@@ -3,10 +3,11 @@
 #[path = "support/placement.rs"]
 mod support;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use longhaul::balance;
 use longhaul::config::{Affinity, Balance, WhenDraining, WhenLost};
 use longhaul::ids::{self, RunId};
 use longhaul::state::core::{Core, Grant, Unplaced};
@@ -948,4 +949,546 @@ fn counts_end_at_zero_under_many_threads() {
     assert!(listed <= 50, "{listed}");
     assert_eq!(dispatcher.forget_sessions(None, now), listed, "nobody is busy any more");
     assert_eq!(dispatcher.status(now).versions.iter().map(|version| version.sessions).sum::<u64>(), 0);
+}
+
+// Properties.
+
+/// One thing that happens to a service.
+#[derive(Clone, Debug)]
+enum Event {
+    Pick { session: Option<u8>, starts: bool },
+    Finish { which: usize, confirm: bool },
+    Retry { which: usize },
+    Learn { which: usize, session: u8 },
+    Drain { port: u16, on: bool },
+    Probe { port: u16, healthy: bool },
+    Apply { plan: Plan },
+    Wait { milliseconds: u64 },
+}
+
+/// What a configuration says of the ports 1 to 6: which version has them, if any, their weights and limits.
+#[derive(Clone, Debug)]
+struct Plan {
+    stable_weight: u32,
+    canary_weight: u32,
+    ports: [Option<(bool, u32, Option<u32>)>; PORTS],
+}
+
+const PORTS: usize = 6;
+
+impl Plan {
+    fn fleet(&self, stay: bool) -> Fleet {
+        let of = |canary: bool| {
+            let places = self.ports.iter().zip(1..).filter_map(move |(place, port)| match place {
+                Some((its, weight, max_runs)) if *its == canary => {
+                    Some(Place { port, weight: *weight, max_runs: *max_runs })
+                }
+                _ => None,
+            });
+            places.collect::<Vec<_>>()
+        };
+        Fleet::new()
+            .version("stable", self.stable_weight, of(false))
+            .version("canary", self.canary_weight, of(true))
+            .with(|config| {
+                config.health.tcp = true;
+                if stay {
+                    config.session.when_draining = WhenDraining::Stay;
+                }
+            })
+    }
+
+    fn weight_of(&self, version: &str) -> u32 {
+        if version == "stable" { self.stable_weight } else { self.canary_weight }
+    }
+}
+
+fn plans() -> impl Strategy<Value = Plan> {
+    let limit = prop_oneof![2 => Just(None), 1 => (1..4_u32).prop_map(Some)];
+    let place = prop::option::weighted(0.8, (prop::bool::weighted(0.3), 1..4_u32, limit));
+    (0..3_u32, 0..3_u32, prop::array::uniform6(place)).prop_map(|(stable_weight, canary_weight, ports)| Plan {
+        stable_weight,
+        canary_weight,
+        ports,
+    })
+}
+
+fn events() -> impl Strategy<Value = Event> {
+    let ports = 1..=PORTS as u16;
+    let session = prop::option::weighted(0.6, 0..6_u8);
+    prop_oneof![
+        12 => (session, prop::bool::weighted(0.7)).prop_map(|(session, starts)| Event::Pick { session, starts }),
+        8 => (any::<usize>(), any::<bool>()).prop_map(|(which, confirm)| Event::Finish { which, confirm }),
+        2 => any::<usize>().prop_map(|which| Event::Retry { which }),
+        1 => (any::<usize>(), 0..6_u8).prop_map(|(which, session)| Event::Learn { which, session }),
+        1 => (ports.clone(), any::<bool>()).prop_map(|(port, on)| Event::Drain { port, on }),
+        3 => (ports, prop::bool::weighted(0.7)).prop_map(|(port, healthy)| Event::Probe { port, healthy }),
+        1 => plans().prop_map(|plan| Event::Apply { plan }),
+        1 => (0..6_000_u64).prop_map(|milliseconds| Event::Wait { milliseconds }),
+    ]
+}
+
+/// The same service, told naively: everything is looked for by scanning, nothing is kept in order.
+struct Model {
+    plan: Plan,
+    stay: bool,
+    now: Instant,
+    endpoints: BTreeMap<u16, ModelEndpoint>,
+    sessions: BTreeMap<u8, ModelSession>,
+    held: Vec<Held>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct ModelEndpoint {
+    configured: bool,
+    drained: bool,
+    /// `None` until the first answer; then the standing and the answers in a row against it.
+    health: Option<(bool, u32)>,
+    proven: bool,
+}
+
+#[derive(Clone, Debug)]
+struct ModelSession {
+    port: u16,
+    confirmed: bool,
+    settled: bool,
+    credit_until: Option<Instant>,
+}
+
+struct Held {
+    grant: Grant,
+    port: u16,
+    starts: bool,
+    session: Option<u8>,
+    tried: Vec<u16>,
+}
+
+impl Model {
+    fn apply(&mut self, plan: &Plan) {
+        self.plan = plan.clone();
+        for (place, port) in plan.ports.iter().zip(1..) {
+            let configured = place.is_some();
+            if configured {
+                self.endpoints.entry(port).or_default().configured = true;
+            } else if let Some(endpoint) = self.endpoints.get_mut(&port) {
+                endpoint.configured = false;
+            }
+        }
+        self.forget_the_gone();
+    }
+
+    /// A removed endpoint without exchanges is gone: what was known of it is void, should it come back.
+    fn forget_the_gone(&mut self) {
+        for (port, endpoint) in &mut self.endpoints {
+            if !endpoint.configured && self.held.iter().all(|held| held.port != *port) {
+                *endpoint = ModelEndpoint::default();
+            }
+        }
+    }
+
+    fn gone(&self, port: u16) -> bool {
+        !self.endpoints[&port].configured && self.held.iter().all(|held| held.port != port)
+    }
+
+    fn probe(&mut self, port: u16, healthy: bool) {
+        // Nobody listens to answers about what is gone and has no session; with one they change nothing either.
+        if !self.endpoints.contains_key(&port) || self.gone(port) {
+            return;
+        }
+        let Some(endpoint) = self.endpoints.get_mut(&port) else { return };
+        endpoint.health = Some(match endpoint.health {
+            None => (healthy, 0),
+            Some((standing, _)) if standing == healthy => (standing, 0),
+            Some((true, against)) => {
+                if against + 1 == 3 {
+                    (false, 0)
+                } else {
+                    (true, against + 1)
+                }
+            }
+            Some((false, against)) => {
+                if !endpoint.proven || against + 1 == 2 {
+                    (true, 0)
+                } else {
+                    (false, against + 1)
+                }
+            }
+        });
+        endpoint.proven |= endpoint.health == Some((true, 0));
+    }
+
+    fn outstanding(&self, port: u16) -> u32 {
+        self.held.iter().filter(|held| held.starts && held.port == port).count() as u32
+    }
+
+    fn open(&self, port: u16) -> u32 {
+        self.held.iter().filter(|held| !held.starts && held.port == port).count() as u32
+    }
+
+    fn credit(&self, port: u16) -> u32 {
+        let weighs = |session: &&ModelSession| {
+            session.port == port && session.credit_until.is_some_and(|until| until > self.now)
+        };
+        self.sessions.values().filter(weighs).count() as u32
+    }
+
+    fn works(&self, session: u8, port: u16) -> bool {
+        self.held.iter().any(|held| held.starts && held.port == port && held.session == Some(session))
+    }
+
+    fn ready(&self, port: u16) -> bool {
+        let endpoint = &self.endpoints[&port];
+        endpoint.configured && !endpoint.drained && endpoint.health.is_some_and(|(healthy, _)| healthy)
+    }
+
+    fn lost(&self, port: u16) -> bool {
+        self.gone(port) || self.endpoints[&port].health.is_some_and(|(healthy, _)| !healthy)
+    }
+
+    fn draining(&self, port: u16) -> bool {
+        !self.endpoints[&port].configured || self.endpoints[&port].drained
+    }
+
+    fn place(&self, port: u16) -> (bool, u32, Option<u32>) {
+        self.plan.ports[port as usize - 1].expect("only asked for what is configured")
+    }
+
+    fn has_slot(&self, port: u16) -> bool {
+        self.place(port).2.is_none_or(|max| self.outstanding(port) < max)
+    }
+
+    fn of_version(&self, version: &str) -> Vec<u16> {
+        let ports = self.plan.ports.iter().zip(1..);
+        ports
+            .filter(|(place, _)| place.is_some_and(|place| place.0 == (version == "canary")))
+            .map(|(_, port)| port)
+            .collect()
+    }
+
+    fn any_ready(&self, version: &str) -> bool {
+        self.of_version(version).into_iter().any(|port| self.ready(port))
+    }
+
+    /// A run was placed freely: on a ready endpoint with a slot, and on a least loaded one of its version.
+    fn check_least(&self, port: u16, version: &str, tried: &[u16]) {
+        assert!(self.ready(port) && self.has_slot(port), "{port} takes no runs now");
+        let load = |port: u16| {
+            let (_, weight, _) = self.place(port);
+            (u64::from(self.outstanding(port) + self.credit(port) + 1), u64::from(weight))
+        };
+        let (mine, my_weight) = load(port);
+        for other in self.of_version(version) {
+            if self.ready(other) && self.has_slot(other) && !tried.contains(&other) {
+                let (its, its_weight) = load(other);
+                assert!(mine * its_weight <= its * my_weight, "{other} was less loaded than {port}");
+            }
+        }
+    }
+
+    fn compare(&self, world: &mut World) {
+        let status = world.core.status(self.now);
+        let mut seen = BTreeMap::new();
+        for endpoint in status.versions.iter().flat_map(|version| &version.endpoints) {
+            let port = port_of(&endpoint.address);
+            let counts = (endpoint.outstanding_runs, endpoint.open_exchanges);
+            assert_eq!(counts, (self.outstanding(port), self.open(port)), "counts of {port}");
+            assert_eq!(endpoint.state == EndpointState::Ready, self.ready(port), "readiness of {port}");
+            seen.insert(port, ());
+        }
+        for port in self.endpoints.keys() {
+            assert_eq!(seen.contains_key(port), !self.gone(*port), "{port} is shown while it is there");
+        }
+        let mut found = Vec::new();
+        world.core.scan_sessions(None, 0, u32::MAX, usize::MAX, &mut found, self.now);
+        let found: BTreeMap<u8, u16> =
+            found.iter().map(|session| (session.key.parse().expect("a number"), port_of(&session.endpoint))).collect();
+        let expected: BTreeMap<u8, u16> =
+            self.sessions.iter().map(|(session, pinned)| (*session, pinned.port)).collect();
+        assert_eq!(found, expected, "sessions and their homes");
+    }
+
+    fn pick(&mut self, world: &mut World, session: Option<u8>, starts: bool) {
+        let key = session.map(|session| key(&session.to_string()));
+        let kind = if starts { Kind::Start } else { Kind::Other };
+        let picked = world.ask(Ask { key: key.as_ref(), kind, version: None, hint: None });
+        let known = session.and_then(|session| self.sessions.get(&session).cloned());
+        let must_leave = |pinned: &ModelSession| {
+            !self.works(session.unwrap_or_default(), pinned.port)
+                && (self.lost(pinned.port) || (starts && !self.stay && self.draining(pinned.port)))
+        };
+        let grant = match picked {
+            Ok(grant) => grant,
+            Err(Unplaced::PinnedFull) => {
+                let pinned = known.expect("only a pin can be full");
+                let full = !self.endpoints[&pinned.port].configured || !self.has_slot(pinned.port);
+                assert!(starts && full);
+                return;
+            }
+            Err(Unplaced::Full) => {
+                assert!(starts);
+                assert!(known.as_ref().is_none_or(must_leave));
+                let full = |version: &str| {
+                    self.any_ready(version)
+                        && self.of_version(version).into_iter().all(|port| !self.ready(port) || !self.has_slot(port))
+                };
+                assert!(full("stable") || full("canary"));
+                if session.is_none() {
+                    let open =
+                        |version: &str| self.plan.weight_of(version) > 0 && self.any_ready(version) && !full(version);
+                    assert!(!open("stable") && !open("canary"), "a run without a session takes any slot");
+                }
+                return;
+            }
+            Err(Unplaced::Empty) => {
+                assert!(known.as_ref().is_none_or(|pinned| self.lost(pinned.port)));
+                for version in ["stable", "canary"] {
+                    assert!(self.plan.weight_of(version) == 0 || !self.any_ready(version), "{version} was there");
+                }
+                return;
+            }
+            Err(Unplaced::Lost) => panic!("when_lost is rebind"),
+        };
+        let port = world.port(&grant);
+        let version = world.version(&grant);
+        match (grant.affinity(), known) {
+            (AffinityOutcome::None, _) => assert_eq!(session, None),
+            (AffinityOutcome::New, None) => {}
+            (AffinityOutcome::Hit, Some(pinned)) => {
+                assert_eq!(port, pinned.port, "a pin holds");
+                let nowhere_else = ["stable", "canary"]
+                    .iter()
+                    .all(|version| !self.any_ready(version) || self.plan.weight_of(version) == 0);
+                assert!(!must_leave(&pinned) || (nowhere_else && !self.lost(port)));
+            }
+            (AffinityOutcome::Moved, Some(pinned)) => {
+                assert!(must_leave(&pinned) && !self.lost(pinned.port) && starts);
+            }
+            (AffinityOutcome::Lost, Some(pinned)) => assert!(must_leave(&pinned) && self.lost(pinned.port)),
+            (outcome, known) => panic!("{outcome:?} for {known:?}"),
+        }
+        let placed = grant.affinity() != AffinityOutcome::Hit;
+        if placed {
+            assert!(self.ready(port));
+            if starts {
+                self.check_least(port, &version, &[]);
+            }
+        }
+        if matches!(grant.affinity(), AffinityOutcome::None | AffinityOutcome::New) {
+            assert!(self.plan.weight_of(&version) > 0);
+        }
+        if let Some(session) = session {
+            let credit_until = Some(self.now + Duration::from_secs(10));
+            let pinned = self.sessions.entry(session).or_insert(ModelSession {
+                port,
+                confirmed: false,
+                settled: false,
+                credit_until: None,
+            });
+            if placed {
+                pinned.port = port;
+                pinned.settled = false;
+            }
+            if starts {
+                pinned.credit_until = None;
+            } else if placed {
+                pinned.credit_until = credit_until;
+            }
+        }
+        self.held.push(Held { grant, port, starts, session, tried: Vec::new() });
+    }
+
+    fn finish(&mut self, world: &mut World, which: usize, confirm: bool) {
+        if self.held.is_empty() {
+            return;
+        }
+        let held = self.held.swap_remove(which % self.held.len());
+        if confirm {
+            world.core.confirm(&held.grant, self.now);
+        }
+        if let Some(session) = held.session {
+            let pinned = self.sessions.get_mut(&session).expect("a busy session is kept");
+            if confirm {
+                pinned.confirmed = true;
+                pinned.settled |= pinned.port == held.port;
+            }
+            let busy = self.held.iter().any(|other| other.session == Some(session));
+            if !busy && !pinned.confirmed {
+                self.sessions.remove(&session);
+            }
+        }
+        world.finish(held.grant);
+        self.forget_the_gone();
+    }
+
+    fn retry(&mut self, world: &mut World, which: usize) {
+        if self.held.is_empty() {
+            return;
+        }
+        let which = which % self.held.len();
+        let before = self.held[which].port;
+        let pinned = self.held[which].session.map(|session| self.sessions[&session].clone());
+        let result = world.core.retry(&mut self.held[which].grant, self.now, 0);
+        let Ok(target) = result else {
+            let home = pinned.is_some_and(|pinned| pinned.settled && pinned.port == before);
+            assert!(!home, "at home it may always try again");
+            return;
+        };
+        let port = port_of(&target.address);
+        if let Some(pinned) = &pinned
+            && pinned.settled
+        {
+            assert_eq!(port, pinned.port, "a confirmed pin stays");
+        } else {
+            assert!(port != before && !self.held[which].tried.contains(&port), "never one tried before");
+            if self.held[which].starts && pinned.as_ref().is_none_or(|pinned| pinned.port == before) {
+                // The slot that is handed over counted at the old endpoint, which is out of the comparison.
+                let mut tried = self.held[which].tried.clone();
+                tried.push(before);
+                self.check_least(port, &target.version, &tried);
+            }
+        }
+        if port != before {
+            self.held[which].tried.push(before);
+            self.held[which].port = port;
+            if let Some(session) = self.held[which].session {
+                let pinned = self.sessions.get_mut(&session).expect("a busy session is kept");
+                if !pinned.settled && pinned.port == before {
+                    pinned.port = port;
+                }
+            }
+        }
+        self.forget_the_gone();
+    }
+
+    fn learn(&mut self, world: &mut World, which: usize, session: u8) {
+        if self.held.is_empty() {
+            return;
+        }
+        let which = which % self.held.len();
+        // Aliases have their own test; here they would only blur whose key is whose.
+        if self.held[which].session.is_some() {
+            return;
+        }
+        world.core.learn(&mut self.held[which].grant, &key(&session.to_string()), self.now);
+        if self.sessions.contains_key(&session) {
+            return;
+        }
+        let held = &mut self.held[which];
+        held.session = Some(session);
+        let credit_until = (!held.starts).then_some(self.now + Duration::from_secs(10));
+        let pinned = ModelSession { port: held.port, confirmed: true, settled: true, credit_until };
+        self.sessions.insert(session, pinned);
+    }
+
+    fn step(&mut self, world: &mut World, event: &Event) {
+        match event {
+            Event::Pick { session, starts } => self.pick(world, *session, *starts),
+            Event::Finish { which, confirm } => self.finish(world, *which, *confirm),
+            Event::Retry { which } => self.retry(world, *which),
+            Event::Learn { which, session } => self.learn(world, *which, *session),
+            Event::Drain { port, on } => {
+                let known = self.endpoints.get(port).is_some_and(|endpoint| endpoint.configured);
+                let address = support::url(*port).address();
+                assert_eq!(world.core.set_drained(&address, *on, self.now), known);
+                if let Some(endpoint) = self.endpoints.get_mut(port).filter(|_| known) {
+                    endpoint.drained = *on;
+                }
+            }
+            Event::Probe { port, healthy } => {
+                world.probe(*port, *healthy);
+                self.probe(*port, *healthy);
+            }
+            Event::Apply { plan } => {
+                world.apply(&plan.fleet(self.stay));
+                self.apply(plan);
+            }
+            Event::Wait { milliseconds } => {
+                world.wait(Duration::from_millis(*milliseconds));
+                self.now = world.now;
+                world.core.tick(self.now);
+            }
+        }
+        self.compare(world);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// For any order of picks, ends, retries, drains, probes and reloads.
+    #[test]
+    fn the_core_does_as_the_naive_model(
+        plan in plans(),
+        stay: bool,
+        healthy: bool,
+        events in prop::collection::vec(events(), 1..150),
+    ) {
+        let mut world = World::new(&plan.fleet(stay));
+        let mut model = Model {
+            plan: plan.clone(),
+            stay,
+            now: world.now,
+            endpoints: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            held: Vec::new(),
+        };
+        model.apply(&plan);
+        if healthy {
+            for port in 1..=PORTS as u16 {
+                model.step(&mut world, &Event::Probe { port, healthy: true });
+            }
+        }
+        for event in &events {
+            model.step(&mut world, event);
+        }
+        while !model.held.is_empty() {
+            model.step(&mut world, &Event::Finish { which: 0, confirm: true });
+        }
+        prop_assert_eq!(world.core.status(world.now).outstanding_runs, 0);
+        world.wait(Duration::from_secs(2 * 3600));
+        world.core.expire(usize::MAX, world.now);
+        prop_assert_eq!(world.sessions(), 0);
+    }
+
+    /// Starts alone, on equal and idle endpoints, never differ by more than one.
+    #[test]
+    fn starts_alone_lie_evenly(endpoints in 1..40_u16, starts in 0..200_u32) {
+        let mut world = World::new(&fleet(1..=endpoints));
+        let mut counts = vec![0_u32; endpoints as usize];
+        for _ in 0..starts {
+            let grant = world.core_start();
+            counts[world.port(&grant) as usize - 1] += 1;
+            let least = counts.iter().min().copied().unwrap_or_default();
+            let most = counts.iter().max().copied().unwrap_or_default();
+            prop_assert!(most - least <= 1, "{:?}", counts);
+        }
+    }
+
+    /// Raising one version's weight only moves keys to it, lowering one only moves keys away from it.
+    #[test]
+    fn cohorts_are_monotone(
+        weights in prop::collection::vec(0..1_000_u32, 2..6),
+        which: prop::sample::Index,
+        more in 1..1_000_u32,
+        keys in prop::collection::vec("[a-z0-9-]{1,40}", 50),
+    ) {
+        let which = which.index(weights.len());
+        let mut raised = weights.clone();
+        raised[which] += more;
+        for key in &keys {
+            let (before, after) = (cohort_of(key, &weights), cohort_of(key, &raised));
+            prop_assert!(before == after || after == Some(which), "{:?} to {:?}", before, after);
+        }
+    }
+}
+
+fn cohort_of(key: &str, weights: &[u32]) -> Option<usize> {
+    let names: Vec<String> = (0..weights.len()).map(|index| format!("v{index}")).collect();
+    let candidates = names.iter().zip(weights).zip(0..).map(|((name, weight), index)| balance::Candidate {
+        index,
+        hash: balance::version_hash(name),
+        name,
+        weight: *weight,
+    });
+    balance::rendezvous(balance::cohort(key), candidates).map(|index| index as usize)
 }
