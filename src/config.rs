@@ -140,8 +140,16 @@ pub struct RouteMatch {
 pub enum RouteAction {
     /// Index into [`Config::services`].
     Service(usize),
-    Redirect { scheme: Option<String>, host: Option<String>, path: Option<String>, status: StatusCode },
-    Respond { status: StatusCode, body: String },
+    Redirect {
+        scheme: Option<String>,
+        host: Option<String>,
+        path: Option<String>,
+        status: StatusCode,
+    },
+    Respond {
+        status: StatusCode,
+        body: String,
+    },
 }
 
 /// A path pattern: `*` is one segment, a final `/**` is the path itself and everything below it,

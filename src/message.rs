@@ -86,10 +86,7 @@ impl Fields {
     pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8]) -> bool) {
         let data = &self.data;
         self.entries.retain(|entry| {
-            keep(
-                slice(data, entry.name_start, entry.name_length),
-                slice(data, entry.value_start, entry.value_length),
-            )
+            keep(slice(data, entry.name_start, entry.name_length), slice(data, entry.value_start, entry.value_length))
         });
     }
 

@@ -411,10 +411,8 @@ fn families(scrape: &Scrape) -> Vec<Family> {
         "Outstanding runs that a draining endpoint still has to finish.",
         &["service", "endpoint"],
     );
-    let mut weight =
-        Family::new("longhaul_version_weight", "The version's effective weight.", &["service", "version"]);
-    let mut generation =
-        Family::new("longhaul_config_generation", "Counts the configurations that took effect.", &[]);
+    let mut weight = Family::new("longhaul_version_weight", "The version's effective weight.", &["service", "version"]);
+    let mut generation = Family::new("longhaul_config_generation", "Counts the configurations that took effect.", &[]);
     let mut draining = Family::new("longhaul_draining", "1 while the proxy itself drains.", &[]);
     let mut build = Family::new("longhaul_build_info", "Always 1; what is running.", &["version", "commit"]);
 
@@ -545,8 +543,7 @@ const RUN_BUCKETS: &[f64] =
     &[0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
 
 /// Seconds.
-const WAIT_BUCKETS: &[f64] =
-    &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+const WAIT_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
 
 #[cfg(test)]
 mod tests {
@@ -567,12 +564,8 @@ mod tests {
             run_capacity,
             endpoints,
         };
-        let service = ScrapedService {
-            name: "support".to_owned(),
-            queued_runs: 3,
-            placeable_runs: 2,
-            versions: vec![version],
-        };
+        let service =
+            ScrapedService { name: "support".to_owned(), queued_runs: 3, placeable_runs: 2, versions: vec![version] };
         Scrape { generation: 4, draining: false, services: vec![service] }
     }
 
