@@ -64,20 +64,20 @@ pub enum Verdict {
 /// Keeps one task for each check of the newest configuration; an unchanged check goes on undisturbed.
 pub async fn run(mut checks: watch::Receiver<Vec<Arc<Check>>>) {
     let slots = Arc::new(Semaphore::new(PROBES_MAX));
-    let mut tasks: HashMap<(Arc<str>, String), (Arc<Check>, AbortOnDropHandle<()>)> = HashMap::new();
+    let mut tasks: HashMap<(Arc<str>, String), Probing> = HashMap::new();
     loop {
         let wanted = checks.borrow_and_update().clone();
         let mut next = HashMap::with_capacity(wanted.len());
         for check in wanted {
             let key = (Arc::clone(&check.service), check.identity.clone());
-            let task = match tasks.remove(&key) {
-                Some((old, task)) if old.same(&check) => (old, task),
+            let probing = match tasks.remove(&key) {
+                Some(probing) if probing.check.same(&check) => probing,
                 _ => {
                     let task = tokio::spawn(keep_probing(Arc::clone(&check), Arc::clone(&slots)));
-                    (check, AbortOnDropHandle::new(task))
+                    Probing { check, _task: AbortOnDropHandle::new(task) }
                 }
             };
-            next.insert(key, task);
+            next.insert(key, probing);
         }
         // What is left in the old map is no longer wanted: dropping it ends it.
         tasks = next;
@@ -85,6 +85,12 @@ pub async fn run(mut checks: watch::Receiver<Vec<Arc<Check>>>) {
             return;
         }
     }
+}
+
+struct Probing {
+    check: Arc<Check>,
+    /// Ends with it.
+    _task: AbortOnDropHandle<()>,
 }
 
 impl Check {

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use rustls_pki_types::ServerName;
@@ -28,6 +28,8 @@ use crate::snapshot::{AcceptCommand, Listener, Running, Service, Snapshot};
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::{ClientTls, TargetSettings};
 
+/// Between the swap and the drain of a removed service's endpoints.
+const REMOVAL_GRACE: Duration = Duration::from_secs(1);
 /// Reloads that may wait for their turn; whoever comes after waits for a place.
 const WAITING_MAX: usize = 16;
 /// Commands that the accept loop may be behind.
@@ -144,8 +146,6 @@ impl ReloadState {
         self.removed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-const REMOVAL_GRACE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What the probes server has to do after a reload.
 pub enum ProbesCommand {
@@ -609,13 +609,19 @@ impl Builder {
     }
 
     fn sealer(&self, service: &str, cookie: &config::SessionCookie) -> Sealer {
-        if !cookie.secrets.is_empty() {
-            return Sealer::new(&cookie.name, cookie.ttl, &cookie.secrets);
+        if cookie.secrets.is_empty() {
+            Sealer::new(&cookie.name, cookie.ttl, &[self.own_secret(service)])
+        } else {
+            Sealer::new(&cookie.name, cookie.ttl, &cookie.secrets)
         }
+    }
+
+    /// The secret of a service that names none: the same after every reload, another one for every service and process.
+    fn own_secret(&self, service: &str) -> String {
         let mut secret = Sha256::new();
         secret.update(self.cookie_secret);
         secret.update(service.as_bytes());
-        Sealer::new(&cookie.name, cookie.ttl, &[hex(&secret.finalize())])
+        hex(&secret.finalize())
     }
 
     fn endpoint_tls(
@@ -846,7 +852,7 @@ fn file_content(tls: &config::UpstreamTls) -> [u8; 32] {
     digest.finalize().into()
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -861,4 +867,51 @@ fn one_problem(file: &str, path: &str, message: String) -> Problems {
 
 fn describe(file: &str, problem: &Problem) -> String {
     format!("{file}:{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn builder() -> Builder {
+        Builder {
+            file: "longhaul.yaml".into(),
+            metrics: Metrics::new(),
+            cookie_secret: ids::random_bytes(),
+            client_tls: Vec::new(),
+            version_metrics: HashMap::new(),
+            probes: None,
+        }
+    }
+
+    #[test]
+    fn own_cookie_secrets_stay_for_the_life_of_the_process() {
+        let process = builder();
+        assert_eq!(process.own_secret("support"), process.own_secret("support"));
+        assert_ne!(process.own_secret("support"), process.own_secret("sales"));
+        assert_ne!(process.own_secret("support"), builder().own_secret("support"));
+    }
+
+    #[test]
+    fn client_tls_is_kept_by_content() {
+        let directory = tempfile::tempdir().unwrap();
+        let ca_file = directory.path().join("ca.crt");
+        let settings = config::UpstreamTls { ca_file: Some(ca_file.clone()), ..config::UpstreamTls::default() };
+        let missing = file_content(&settings);
+        std::fs::write(&ca_file, "one").unwrap();
+        let first = file_content(&settings);
+        assert_ne!(missing, first);
+        assert_eq!(first, file_content(&settings));
+        std::fs::write(&ca_file, "two").unwrap();
+        assert_ne!(first, file_content(&settings));
+    }
+
+    #[test]
+    fn a_taken_port_is_named_with_advice() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let Err(message) = bind(&Address::Tcp(address)) else { panic!("{address} was bound twice") };
+        assert!(message.contains(&address.to_string()), "{message}");
+        assert!(message.contains("choose another address"), "{message}");
+    }
 }

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tracing::{debug, info, warn};
 
+use crate::control::reload::hex;
 use crate::control::{ReloadHandle, ReloadState};
 
 /// A writer is taken to be done when nothing happened for so long.
@@ -25,11 +26,20 @@ const POLL: Duration = Duration::from_secs(10);
 
 /// Watches until it is dropped, or until reloads are over.
 pub async fn run(path: PathBuf, reload: ReloadHandle, state: Arc<ReloadState>) {
+    if std::fs::metadata(&path).is_ok_and(|it| !it.is_file()) {
+        info!("{} is no regular file and can be read but once: it is not watched", path.display());
+        return;
+    }
     let (sender, mut events) = mpsc::channel(1);
     let mut files = named_files(&path, &state);
-    let mut seen = fingerprints(files.clone()).await;
     let mut watches = Watches::new(&files, &sender);
     let mut reloaded = state.subscribe();
+    let mut seen = fingerprints(files.clone()).await;
+    let loaded = Some(state.status().sha256);
+    if seen.insert(path.clone(), loaded.clone()) != Some(loaded) {
+        // The file changed between its first reading and now: look at once.
+        let _ = sender.try_send(());
+    }
     let mut poll = tokio::time::interval_at(Instant::now() + POLL, POLL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -52,7 +62,7 @@ pub async fn run(path: PathBuf, reload: ReloadHandle, state: Arc<ReloadState>) {
                     seen = fresh
                         .into_iter()
                         .map(|(path, now)| {
-                            let before = seen.get(&path).copied();
+                            let before = seen.get(&path).cloned();
                             (path, before.unwrap_or(now))
                         })
                         .collect();
@@ -94,8 +104,8 @@ async fn settle(events: &mut mpsc::Receiver<()>) {
     let _ = timeout(SETTLE_MAX, quiet).await;
 }
 
-/// The content of each file as a digest; `None` where it can't be read.
-type Fingerprints = BTreeMap<PathBuf, Option<[u8; 32]>>;
+/// The content of each file as SHA-256 in hex; `None` where it can't be read.
+type Fingerprints = BTreeMap<PathBuf, Option<String>>;
 
 async fn fingerprints(files: BTreeSet<PathBuf>) -> Fingerprints {
     let read = move || {
@@ -112,13 +122,17 @@ async fn fingerprints(files: BTreeSet<PathBuf>) -> Fingerprints {
 }
 
 /// Of the whole file, in a bounded buffer.
-fn digest(path: &Path) -> std::io::Result<[u8; 32]> {
+fn digest(path: &Path) -> std::io::Result<String> {
+    if !std::fs::metadata(path)?.is_file() {
+        // Opening a pipe would wait for its writer.
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    }
     let mut file = std::fs::File::open(path)?;
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 64 * 1024];
     loop {
         match std::io::Read::read(&mut file, &mut buffer)? {
-            0 => return Ok(digest.finalize().into()),
+            0 => return Ok(hex(&digest.finalize())),
             count => digest.update(&buffer[..count]),
         }
     }
