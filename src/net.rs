@@ -3,6 +3,7 @@
 pub mod cookie;
 pub mod listen;
 pub mod proxy_protocol;
+pub mod stream;
 pub mod tls;
 
 /// Raises the soft limit of open descriptors to the hard one and returns the limit that holds now.

@@ -610,9 +610,9 @@ impl Builder {
 
     fn sealer(&self, service: &str, cookie: &config::SessionCookie) -> Sealer {
         if cookie.secrets.is_empty() {
-            Sealer::new(&cookie.name, cookie.ttl, &[self.own_secret(service)])
+            Sealer::new(service, &cookie.name, cookie.ttl, &[self.own_secret(service)])
         } else {
-            Sealer::new(&cookie.name, cookie.ttl, &cookie.secrets)
+            Sealer::new(service, &cookie.name, cookie.ttl, &cookie.secrets)
         }
     }
 
