@@ -17,6 +17,7 @@ use crate::config::{Address, Loaded, Problems};
 use crate::control::reload::{self, AfterReload, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, watch};
+use crate::logging::AccessLog;
 use crate::metrics::Metrics;
 use crate::net;
 use crate::net::listen::Socket;
@@ -96,18 +97,22 @@ struct Threads {
 /// Binds everything, then starts both planes. When this returns, connections are accepted and the admin API answers.
 pub fn build(options: Options) -> Result<App, StartError> {
     let Options { config_path, loaded, workers, signals, watch, after_reload } = options;
-    net::raise_descriptor_limit();
+    if let Err(failure) = net::raise_descriptor_limit() {
+        tracing::warn!("the descriptor limit could not be raised: {failure}");
+    }
     reload::log_warnings(&loaded);
     let admin_address = loaded.config.admin.address.clone();
+    let metrics = Metrics::new();
+    let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
     let (reloader, outlets) =
-        Reloader::new(config_path.clone(), loaded, Metrics::new(), after_reload).map_err(StartError::Refused)?;
+        Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload).map_err(StartError::Refused)?;
     let (admin_address, admin_socket) = reload::bind(&admin_address).map_err(StartError::Admin)?;
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
     let bound = Bound { listeners: listeners(&running), admin: admin_address, probes: probes_address };
     let drain = DrainHandle::new();
     let workers = workers.unwrap_or_else(|| thread::available_parallelism().map_or(WORKERS_DEFAULT, usize::from));
-    let data = proxy::start(Arc::clone(&running), workers, accept);
+    let data = proxy::start(Arc::clone(&running), workers, accept)?;
 
     let control = Control {
         config_path,

@@ -149,9 +149,14 @@ impl AccessLog {
         self.shared.plain_sessions.store(log.session_ids == SessionIds::Plain, Ordering::Relaxed);
     }
 
+    /// A line that is given will be written: whoever must gather its parts can ask first.
+    pub fn enabled(&self) -> bool {
+        self.shared.enabled.load(Ordering::Relaxed) && !self.shared.closed.load(Ordering::Relaxed)
+    }
+
     /// Queues the line. Never waits: when the queue is full the line is dropped and counted.
     pub fn write(&self, line: &AccessLine<'_>) {
-        if !self.shared.enabled.load(Ordering::Relaxed) || self.shared.closed.load(Ordering::Relaxed) {
+        if !self.enabled() {
             return;
         }
         let plain_sessions = self.shared.plain_sessions.load(Ordering::Relaxed);

@@ -114,8 +114,7 @@ pub struct Caller {
 pub async fn exchange(connection: &Connection, client: &mut Peer, request: RequestHead, timer: &mut Timer) -> After {
     let listener = connection.listener();
     let mut record = Record::open(connection, listener.clone(), &request);
-    let caller =
-        Caller { version: request.version, method: request.method.clone(), keep_alive: request.keep_alive };
+    let caller = Caller { version: request.version, method: request.method.clone(), keep_alive: request.keep_alive };
     // Boxed, so that a stream that lasts minutes does not keep the room that its beginning needed.
     let begun = Box::pin(begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
     let mut flow = match begun {
@@ -197,7 +196,10 @@ async fn begin(
     record.client = client_address;
     let index = route::find(&config.routes, &request.method, &request.authority, &request.path, &request.fields)
         .ok_or_else(|| {
-            ProxyError::new(Code::NoRoute, format!("no route for {} {}{}", request.method, request.authority, request.path))
+            ProxyError::new(
+                Code::NoRoute,
+                format!("no route for {} {}{}", request.method, request.authority, request.path),
+            )
         })?;
     record.route = Some(index);
     let route = &config.routes[index];
@@ -219,8 +221,8 @@ async fn begin(
 
     // 5 to 8
     let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
-    let debug = asked_debug
-        && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
+    let debug =
+        asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
     forwarded::apply(&mut request.fields, &peer, trusted, peer.scheme(), &request.authority);
     forwarded::add_ids(
         &mut request.fields,

@@ -20,6 +20,7 @@ use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, P
 use crate::control::health::{Check, Probe};
 use crate::drain::Drain;
 use crate::ids;
+use crate::logging::AccessLog;
 use crate::metrics::{Metrics, VersionMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::listen::{self, Socket};
@@ -194,6 +195,7 @@ impl Reloader {
         path: PathBuf,
         loaded: Loaded,
         metrics: Arc<Metrics>,
+        access_log: AccessLog,
         after_reload: Option<AfterReload>,
     ) -> Result<(Reloader, Outlets), Problems> {
         let file: Arc<str> = path.display().to_string().into();
@@ -234,6 +236,7 @@ impl Reloader {
             metrics,
             drain: Drain::new(),
             open_exchanges: AtomicUsize::new(0),
+            access_log,
             scope_secret: ids::random_bytes(),
         });
         let outlets = Outlets {
@@ -345,6 +348,7 @@ impl Reloader {
         }
         let snapshot = Arc::new(prepared.snapshot);
         self.running.snapshot.store(Arc::clone(&snapshot));
+        self.running.access_log.configure(&snapshot.loaded.config.log);
         self.state.lock_removed().extend(leaving);
         self.checks.send_replace(prepared.checks);
         self.builder.client_tls = prepared.client_tls;

@@ -28,11 +28,19 @@ impl Stream {
             Stream::Plain(plain) => plain.poll_read_ready(context),
             Stream::TlsServer(tls) => {
                 let (plain, session) = tls.get_mut();
-                if plaintext_waits(&mut session.reader()) { Poll::Ready(Ok(())) } else { plain.poll_read_ready(context) }
+                if plaintext_waits(&mut session.reader()) {
+                    Poll::Ready(Ok(()))
+                } else {
+                    plain.poll_read_ready(context)
+                }
             }
             Stream::TlsClient(tls) => {
                 let (plain, session) = tls.get_mut();
-                if plaintext_waits(&mut session.reader()) { Poll::Ready(Ok(())) } else { plain.poll_read_ready(context) }
+                if plaintext_waits(&mut session.reader()) {
+                    Poll::Ready(Ok(()))
+                } else {
+                    plain.poll_read_ready(context)
+                }
             }
         }
     }

@@ -62,7 +62,7 @@ pub async fn forward(
     }
 
     // 5 identify
-    let mut observer = Observer { bytes_max: body_bytes_max, ..Observer::default() };
+    let mut observer = Observer::up_to(body_bytes_max);
     let secret = &connection.worker.running.scope_secret;
     let identified = identify::identify(service, secret, &mut request, client, &mut observer, timer).await;
     let identity = match identified {
@@ -164,9 +164,8 @@ fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> R
         .versions
         .iter()
         .find(|version| !version.matches.is_empty() && route::matches_headers(&version.matches, &request.fields));
-    let hint = identity.cookie.as_ref().filter(|cookie| {
-        identity.key.as_ref().is_some_and(|key| *key.text == *cookie.id)
-    });
+    let hint =
+        identity.cookie.as_ref().filter(|cookie| identity.key.as_ref().is_some_and(|key| *key.text == *cookie.id));
     let ask = Ask {
         key: identity.key.as_ref(),
         kind: identity.kind,
@@ -254,11 +253,8 @@ async fn try_once(
         }
     };
     let http1 = matches!(connected, upstream::Connected::Http1 { .. });
-    direction.raw = http1
-        && client.is_http1()
-        && request.framing == Framing::Chunked
-        && !ahead
-        && direction.replay.is_none();
+    direction.raw =
+        http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
     if !http1 && request.upgrade.is_some() {
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
         return Tried::Unanswered(Unanswered { unsent: false, error });
@@ -389,14 +385,10 @@ fn begin_answer(
     let upstream_keep_alive = answer.keep_alive;
     let from_http1 = upstream.peer.is_http1();
     let raw = tunnel
-        || (from_http1
-            && client.is_http1()
-            && answer.framing == Framing::Chunked
-            && caller.version == Version::Http11);
+        || (from_http1 && client.is_http1() && answer.framing == Framing::Chunked && caller.version == Version::Http11);
     let mut request_direction = direction;
     let bodiless = matches!(answer.framing, Framing::None | Framing::Length(0)) && !tunnel;
-    let client_keep_alive =
-        may_keep_alive(connection, client, caller) && answer.framing != Framing::Eof && !tunnel;
+    let client_keep_alive = may_keep_alive(connection, client, caller) && answer.framing != Framing::Eof && !tunnel;
     let eof_framed = caller.version == Version::Http10 && answer.framing == Framing::Chunked;
     let client_keep_alive = client_keep_alive && !eof_framed;
     let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
@@ -467,9 +459,7 @@ fn cookie_to_set(
     if !(identity.issue_cookie || (by_cookie && moved)) {
         return None;
     }
-    let pin = crate::state::dispatcher::PinHint {
-        version: target.version.to_string(),
-        endpoint: target.url.identity(),
-    };
+    let pin =
+        crate::state::dispatcher::PinHint { version: target.version.to_string(), endpoint: target.url.identity() };
     Some(sealer.seal(&CookieSession { id: key.text.to_string(), pin }, secure, ids::wall_clock()))
 }

@@ -21,6 +21,11 @@ pub struct Observer {
 }
 
 impl Observer {
+    /// For a body that may have so many bytes and no more.
+    pub fn up_to(bytes_max: u64) -> Observer {
+        Observer { bytes_max, ..Observer::default() }
+    }
+
     /// Counts events from now on.
     pub fn expect_events(&mut self) {
         self.scanner = Some(Scanner::default());

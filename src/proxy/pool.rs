@@ -107,9 +107,9 @@ impl Pool {
         let mut http2 = self.http2.borrow_mut();
         let connections = http2.get_mut(&target.id)?;
         connections.retain_mut(|connection| !matches!(poll_sender(connection), Poll::Ready(Err(_))));
-        let connection = connections.iter().find(|connection| {
-            connection.streams.get() < connection.sender.current_max_send_streams()
-        })?;
+        let connection = connections
+            .iter()
+            .find(|connection| connection.streams.get() < connection.sender.current_max_send_streams())?;
         Some((connection.clone(), StreamCount::new(&connection.streams)))
     }
 

@@ -76,6 +76,7 @@ fn answer(status: StatusCode, fields: Fields, body: Bytes) -> (ResponseHead, Byt
         version: Version::Http11,
         fields,
         framing,
+        declared_length: None,
         keep_alive: true,
         upgrade: None,
     };

@@ -55,15 +55,7 @@ pub enum PumpFault {
 
 impl Direction {
     pub fn new(raw: bool, observer: Observer) -> Direction {
-        Direction {
-            raw,
-            observer,
-            stage: Stage::Flowing,
-            trailers: None,
-            moved: false,
-            blocked: false,
-            replay: None,
-        }
+        Direction { raw, observer, stage: Stage::Flowing, trailers: None, moved: false, blocked: false, replay: None }
     }
 
     pub fn done(&self) -> bool {
@@ -192,7 +184,8 @@ pub async fn until_answer(
                 Poll::Ready(Ok(head)) if head.status.is_informational() && head.status.as_u16() != 101 => {
                     interim_answers += 1;
                     if interim_answers > INTERIM_ANSWERS_MAX {
-                        let error = ProxyError::new(Code::UpstreamReset, "the endpoint sends interim answers without end");
+                        let error =
+                            ProxyError::new(Code::UpstreamReset, "the endpoint sends interim answers without end");
                         return Poll::Ready(Answer::None(Unanswered { unsent: false, error }));
                     }
                     if interim_passes {

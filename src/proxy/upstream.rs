@@ -1,10 +1,10 @@
 //! Upstream: a connection to an endpoint, taken from the pool or opened, and the endpoint's half of an exchange on it.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::future::Future;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -207,9 +207,10 @@ impl Upstream {
                     Ok(length) => length,
                     Err(fault) => return Poll::Ready(Err(head_fault(fault))),
                 };
-                Poll::Ready(peer.take_response(length, HEAD_LIMITS, &self.method).map_err(|error| {
-                    head_fault(HeadFault::Head(error))
-                }))
+                Poll::Ready(
+                    peer.take_response(length, HEAD_LIMITS, &self.method)
+                        .map_err(|error| head_fault(HeadFault::Head(error))),
+                )
             }
             (Peer::Http2(peer), Wire::Http2 { response, .. }) => {
                 let Some(future) = response else { return Poll::Pending };

@@ -67,7 +67,10 @@ enum Outgoing {
 #[derive(Debug)]
 pub enum HeadFault {
     /// The connection ended; `clean` where no byte of a head had come.
-    Closed { clean: bool, error: Option<io::Error> },
+    Closed {
+        clean: bool,
+        error: Option<io::Error>,
+    },
     Head(HeadError),
 }
 
@@ -226,8 +229,7 @@ impl Http1 {
     /// The body that follows the head just written is framed so; `passes_chunks`: the source's own chunk framing is
     /// passed on.
     pub fn begin_body(&mut self, framing: Framing, passes_chunks: bool) {
-        self.outgoing =
-            if framing == Framing::Chunked && !passes_chunks { Outgoing::Chunked } else { Outgoing::Raw };
+        self.outgoing = if framing == Framing::Chunked && !passes_chunks { Outgoing::Chunked } else { Outgoing::Raw };
         self.finished = false;
         self.chunk_left = 0;
     }

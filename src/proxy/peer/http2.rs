@@ -46,7 +46,16 @@ impl Http2 {
 
     /// The endpoint's side of a stream that we opened; what comes in is set by [`Http2::receive`].
     pub fn client(outgoing: SendStream<Bytes>) -> Http2 {
-        Http2 { incoming: None, held: Bytes::new(), counted: 0, ended: false, trailers: None, outgoing: Some(outgoing), respond: None, outgoing_ended: false }
+        Http2 {
+            incoming: None,
+            held: Bytes::new(),
+            counted: 0,
+            ended: false,
+            trailers: None,
+            outgoing: Some(outgoing),
+            respond: None,
+            outgoing_ended: false,
+        }
     }
 
     /// The head was all there is to send.
@@ -202,9 +211,7 @@ pub fn header_map(fields: &Fields) -> http::HeaderMap {
     let mut map = http::HeaderMap::with_capacity(fields.len());
     for (name, value) in fields.iter() {
         // Both were read strictly before; what HTTP/2 can't carry all the same is left out.
-        if let (Ok(name), Ok(value)) =
-            (http::HeaderName::from_bytes(name), http::HeaderValue::from_bytes(value))
-        {
+        if let (Ok(name), Ok(value)) = (http::HeaderName::from_bytes(name), http::HeaderValue::from_bytes(value)) {
             map.append(name, value);
         }
     }
