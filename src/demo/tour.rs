@@ -90,7 +90,7 @@ impl Tour<'_> {
                 text: "Who has how much work? Start two runs of 20 seconds, then ask (or open the live page).",
                 lines: vec![
                     format!(
-                        "(for i in 1 2; do curl -sN http://{proxy}/slow -H 'accept: text/event-stream' -o /dev/null & done)"
+                        "(for i in 1 2; do curl -sN http://{proxy}/slow -H 'accept: text/event-stream' > /dev/null & done)"
                     ),
                     format!("{program} status{admin_option}"),
                 ],
