@@ -58,7 +58,7 @@ fn config(port: u16, admin_port: u16, agents: &[Agent]) -> String {
 listeners:
   - {{name: demo, address: \"127.0.0.1:{port}\"}}
 admin: {{address: \"127.0.0.1:{admin_port}\"}}
-log: {{level: warn, access: false, session_ids: plain}}
+log: {{level: error, access: false, session_ids: plain}}
 shutdown: {{delay: 0s, timeout: 5s}}
 services:
   - name: {service}
