@@ -1,1 +1,122 @@
-//! Demo: three built-in agents behind the proxy, and a tour of lines to paste.
+//! Demo: three built-in agents behind the real proxy, and a tour of lines to paste.
+//!
+//! The agents are reached over loopback sockets like any others, and the configuration is a text that goes through
+//! the same check as a file: what the demo shows is the product.
+
+mod agent;
+mod tour;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+use agent::Agent;
+use tour::Tour;
+
+/// The address of the admin API that every client command assumes.
+const ADMIN_PORT: u16 = 9901;
+
+/// The three agents: name and version.
+const AGENTS: [(&str, &str); 3] = [("stable-1", "stable"), ("stable-2", "stable"), ("canary-1", "canary")];
+
+/// Why the demo can't run.
+#[derive(Debug, thiserror::Error)]
+pub enum DemoError {
+    #[error("127.0.0.1:{port} can't be listened on ({source}); choose another with --port, or --port 0 for any")]
+    Port { port: u16, source: std::io::Error },
+    #[error("the built-in agents could not be started: {0}")]
+    Agents(std::io::Error),
+    #[error("the proxy could not be started: {0}")]
+    Proxy(String),
+}
+
+/// Runs the demo on 127.0.0.1:`port` (0: any free one) until Ctrl-C.
+pub fn run(port: u16) -> Result<(), DemoError> {
+    // Said before anything else starts, because a taken port is the one thing that often goes wrong.
+    drop(bind(port).map_err(|source| DemoError::Port { port, source })?);
+    let (admin_port, note) = match bind(ADMIN_PORT) {
+        Ok(_) => (ADMIN_PORT, None),
+        Err(_) => (0, Some(format!("127.0.0.1:{ADMIN_PORT} is taken, so the admin API is on another port."))),
+    };
+    let agents = agent::start(&AGENTS).map_err(DemoError::Agents)?;
+    let proxy = start_proxy(config(port, admin_port, &agents))?;
+    let tour = Tour { proxy: proxy.listener, admin: proxy.admin, agents: &agents, program: program(), note };
+    print!("{tour}");
+    (proxy.wait)()
+}
+
+/// The demo's configuration: what a person would write for these agents.
+fn config(port: u16, admin_port: u16, agents: &[Agent]) -> String {
+    let endpoints = |version: &str| {
+        let urls: Vec<String> = agents
+            .iter()
+            .filter(|agent| agent.version == version)
+            .map(|agent| format!("http://{}", agent.address))
+            .collect();
+        urls.join(", ")
+    };
+    format!(
+        "\
+listeners:
+  - {{name: demo, address: \"127.0.0.1:{port}\"}}
+admin: {{address: \"127.0.0.1:{admin_port}\"}}
+log: {{level: error, access: false, session_ids: plain}}
+shutdown: {{delay: 0s, timeout: 5s}}
+services:
+  - name: {service}
+    session:
+      key: [{{header: x-session-id}}, {{json: /thread_id}}]
+      cookie: {{name: longhaul}}
+    health: {{path: /health, interval: 1s}}
+    versions:
+      - {{name: stable, weight: 90, endpoints: [{stable}]}}
+      - {{name: canary, weight: 10, endpoints: [{canary}], match: {{headers: {{x-canary: \"1\"}}}}}}
+",
+        service = tour::SERVICE,
+        stable = endpoints("stable"),
+        canary = endpoints("canary"),
+    )
+}
+
+/// The running proxy, as much of it as the demo needs.
+struct Proxy {
+    listener: SocketAddr,
+    admin: SocketAddr,
+    /// Blocks until a signal has ended the proxy.
+    wait: Box<dyn FnOnce() -> Result<(), DemoError>>,
+}
+
+/// The one call into the rest of the product.
+fn start_proxy(config: String) -> Result<Proxy, DemoError> {
+    Err(DemoError::Proxy(format!("not wired to app::build yet:\n{config}")))
+}
+
+fn bind(port: u16) -> std::io::Result<TcpListener> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+}
+
+/// How to call this program in a shell, from any directory.
+fn program() -> String {
+    let path = std::env::current_exe().ok().and_then(|path| path.into_os_string().into_string().ok());
+    match path {
+        Some(path) if path.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+".contains(c)) => path,
+        Some(path) => format!("'{}'", path.replace('\'', r"'\''")),
+        None => "longhaul".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_names_every_agent_once() {
+        let agents: Vec<Agent> = AGENTS
+            .iter()
+            .zip(4001..)
+            .map(|((name, version), port)| Agent { name, version, address: SocketAddr::from(([127, 0, 0, 1], port)) })
+            .collect();
+        let text = config(8080, 9901, &agents);
+        assert!(text.contains("endpoints: [http://127.0.0.1:4001, http://127.0.0.1:4002]"), "{text}");
+        assert!(text.contains("endpoints: [http://127.0.0.1:4003]"), "{text}");
+        assert!(text.contains("address: \"127.0.0.1:8080\""), "{text}");
+    }
+}

@@ -1,0 +1,134 @@
+//! Proxy: the product in this process, on ports of its own.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::client::{RawClient, Response, fetch, get};
+use super::eventually_async;
+
+/// A running proxy. Dropping it stops it.
+pub struct Proxy {
+    /// The first listener.
+    pub address: SocketAddr,
+    /// Every TCP listener, in the order of the file.
+    pub listeners: Vec<SocketAddr>,
+    pub admin: SocketAddr,
+    running: Running,
+    directory: TempDir,
+}
+
+/// Starts the product with this configuration. Where the text has no `listeners` or `admin`, they are added, on port 0.
+pub async fn start_proxy(config: &str) -> Proxy {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = write_config(directory.path(), config);
+    let running = launch(&file).await.unwrap_or_else(|problem| panic!("{problem}\n{config}"));
+    let proxy = Proxy {
+        address: running.listeners.first().copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
+        listeners: running.listeners.clone(),
+        admin: running.admin,
+        running,
+        directory,
+    };
+    eventually_async("the proxy is ready", || async { get(proxy.admin, "/readyz", "").await.status() == 200 }).await;
+    proxy
+}
+
+/// What is left of the product once it runs.
+struct Running {
+    listeners: Vec<SocketAddr>,
+    admin: SocketAddr,
+    /// Ends it when dropped.
+    stop: Box<dyn std::any::Any + Send>,
+}
+
+/// The one call into the product: app::build with this file, in this process.
+async fn launch(file: &Path) -> Result<Running, String> {
+    Err(format!("not wired to app::build yet: {}", file.display()))
+}
+
+impl Proxy {
+    /// The directory of the configuration file, for relative paths.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        self.directory.path().join("longhaul.yaml")
+    }
+
+    pub async fn connect(&self) -> RawClient {
+        RawClient::connect(self.address).await
+    }
+
+    /// Replaces the file and asks for a reload; the answer says whether it took effect.
+    pub async fn reload(&self, config: &str) -> Response {
+        write_config(self.directory.path(), config);
+        self.admin("POST", "/api/v1/reload").await
+    }
+
+    pub async fn admin(&self, method: &str, path: &str) -> Response {
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: {}\r\nContent-Length: 0\r\n\r\n", self.admin);
+        fetch(self.admin, request).await
+    }
+
+    pub async fn status(&self) -> Value {
+        self.admin("GET", "/api/v1/status").await.json()
+    }
+
+    /// The status of the endpoint of this address (`host:port`), wherever it is.
+    pub async fn endpoint(&self, address: &str) -> Option<Value> {
+        let status = self.status().await;
+        let services = status["services"].as_array()?;
+        let versions = services.iter().filter_map(|service| service["versions"].as_array()).flatten();
+        let mut endpoints = versions.filter_map(|version| version["endpoints"].as_array()).flatten();
+        endpoints.find(|endpoint| endpoint["address"] == address).cloned()
+    }
+
+    /// Drains (or undrains) an endpoint as an operator does.
+    pub async fn drain(&self, service: &str, address: &str, undrain: bool) -> Response {
+        let address = address.replace('/', "%2F").replace(':', "%3A");
+        let verb = if undrain { "undrain" } else { "drain" };
+        self.admin("POST", &format!("/api/v1/services/{service}/endpoints/{address}/{verb}")).await
+    }
+
+    /// The sum of a metric's series that have all of `labels` (`service="support"`); `None` where there is no such series.
+    pub async fn metric(&self, name: &str, labels: &[&str]) -> Option<f64> {
+        let text = self.admin("GET", "/metrics").await.text();
+        let values = text.lines().filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            let (series_name, rest) = series.split_once('{').unwrap_or((series, ""));
+            let matches = series_name == name && labels.iter().all(|label| rest.contains(label));
+            matches.then(|| value.parse::<f64>().ok())?
+        });
+        values.reduce(|sum, value| sum + value)
+    }
+
+    /// Waits until a metric has this value.
+    pub async fn metric_becomes(&self, name: &str, labels: &[&str], value: f64) {
+        let what = format!("{name}{labels:?} becomes {value}");
+        eventually_async(&what, || async { self.metric(name, labels).await == Some(value) }).await;
+    }
+}
+
+/// Writes the file as editors do: a new one, moved over the old.
+fn write_config(directory: &Path, config: &str) -> PathBuf {
+    let mut text = String::new();
+    if !config.lines().any(|line| line.starts_with("listeners:")) {
+        text.push_str("listeners: [{address: \"127.0.0.1:0\"}]\n");
+    }
+    if !config.lines().any(|line| line.starts_with("admin:")) {
+        text.push_str("admin: {address: \"127.0.0.1:0\"}\n");
+    }
+    if !config.lines().any(|line| line.starts_with("shutdown:")) {
+        text.push_str("shutdown: {delay: 0s, timeout: 10s}\n");
+    }
+    text.push_str(config);
+    let file = directory.join("longhaul.yaml");
+    let draft = directory.join(".longhaul.yaml.new");
+    std::fs::write(&draft, text).expect("writable directory");
+    std::fs::rename(&draft, &file).expect("same directory");
+    file
+}
