@@ -8,6 +8,8 @@ mod tour;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
+use crate::app::{self, Options};
+use crate::config::{self, Address};
 use agent::Agent;
 use tour::Tour;
 
@@ -86,7 +88,30 @@ struct Proxy {
 
 /// The one call into the rest of the product.
 fn start_proxy(config: String) -> Result<Proxy, DemoError> {
-    Err(DemoError::Proxy(format!("not wired to app::build yet:\n{config}")))
+    let base = std::env::current_dir().unwrap_or_default();
+    let loaded = config::check(&config, "demo.yaml", &base, &|_| None)
+        .map_err(|problems| DemoError::Proxy(problems.to_string()))?;
+    // There is no file to reload from; nothing watches for one.
+    let mut options = Options::new(base.join("demo.yaml"), loaded);
+    options.signals = true;
+    let app = app::build(options).map_err(|failure| DemoError::Proxy(failure.to_string()))?;
+    let listener = app.bound.listeners.first().and_then(|(_, address)| tcp(address));
+    let admin = tcp(&app.bound.admin);
+    let (Some(listener), Some(admin)) = (listener, admin) else {
+        return Err(DemoError::Proxy("it listens on no TCP address".to_owned()));
+    };
+    let wait = Box::new(move || {
+        app.wait();
+        Ok(())
+    });
+    Ok(Proxy { listener, admin, wait })
+}
+
+fn tcp(address: &Address) -> Option<SocketAddr> {
+    match address {
+        Address::Tcp(address) => Some(*address),
+        Address::Unix(_) => None,
+    }
 }
 
 fn bind(port: u16) -> std::io::Result<TcpListener> {
