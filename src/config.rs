@@ -66,6 +66,7 @@ pub fn check(
     substitute::prepare(&mut root, "", environment, &mut context);
     let found = file::file().read(&mut context, &root, "");
     context.problems.sort_by_key(|problem| (problem.line, problem.column));
+    context.warnings.sort_by_key(|problem| (problem.line, problem.column));
     match found {
         Some(read) if context.problems.is_empty() => Ok(Loaded {
             config: read.value,

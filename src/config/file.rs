@@ -9,8 +9,8 @@ use super::read::{Block, Kind, Located, block};
 use super::routes::{RouteTarget, routes};
 use super::services::services;
 use super::values::{
-    address, boolean, choice, count, duration, integer, name, network, path, port, positive_duration, ratio, size,
-    small, socket_address, text,
+    address, boolean, choice, count, duration, integer, network, path, port, positive_duration, ratio, size, small,
+    socket_address, text,
 };
 use super::{
     Address, Admin, CertificateFiles, Config, Limits, Listener, ListenerTls, Log, LogFormat, LogLevel, SessionIds,
@@ -126,8 +126,12 @@ fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Adm
 
 fn listener() -> Kind<'static, Listener> {
     block("a listener such as {address: 0.0.0.0:8080}", |block| {
-        let name =
-            block.key("name", "What metrics and status call it; its address by default.", name().nullable(), "null");
+        let name = block.key(
+            "name",
+            "What metrics and status call it; its address by default.",
+            listener_name().nullable(),
+            "null",
+        );
         let about = "IP:port ([::]:8080 is dual stack) or unix:/path. HTTP/1.1 and HTTP/2 on one port.";
         let address = block.required("address", about, address());
         let tls = block.optional("tls", "TLS; without it the listener speaks cleartext.", listener_tls());
@@ -151,6 +155,14 @@ fn listener() -> Kind<'static, Listener> {
         let name = name.unwrap_or_else(|| address.to_string());
         block.show("name", serde_json::json!(name));
         Some(Listener { name, address, tls, trusted_proxies, proxy_protocol, keepalive_timeout, limits })
+    })
+}
+
+/// Any text in one line: the default name, an address, may be a path.
+fn listener_name() -> Kind<'static, String> {
+    text().checked(|name| match name.is_empty() || name.len() > 256 || name.contains(char::is_control) {
+        true => Err("a name has 1 to 256 characters in one line".to_owned()),
+        false => Ok(()),
     })
 }
 

@@ -51,7 +51,9 @@ impl<'c> Context<'c> {
 
 pub fn problem(spot: Spot, path: &str, message: impl Into<String>) -> Problem {
     let path = if path.is_empty() { "(file)" } else { path };
-    Problem { line: spot.line, column: spot.column, path: path.to_owned(), message: message.into() }
+    // One line each, whatever text of the file a message repeats.
+    let message = message.into().replace(char::is_control, " ");
+    Problem { line: spot.line, column: spot.column, path: path.to_owned(), message }
 }
 
 /// A value as read, and as the effective configuration shows it.
@@ -103,6 +105,11 @@ impl<'k, T: 'k> Kind<'k, T> {
                     Some(Read { value, shown })
                 }
                 Err(message) => {
+                    let message = if scalar.secret {
+                        format!("expected {expects}; the file holds something else")
+                    } else {
+                        message
+                    };
                     context.problem(node.spot, path, message);
                     None
                 }
@@ -211,7 +218,7 @@ impl<'k, T: 'k> Kind<'k, T> {
         Kind {
             expects,
             empty_is_default: true,
-            schema: Box::new(move || json!({"type": ["array", "null"], "items": schema()})),
+            schema: Box::new(move || json!({"type": "array", "items": schema()})),
             read: Rc::new(move |context, node, path| {
                 let Data::List(items) = &node.data else {
                     context.problem(node.spot, path, format!("expected {message}; found {}", node.describe()));
@@ -303,6 +310,10 @@ impl Description {
             fields.insert("description".to_owned(), json!(about));
             match default {
                 Some(default) => {
+                    // `key:` with nothing after it means the default.
+                    if let Some(form @ ("object" | "array")) = fields.get("type").and_then(Value::as_str) {
+                        fields.insert("type".to_owned(), json!([form, "null"]));
+                    }
                     fields.insert("default".to_owned(), literal(default));
                 }
                 None => self.required.push(name),

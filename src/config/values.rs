@@ -91,6 +91,14 @@ pub fn choice<'k, T: Copy + 'k>(options: &'k [(&'static str, T)]) -> Kind<'k, T>
             };
             match options.iter().find(|(option, _)| *option == word) {
                 Some((word, value)) => Some(Read { value: *value, shown: json!(word) }),
+                None if is_secret_node(node) => {
+                    context.problem(
+                        node.spot,
+                        path,
+                        format!("expected one of {}; the file holds something else", all()),
+                    );
+                    None
+                }
                 None => {
                     let hint =
                         nearest(word, words()).map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
@@ -100,6 +108,10 @@ pub fn choice<'k, T: Copy + 'k>(options: &'k [(&'static str, T)]) -> Kind<'k, T>
             }
         },
     )
+}
+
+fn is_secret_node(node: &Node) -> bool {
+    matches!(&node.data, Data::Scalar(scalar) if scalar.secret)
 }
 
 fn word(node: &Node) -> Option<&str> {
@@ -382,7 +394,7 @@ fn parse_header_name(text: &str) -> Result<HeaderName, String> {
 pub fn headers<'k>() -> Kind<'k, Vec<(HeaderName, HeaderValue)>> {
     Kind::new(
         "a mapping of header names to values",
-        || json!({"type": ["object", "null"], "additionalProperties": {"type": "string"}}),
+        || json!({"type": "object", "additionalProperties": {"type": "string"}}),
         |context, node, path| {
             if node.is_null() {
                 return Some(Read { value: Vec::new(), shown: json!({}) });

@@ -126,8 +126,9 @@ impl Node {
 }
 
 impl Scalar {
+    /// An empty environment variable is an empty text, not nothing.
     pub fn is_null(&self) -> bool {
-        self.plain && matches!(self.text.as_str(), "" | "~" | "null" | "Null" | "NULL")
+        self.plain && !self.substituted && matches!(self.text.as_str(), "" | "~" | "null" | "Null" | "NULL")
     }
 }
 
