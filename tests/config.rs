@@ -526,7 +526,10 @@ fn files_are_looked_at() {
     ];
     let told_service = told(folder.path(), &lines, &in_service(&lines));
     assert!(!told_service.contains("hunter2"), "{told_service}");
-    let lines = ["admin: {token_file: empty}"];
+    let lines = [
+        "admin: {token_file: empty}",
+        "routes: [{service: a, headers: {request: {set: {x-a: \"${file:secret}\\n\"}}}}]",
+    ];
     let told_top = told(folder.path(), &lines, &at_top(&lines));
     insta::assert_snapshot!("files", format!("{told_tls}{told_service}{told_top}"));
 

@@ -104,21 +104,19 @@ fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Adm
         }
     };
     reserve(&admin.address, "`admin.address`".to_owned());
-    if let Some(probes) = admin.probes
-        && let Some(message) = reserve(&Address::Tcp(probes), "`admin.probes`".to_owned())
-    {
-        top.problem("admin", message);
+    if let Some(probes) = admin.probes {
+        reserve(&Address::Tcp(probes), "`admin.probes`".to_owned());
     }
     for listener in listeners {
-        let Located { value, spot, path } = listener;
+        let Located { value, spot, .. } = listener;
         if let Some(message) = reserve(&value.address, format!("the listener in line {}", spot.line)) {
-            top.context().problem(*spot, &format!("{path}.address"), message);
+            listener.problem(top.context(), "address", message);
         } else if let Some(line) = names.get(value.name.as_str()) {
             let message = format!(
                 "the name {} is already that of the listener in line {line}; give each its own `name`",
                 value.name
             );
-            top.context().problem(*spot, &format!("{path}.name"), message);
+            listener.problem(top.context(), "name", message);
         }
         names.entry(&value.name).or_insert(spot.line);
     }
@@ -246,6 +244,16 @@ fn admin() -> Kind<'static, Admin> {
         let token_file = block.optional("token_file", about, path().checked(|path| check_token(path)));
         let about = "A second address with only /healthz /readyz /metrics /busy, without token.";
         let probes = block.optional("probes", about, probes());
+        let probes = probes.flatten();
+        if let (Address::Tcp(address), Some(probes)) = (&address, probes)
+            && *address == probes
+            && address.port() != 0
+        {
+            block.problem(
+                "probes",
+                format!("{probes} is already the `address` of the admin API; probes need their own"),
+            );
+        }
         let open = matches!(&address, Address::Tcp(address) if !address.ip().to_canonical().is_loopback());
         if open && token_file.is_none() && !block.has("token_file") {
             let message = format!(
@@ -254,7 +262,7 @@ fn admin() -> Kind<'static, Admin> {
             );
             block.problem("address", message);
         }
-        Some(Admin { address, token_file, probes: probes.flatten() })
+        Some(Admin { address, token_file, probes })
     })
 }
 

@@ -127,7 +127,11 @@ fn service_index(block: &mut Block, services: &[String], name: &str) -> Option<u
         let message = match nearest(name, known.clone()) {
             Some(near) => format!("there is no service {}; did you mean `{near}`?", quote(name)),
             None if services.is_empty() => format!("there is no service {}; add it to `services`", quote(name)),
-            None => format!("there is no service {}; there is {}", quote(name), known.collect::<Vec<_>>().join(", ")),
+            None => format!(
+                "there is no service {}; the services are {}",
+                quote(name),
+                known.collect::<Vec<_>>().join(", ")
+            ),
         };
         block.problem("service", message);
     }

@@ -29,7 +29,7 @@ pub fn services() -> Kind<'static, Vec<Located<Service>>> {
             if let Some(line) = lines.get(name) {
                 let message =
                     format!("the name {name} is already that of the service in line {line}; names are unique");
-                context.problem(service.spot, &format!("{}.name", service.path), message);
+                service.problem(context, "name", message);
             }
             lines.entry(name).or_insert(service.spot.line);
         }
@@ -125,16 +125,16 @@ struct ReadVersion {
 fn check_versions(block: &mut Block, versions: &[Located<ReadVersion>]) {
     let mut names: HashMap<&str, usize> = HashMap::new();
     let mut identities: HashMap<String, usize> = HashMap::new();
-    for Located { value, spot, path } in versions {
-        let name = value.version.name.as_str();
+    for version in versions {
+        let name = version.value.version.name.as_str();
         if let Some(line) = names.get(name) {
             let message = format!(
                 "the name {name} is already that of the version in line {line}; names are unique within a service"
             );
-            block.context().problem(*spot, &format!("{path}.name"), message);
+            version.problem(block.context(), "name", message);
         }
-        names.entry(name).or_insert(spot.line);
-        for endpoint in &value.endpoints {
+        names.entry(name).or_insert(version.spot.line);
+        for endpoint in &version.value.endpoints {
             let identity = endpoint.value.identity();
             if let Some(line) = identities.get(&identity) {
                 let message = format!(
@@ -469,10 +469,10 @@ fn version() -> Kind<'static, ReadVersion> {
 
         let mut list = Vec::new();
         let mut located = Vec::new();
-        for Located { value, spot, path } in endpoints? {
-            if let Some(endpoint) = value {
-                located.push(Located { value: endpoint.url.clone(), spot, path });
-                list.push(endpoint);
+        for endpoint in endpoints? {
+            if let Some(found) = endpoint.value.clone() {
+                located.push(endpoint.with(|_| found.url.clone()));
+                list.push(found);
             }
         }
         let name = name?;

@@ -8,7 +8,7 @@ use http::{HeaderName, HeaderValue, Method};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use super::read::{Kind, REDACTED, Read, join, nearest};
+use super::read::{Kind, REDACTED, Read, join, literal, nearest};
 use super::yaml::{Data, Node, Scalar, quote};
 use super::{Address, EndpointHost, EndpointUrl, JsonPointer, PathPattern};
 
@@ -24,7 +24,7 @@ pub fn text<'k>() -> Kind<'k, String> {
 
 /// Whatever is there, for blocks whose keys are still open.
 pub fn anything<'k>() -> Kind<'k, ()> {
-    Kind::new("a value", || json!({}), |_, node, _| Some(Read { value: (), shown: json!(node.describe()) }))
+    Kind::new("a value", || json!({}), |_, node, _| Some(Read { value: (), shown: literal(node) }))
 }
 
 pub fn boolean<'k>() -> Kind<'k, bool> {
@@ -424,6 +424,9 @@ pub fn headers<'k>() -> Kind<'k, Vec<(HeaderName, HeaderValue)>> {
                         continue;
                     }
                 };
+                if value.has_failed() {
+                    continue;
+                }
                 let Data::Scalar(scalar) = &value.data else {
                     context.problem(value.spot, &path, format!("expected a text, found {}", value.describe()));
                     continue;
