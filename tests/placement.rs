@@ -217,6 +217,7 @@ fn an_endpoint_that_joins_later_starts_slowly() {
     assert_eq!(world.outstanding(3), 1);
     world.keyless(Kind::Start).expect("a place");
     assert_eq!(world.outstanding(3), 1);
+    world.apply(&slow(1..=3).with(|config| config.attempts = 3));
     world.wait(Duration::from_secs(5));
     for _ in 0..6 {
         world.keyless(Kind::Start).expect("a place");

@@ -146,6 +146,7 @@ enum Standing {
 }
 
 impl Core {
+    /// A service that no configuration has described yet: nothing can be placed.
     pub fn new(name: &str) -> Core {
         Core {
             name: name.into(),
@@ -390,7 +391,6 @@ impl Core {
         let here = self.sessions.endpoint(session);
         let works_here = self.runs.any_at(self.sessions.first_run(session), here);
         let standing = self.standing(here);
-        let matched = false;
         let moved = match self.leaves(standing, works_here, request.run.is_some())? {
             None => None,
             Some(outcome) => match self.place_again(self.endpoints[here].version, &request) {
@@ -402,12 +402,12 @@ impl Core {
         };
         if let Some((there, outcome)) = moved {
             self.move_pin(session, there);
-            return Ok(self.reserve(there, Some(session), matched, outcome, &request));
+            return Ok(self.reserve(there, Some(session), false, outcome, &request));
         }
         if request.run.is_some() && !self.endpoints[here].has_slot() {
             return Err(Unplaced::PinnedFull);
         }
-        Ok(self.reserve(here, Some(session), matched, AffinityOutcome::Hit, &request))
+        Ok(self.reserve(here, Some(session), false, AffinityOutcome::Hit, &request))
     }
 
     /// The table doesn't know the session, but the proxy's cookie says where it lived.
