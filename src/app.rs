@@ -1,1 +1,280 @@
 //! App: builds every part from a config and runs them until the end.
+//!
+//! Nothing here is global: several may live in one process, as they do in tests.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{error, info};
+
+use crate::admin;
+use crate::config::{Address, Loaded, Problems};
+use crate::control::reload::{self, AfterReload, Outlets, ProbesCommand, Reloader};
+use crate::control::shutdown::{self, Ended, Signals};
+use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, watch};
+use crate::logging::AccessLog;
+use crate::metrics::Metrics;
+use crate::net;
+use crate::net::listen::Socket;
+use crate::proxy;
+use crate::snapshot::Running;
+
+/// How long the data plane may take to end after everything was cut.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Workers where the number of cores is not known.
+const WORKERS_DEFAULT: usize = 2;
+
+pub struct Options {
+    /// Read again at every reload.
+    pub config_path: PathBuf,
+    /// What [`crate::config::load`] made of it.
+    pub loaded: Loaded,
+    /// Worker threads of the data plane; `None`: one for each core.
+    pub workers: Option<usize>,
+    /// Obey SIGTERM, SIGINT, SIGHUP and SIGUSR2. They belong to the whole process, so only the binary sets this.
+    pub signals: bool,
+    /// Reload when files change.
+    pub watch: bool,
+    /// Called after each reload that changed something; the binary sets its log level by it.
+    pub after_reload: Option<AfterReload>,
+}
+
+impl Options {
+    /// As tests want it: no signals, no watching, two workers.
+    pub fn new(config_path: PathBuf, loaded: Loaded) -> Options {
+        Options { config_path, loaded, workers: Some(2), signals: false, watch: false, after_reload: None }
+    }
+}
+
+/// Why the proxy did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Certificates that can't be used, listeners that can't be bound.
+    #[error("{}", describe(.0))]
+    Refused(Problems),
+    #[error("admin.address: {0}")]
+    Admin(String),
+    /// The system gave no thread, runtime or signal.
+    #[error("can't start: {0}")]
+    System(#[from] std::io::Error),
+}
+
+fn describe(problems: &Problems) -> String {
+    let lines = problems.list.iter().map(|problem| format!("{}: {}: {}", problems.file, problem.path, problem.message));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The addresses really bound: ports are never 0.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    /// By name, in the order of the configuration.
+    pub listeners: Vec<(String, Address)>,
+    pub admin: Address,
+    pub probes: Option<Address>,
+}
+
+/// A running proxy. Dropping it without [`App::wait`] ends it at once.
+pub struct App {
+    pub bound: Bound,
+    pub running: Arc<Running>,
+    pub drain: DrainHandle,
+    pub reload: ReloadHandle,
+    pub reload_state: Arc<ReloadState>,
+    /// Taken by `wait`.
+    threads: Option<Threads>,
+}
+
+struct Threads {
+    control: JoinHandle<Ended>,
+    data: proxy::Handle,
+}
+
+/// Binds everything, then starts both planes. When this returns, connections are accepted and the admin API answers.
+pub fn build(options: Options) -> Result<App, StartError> {
+    let Options { config_path, loaded, workers, signals, watch, after_reload } = options;
+    if let Err(failure) = net::raise_descriptor_limit() {
+        tracing::warn!("the descriptor limit could not be raised: {failure}");
+    }
+    reload::log_warnings(&loaded);
+    let admin_address = loaded.config.admin.address.clone();
+    let metrics = Metrics::new();
+    let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
+    let (reloader, outlets) =
+        Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload).map_err(StartError::Refused)?;
+    let (admin_address, admin_socket) = reload::bind(&admin_address).map_err(StartError::Admin)?;
+
+    let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
+    let bound = Bound { listeners: listeners(&running), admin: admin_address, probes: probes_address };
+    let drain = DrainHandle::new();
+    let workers = workers.unwrap_or_else(|| thread::available_parallelism().map_or(WORKERS_DEFAULT, usize::from));
+    let data = proxy::start(Arc::clone(&running), workers, accept)?;
+
+    let control = Control {
+        config_path,
+        watch,
+        signals,
+        reloader,
+        checks,
+        admin_socket,
+        probes,
+        context: Arc::new(admin::Context {
+            running: Arc::clone(&running),
+            reload: reload.clone(),
+            reload_state: Arc::clone(&reload_state),
+            drain: drain.clone(),
+        }),
+    };
+    let (ready_sender, ready) = sync_channel(1);
+    let control = thread::Builder::new().name("control".to_owned()).spawn(move || control.run(&ready_sender));
+    let started = control.and_then(|control| match ready.recv() {
+        Ok(Ok(())) => Ok(control),
+        Ok(Err(failure)) => Err(failure),
+        Err(_) => Err(std::io::Error::other("the control thread ended before it began")),
+    });
+    let control = match started {
+        Ok(control) => control,
+        Err(failure) => {
+            running.drain.advance(crate::drain::Phase::Forced);
+            data.join();
+            return Err(failure.into());
+        }
+    };
+    announce(&bound);
+    Ok(App { bound, running, drain, reload, reload_state, threads: Some(Threads { control, data }) })
+}
+
+impl App {
+    /// The address of the listener `name`, as it is bound now.
+    pub fn listener(&self, name: &str) -> Option<Address> {
+        listeners(&self.running).into_iter().find(|(known, _)| known == name).map(|(_, address)| address)
+    }
+
+    /// Blocks until the proxy was drained or forced to end.
+    pub fn wait(mut self) -> Ended {
+        let open = || self.running.open_exchanges.load(std::sync::atomic::Ordering::Acquire);
+        let Some(Threads { control, data }) = self.threads.take() else { return Ended { cut: open(), forced: true } };
+        let ended = control.join().unwrap_or_else(|_| {
+            error!("the control plane broke down; ending");
+            Ended { cut: open(), forced: true }
+        });
+        self.running.drain.advance(crate::drain::Phase::Forced);
+        join_in_time(data);
+        ended
+    }
+}
+
+impl Drop for App {
+    fn drop(&mut self) {
+        if self.threads.is_some() {
+            self.drain.force();
+        }
+    }
+}
+
+/// A worker that hangs must not keep the process alive.
+fn join_in_time(data: proxy::Handle) {
+    let (sender, done) = sync_channel(1);
+    let joiner = thread::Builder::new().name("join".to_owned()).spawn(move || {
+        data.join();
+        // Nobody waits any more after the time-out.
+        let _ = sender.send(());
+    });
+    if joiner.is_ok() && done.recv_timeout(JOIN_TIMEOUT).is_err() {
+        error!("the data plane did not end within {JOIN_TIMEOUT:?}: left behind");
+    }
+}
+
+fn listeners(running: &Running) -> Vec<(String, Address)> {
+    let snapshot = running.snapshot.load();
+    let address =
+        |listener: &Arc<crate::snapshot::Listener>| (listener.config.name.clone(), listener.local_address.clone());
+    snapshot.listeners.iter().map(address).collect()
+}
+
+fn announce(bound: &Bound) {
+    for (name, address) in &bound.listeners {
+        info!(name, "listening on {}", reload::display(address));
+    }
+    info!("admin listening on {}", reload::display(&bound.admin));
+    if let Some(probes) = &bound.probes {
+        info!("probes listening on {}", reload::display(probes));
+    }
+}
+
+/// Everything that runs on the control thread.
+struct Control {
+    config_path: PathBuf,
+    watch: bool,
+    signals: bool,
+    reloader: Reloader,
+    checks: tokio::sync::watch::Receiver<Vec<Arc<health::Check>>>,
+    admin_socket: Socket,
+    probes: mpsc::Receiver<ProbesCommand>,
+    context: Arc<admin::Context>,
+}
+
+impl Control {
+    /// Until the end of the drain. Says over `ready` whether it could begin.
+    fn run(self, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
+        // Whoever waits for `ready` is in `build` and can't have gone.
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(failure) => {
+                let _ = ready.send(Err(failure));
+                return NEVER_BEGAN;
+            }
+        };
+        let ended = runtime.block_on(async {
+            let signals = match self.signals.then(Signals::listen).transpose() {
+                Ok(signals) => signals,
+                Err(failure) => {
+                    let _ = ready.send(Err(failure));
+                    return NEVER_BEGAN;
+                }
+            };
+            let _ = ready.send(Ok(()));
+            self.serve(signals).await
+        });
+        // What is left may be stuck in reading a file.
+        runtime.shutdown_timeout(Duration::from_millis(100));
+        ended
+    }
+
+    async fn serve(self, signals: Option<Signals>) -> Ended {
+        let Control { config_path, watch, signals: _, reloader, checks, admin_socket, probes, context } = self;
+        let (running, reload, state, drain) =
+            (&context.running, &context.reload, &context.reload_state, &context.drain);
+        // They end with the runtime.
+        tokio::spawn(reloader.run());
+        tokio::spawn(health::run(checks));
+        tokio::spawn(clock::run(Arc::clone(running), Arc::clone(state)));
+        if watch {
+            tokio::spawn(watch::run(config_path, reload.clone(), Arc::clone(state)));
+        }
+        if let Some(signals) = signals {
+            tokio::spawn(signals.run(drain.clone(), reload.clone()));
+        }
+        tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full));
+        tokio::spawn(serve_probes(Arc::clone(&context), probes));
+        shutdown::run(Arc::clone(running), drain.clone(), reload.clone()).await
+    }
+}
+
+const NEVER_BEGAN: Ended = Ended { cut: 0, forced: true };
+
+/// Serves the probes where the newest configuration wants them.
+async fn serve_probes(context: Arc<admin::Context>, mut commands: mpsc::Receiver<ProbesCommand>) {
+    let mut server = None;
+    while let Some(command) = commands.recv().await {
+        drop(server.take());
+        if let ProbesCommand::Serve(socket) = command {
+            let task = tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes));
+            server = Some(AbortOnDropHandle::new(task));
+        }
+    }
+}

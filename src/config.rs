@@ -3,12 +3,80 @@
 //! A [`Config`] exists only if [`check`] found no problem, so readers never validate again.
 //! Durations are [`Duration`], sizes are bytes, ratios are fractions between 0 and 1.
 
+mod certificates;
+mod file;
+mod not_yet;
+mod pattern;
+mod read;
+mod routes;
+mod schema;
+mod services;
+mod substitute;
+mod values;
+mod yaml;
+
+use std::fmt;
+use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use ipnet::IpNet;
+use sha2::{Digest, Sha256};
+
+pub use schema::schema;
+
+/// A configuration is written by people; a larger file is surely not meant.
+const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Reads and checks the file at `path`, with the environment of this process.
+pub fn load(path: &Path) -> Result<Loaded, Problems> {
+    let file_name = path.display().to_string();
+    let fail = |what: String| {
+        let message = format!("cannot read {file_name}: {what}");
+        Err(Problems { file: file_name.clone(), list: vec![read::problem(yaml::Spot::START, "", message)] })
+    };
+    let mut bytes = Vec::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
+    match read {
+        Err(error) => return fail(error.to_string()),
+        Ok(length) if length as u64 > FILE_BYTES_MAX => return fail("it is larger than 16MiB".to_owned()),
+        Ok(_) => {}
+    }
+    let Ok(text) = String::from_utf8(bytes) else { return fail("it is not UTF-8".to_owned()) };
+    let base = path.parent().unwrap_or(Path::new(""));
+    check(&text, &file_name, base, &|name| std::env::var(name).ok())
+}
+
+/// Checks the text of a configuration file. Relative paths are relative to `base`; `environment` gives the value of `${VAR}`.
+/// The files that it names (certificates, secrets) are read.
+pub fn check(
+    text: &str,
+    file_name: &str,
+    base: &Path,
+    environment: &dyn Fn(&str) -> Option<String>,
+) -> Result<Loaded, Problems> {
+    let file = file_name.to_owned();
+    let mut root = match yaml::parse(text) {
+        Ok(root) => root,
+        Err(error) => return Err(Problems { file, list: vec![read::problem(error.spot, "", error.message)] }),
+    };
+    let mut context = read::Context::new(base);
+    substitute::prepare(&mut root, "", environment, &mut context);
+    let found = file::file().read(&mut context, &root, "");
+    context.problems.sort_by_key(|problem| (problem.line, problem.column));
+    match found {
+        Some(read) if context.problems.is_empty() => Ok(Loaded {
+            config: read.value,
+            warnings: context.warnings,
+            sha256: Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect(),
+            effective: read.shown,
+            files: context.files,
+        }),
+        _ => Err(Problems { file, list: context.problems }),
+    }
+}
 
 /// The whole configuration, valid and complete (every default filled in).
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +89,14 @@ pub struct Config {
     /// First match wins. Never empty: a file without routes gets one that matches everything.
     pub routes: Vec<Route>,
     pub services: Vec<Service>,
+}
+
+impl Config {
+    /// Whether taking `other` instead would change nothing: the same values, those read from files included.
+    /// (Certificates are not among these: whoever holds them reads them again when their files change.)
+    pub fn same_meaning(&self, other: &Config) -> bool {
+        self == other
+    }
 }
 
 /// Where a socket listens or connects.
@@ -140,12 +216,32 @@ pub struct RouteMatch {
 pub enum RouteAction {
     /// Index into [`Config::services`].
     Service(usize),
-    Redirect { scheme: Option<String>, host: Option<String>, path: Option<String>, status: StatusCode },
-    Respond { status: StatusCode, body: String },
+    Redirect {
+        scheme: Option<String>,
+        host: Option<String>,
+        path: Option<String>,
+        status: StatusCode,
+    },
+    Respond {
+        status: StatusCode,
+        body: String,
+    },
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp(address) => address.fmt(formatter),
+            Address::Unix(path) => write!(formatter, "unix:{}", path.display()),
+        }
+    }
 }
 
 /// A path pattern: `*` is one segment, a final `/**` is the path itself and everything below it,
-/// `{session}` (only in session keys) captures one segment.
+/// `{session}` (only in session keys) captures one segment. Read with [`str::parse`], compared with [`PathPattern::matches`].
+///
+/// Segments are what stands between slashes after the first one: `/a/` has two, of which the last is empty, `/` has one,
+/// the empty one, and `/**` none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathPattern {
     pub segments: Vec<Segment>,
@@ -426,3 +522,24 @@ pub struct Problems {
     pub file: String,
     pub list: Vec<Problem>,
 }
+
+impl fmt::Display for Problem {
+    /// `LINE:COL: PATH: message`, without the file's name.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Problem { line, column, path, message } = self;
+        write!(formatter, "{line}:{column}: {path}: {message}")
+    }
+}
+
+impl fmt::Display for Problems {
+    /// One line for each, as compilers write them: `FILE:LINE:COL: PATH: message`.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.list.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "\n" };
+            write!(formatter, "{separator}{}:{problem}", self.file)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Problems {}

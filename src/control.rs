@@ -1,1 +1,10 @@
 //! Control: reload, health checks and deadlines, on a runtime of their own.
+
+pub mod clock;
+pub mod health;
+pub mod reload;
+pub mod shutdown;
+pub mod watch;
+
+pub use reload::{ReloadHandle, ReloadState, ReloadStatus};
+pub use shutdown::DrainHandle;

@@ -1,1 +1,787 @@
-//! JSON: a streaming extractor of a few pointers from a body that goes on unchanged.
+//! JSON: a streaming extractor of a few pointers from a body that goes on unchanged (RFC 8259, RFC 6901).
+
+use crate::config::JsonPointer;
+
+/// Nesting deeper than this is refused.
+const DEPTH_MAX: usize = 64;
+
+/// A value longer than this, unescaped, counts as absent.
+const VALUE_BYTES_MAX: usize = 1024;
+
+/// Reads a document in pieces and keeps the scalars at the wanted pointers.
+///
+/// Strings are kept unescaped; numbers, `true` and `false` as their text. Null, objects, arrays, strings over
+/// 1024 bytes and strings that are not Unicode (a lone surrogate escape) are absent. Of a name that comes twice in an
+/// object only the first counts.
+#[derive(Debug)]
+pub struct Extractor {
+    wanted: Vec<Wanted>,
+    /// How many of `wanted` are still open.
+    open: usize,
+    /// Longer keys are none of the wanted ones.
+    key_bytes_max: usize,
+    stack: Vec<Container>,
+    state: State,
+    /// Which of `wanted` the value that comes next, or is being read, is meant for.
+    targets: Vec<usize>,
+    /// The key or value being read; its length is bounded.
+    text: Vec<u8>,
+    /// Whether the text being read is of use: still short enough, and wanted.
+    keep: bool,
+    utf8: Utf8,
+    progress: Progress,
+}
+
+/// Where the extractor stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It may learn more from more bytes.
+    More,
+    /// Everything wanted is found, or can't come any more. What follows is not looked at.
+    Done,
+    /// Not JSON, not UTF-8 or nested too deeply: there are no values.
+    Failed,
+}
+
+#[derive(Debug)]
+struct Wanted {
+    tokens: Vec<Token>,
+    /// How many tokens the way to the innermost open container has matched.
+    matched: usize,
+    /// Found, or can't be found any more.
+    settled: bool,
+    value: Option<String>,
+}
+
+#[derive(Debug)]
+struct Token {
+    name: String,
+    /// As an array index: digits without a leading zero.
+    index: Option<u64>,
+}
+
+#[derive(Debug)]
+enum Container {
+    Object,
+    /// With the index of the element that is being read or comes next.
+    Array(u64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// A value must come.
+    Value,
+    /// After `[`: a value or the end.
+    FirstElement,
+    /// After `{`: a key or the end.
+    FirstKey,
+    /// After a comma in an object.
+    Key,
+    Colon,
+    /// After a value in a container.
+    AfterValue,
+    String {
+        is_key: bool,
+    },
+    Escape {
+        is_key: bool,
+    },
+    /// In `\uXXXX`: so many digits came. `high` is the high surrogate that came just before, or 0.
+    Unicode {
+        is_key: bool,
+        digits: u8,
+        value: u16,
+        high: u16,
+    },
+    /// After a high surrogate: `\` must follow, or it was a lone one.
+    LowSurrogate {
+        is_key: bool,
+        high: u16,
+    },
+    /// And then `u`.
+    LowSurrogateEscape {
+        is_key: bool,
+        high: u16,
+    },
+    Number(Number),
+    /// In `true`, `false` or `null`: so many bytes came.
+    Literal {
+        word: &'static str,
+        count: usize,
+    },
+    /// The document is over.
+    End,
+}
+
+/// Where in a number (RFC 8259 section 6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Number {
+    Minus,
+    Zero,
+    Integer,
+    Point,
+    Fraction,
+    Exponent,
+    ExponentSign,
+    ExponentDigits,
+}
+
+/// It is not JSON.
+struct Invalid;
+
+impl Extractor {
+    /// For values at `pointers`; [`Extractor::value`] numbers them in this order.
+    pub fn new(pointers: &[JsonPointer]) -> Extractor {
+        let wanted: Vec<Wanted> = pointers
+            .iter()
+            .map(|pointer| Wanted {
+                tokens: pointer.0.iter().map(|name| Token { name: name.clone(), index: array_index(name) }).collect(),
+                matched: 0,
+                settled: false,
+                value: None,
+            })
+            .collect();
+        Extractor {
+            open: wanted.len(),
+            key_bytes_max: pointers.iter().flat_map(|pointer| &pointer.0).map(String::len).max().unwrap_or(0),
+            // The pointers to the whole document.
+            targets: (0..wanted.len()).filter(|&index| wanted[index].tokens.is_empty()).collect(),
+            progress: if wanted.is_empty() { Progress::Done } else { Progress::More },
+            wanted,
+            stack: Vec::new(),
+            state: State::Value,
+            text: Vec::new(),
+            keep: false,
+            utf8: Utf8::default(),
+        }
+    }
+
+    /// Reads on. After [`Progress::Done`] or [`Progress::Failed`] nothing is looked at any more.
+    pub fn feed(&mut self, bytes: &[u8]) -> Progress {
+        let mut rest = bytes;
+        while self.progress == Progress::More && !rest.is_empty() {
+            match self.step(rest) {
+                Ok(length) => rest = &rest[length..],
+                Err(Invalid) => self.progress = Progress::Failed,
+            }
+            if self.open == 0 && self.progress == Progress::More {
+                self.progress = Progress::Done;
+            }
+        }
+        self.progress
+    }
+
+    /// The document has ended: a number that is all of it is complete now, anything else that is open has failed.
+    pub fn finish(&mut self) -> Progress {
+        if self.progress == Progress::More {
+            let is_whole_number =
+                matches!(self.state, State::Number(number) if number.may_end()) && self.stack.is_empty();
+            if is_whole_number {
+                self.end_scalar();
+            }
+            self.progress = if self.state == State::End { Progress::Done } else { Progress::Failed };
+        }
+        self.progress
+    }
+
+    /// The value at the pointer of this number, once it is read.
+    pub fn value(&self, index: usize) -> Option<&str> {
+        if self.progress == Progress::Failed {
+            return None;
+        }
+        self.wanted.get(index)?.value.as_deref()
+    }
+
+    /// Reads some of `input`, which is not empty, and returns how much.
+    fn step(&mut self, input: &[u8]) -> Result<usize, Invalid> {
+        let byte = input[0];
+        match self.state {
+            State::String { is_key } => return self.string(input, is_key),
+            State::Number(number) => {
+                match number.next(byte) {
+                    Some(next) => {
+                        self.add(&[byte]);
+                        self.state = State::Number(next);
+                        return Ok(1);
+                    }
+                    None if number.may_end() => self.end_scalar(),
+                    None => return Err(Invalid),
+                }
+                // The byte after a number is read again, as what it is.
+                return Ok(0);
+            }
+            State::Literal { word, count } => {
+                if word.as_bytes().get(count) != Some(&byte) {
+                    return Err(Invalid);
+                }
+                if count + 1 == word.len() {
+                    self.keep &= word != "null";
+                    self.add(word.as_bytes());
+                    self.end_scalar();
+                } else {
+                    self.state = State::Literal { word, count: count + 1 };
+                }
+                return Ok(1);
+            }
+            State::Escape { is_key } => {
+                self.escape(byte, is_key)?;
+                return Ok(1);
+            }
+            State::Unicode { is_key, digits, value, high } => {
+                self.unicode(byte, is_key, digits, value, high)?;
+                return Ok(1);
+            }
+            State::LowSurrogate { is_key, high } => {
+                if byte == b'\\' {
+                    self.state = State::LowSurrogateEscape { is_key, high };
+                    return Ok(1);
+                }
+                self.keep = false;
+                self.state = State::String { is_key };
+                return Ok(0);
+            }
+            State::LowSurrogateEscape { is_key, high } => {
+                if byte == b'u' {
+                    self.state = State::Unicode { is_key, digits: 0, value: 0, high };
+                    return Ok(1);
+                }
+                self.keep = false;
+                self.state = State::Escape { is_key };
+                return Ok(0);
+            }
+            _ => {}
+        }
+        let spaces = input.iter().take_while(|byte| matches!(byte, b' ' | b'\t' | b'\n' | b'\r')).count();
+        if spaces > 0 {
+            return Ok(spaces);
+        }
+        match (self.state, byte) {
+            (State::FirstElement, b']') => self.close(),
+            (State::FirstKey, b'}') => self.close(),
+            (State::Value | State::FirstElement, _) => self.begin_value(byte)?,
+            (State::FirstKey | State::Key, b'"') => {
+                self.text.clear();
+                self.keep = self.is_way(self.stack.len());
+                self.state = State::String { is_key: true };
+            }
+            (State::Colon, b':') => self.state = State::Value,
+            (State::AfterValue, b',') => match self.stack.last_mut() {
+                Some(Container::Array(index)) => {
+                    *index += 1;
+                    self.state = State::Value;
+                    self.aim_at_element();
+                }
+                _ => self.state = State::Key,
+            },
+            (State::AfterValue, b']') if matches!(self.stack.last(), Some(Container::Array(_))) => self.close(),
+            (State::AfterValue, b'}') if matches!(self.stack.last(), Some(Container::Object)) => self.close(),
+            _ => return Err(Invalid),
+        }
+        Ok(1)
+    }
+
+    fn begin_value(&mut self, byte: u8) -> Result<(), Invalid> {
+        self.text.clear();
+        self.keep = self.targets.iter().any(|&index| self.is_target(index));
+        match byte {
+            b'{' => return self.open(Container::Object),
+            b'[' => return self.open(Container::Array(0)),
+            b'"' => self.state = State::String { is_key: false },
+            b't' => self.state = State::Literal { word: "true", count: 1 },
+            b'f' => self.state = State::Literal { word: "false", count: 1 },
+            b'n' => self.state = State::Literal { word: "null", count: 1 },
+            b'-' | b'0'..=b'9' => {
+                self.add(&[byte]);
+                self.state = State::Number(match byte {
+                    b'-' => Number::Minus,
+                    b'0' => Number::Zero,
+                    _ => Number::Integer,
+                });
+            }
+            _ => return Err(Invalid),
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, container: Container) -> Result<(), Invalid> {
+        if self.stack.len() == DEPTH_MAX {
+            return Err(Invalid);
+        }
+        for index in std::mem::take(&mut self.targets) {
+            if self.is_target(index) {
+                self.settle(index, None);
+            } else {
+                // Its first token matched on the way here: this container is the only one that it can go on in.
+                self.wanted[index].matched += 1;
+            }
+        }
+        self.state = match container {
+            Container::Object => State::FirstKey,
+            Container::Array(_) => State::FirstElement,
+        };
+        self.stack.push(container);
+        if self.state == State::FirstElement {
+            self.aim_at_element();
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        // What was looked for here did not come. A second container of the same name does not count.
+        for index in 0..self.wanted.len() {
+            if !self.wanted[index].settled && self.is_on_way(index, self.stack.len()) {
+                self.settle(index, None);
+            }
+        }
+        self.stack.pop();
+        self.targets.clear();
+        self.after_value();
+    }
+
+    /// Ends a string, number or literal that is a value.
+    fn end_scalar(&mut self) {
+        for index in std::mem::take(&mut self.targets) {
+            let value = (self.keep && self.is_target(index))
+                .then(|| std::str::from_utf8(&self.text).ok().map(str::to_owned))
+                .flatten();
+            self.settle(index, value);
+        }
+        self.after_value();
+    }
+
+    fn after_value(&mut self) {
+        self.state = if self.stack.is_empty() { State::End } else { State::AfterValue };
+    }
+
+    fn end_key(&mut self) {
+        self.targets.clear();
+        if self.keep {
+            let depth = self.stack.len();
+            for index in 0..self.wanted.len() {
+                if self.is_open_way(index, depth) && self.wanted[index].tokens[depth - 1].name.as_bytes() == self.text {
+                    self.targets.push(index);
+                }
+            }
+        }
+        self.state = State::Colon;
+    }
+
+    /// Sets the targets for the element that comes in the innermost array.
+    fn aim_at_element(&mut self) {
+        self.targets.clear();
+        let Some(&Container::Array(position)) = self.stack.last() else { return };
+        let depth = self.stack.len();
+        for index in 0..self.wanted.len() {
+            if self.is_open_way(index, depth) && self.wanted[index].tokens[depth - 1].index == Some(position) {
+                self.targets.push(index);
+            }
+        }
+    }
+
+    /// Whether any pointer may have its next token in the innermost container, which is `depth` deep.
+    fn is_way(&self, depth: usize) -> bool {
+        (0..self.wanted.len()).any(|index| self.is_open_way(index, depth))
+    }
+
+    fn is_open_way(&self, index: usize, depth: usize) -> bool {
+        !self.wanted[index].settled && self.is_on_way(index, depth)
+    }
+
+    /// The way to the container at `depth` has `depth - 1` tokens.
+    fn is_on_way(&self, index: usize, depth: usize) -> bool {
+        self.wanted[index].matched + 1 == depth && self.wanted[index].tokens.len() >= depth
+    }
+
+    /// Whether the value that comes is the pointer's own, not one on the way to it.
+    fn is_target(&self, index: usize) -> bool {
+        self.wanted[index].tokens.len() == self.stack.len()
+    }
+
+    fn settle(&mut self, index: usize, value: Option<String>) {
+        self.wanted[index].value = value;
+        self.wanted[index].settled = true;
+        self.open -= 1;
+    }
+
+    /// Adds to the text being read, as long as it is of use.
+    fn add(&mut self, bytes: &[u8]) {
+        if !self.keep {
+            return;
+        }
+        let bound = if matches!(
+            self.state,
+            State::String { is_key: true } | State::Escape { is_key: true } | State::Unicode { is_key: true, .. }
+        ) {
+            self.key_bytes_max
+        } else {
+            VALUE_BYTES_MAX
+        };
+        if self.text.len() + bytes.len() > bound {
+            self.keep = false;
+        } else {
+            self.text.extend_from_slice(bytes);
+        }
+    }
+
+    fn string(&mut self, input: &[u8], is_key: bool) -> Result<usize, Invalid> {
+        let end = memchr::memchr2(b'"', b'\\', input);
+        let content = &input[..end.unwrap_or(input.len())];
+        if content.iter().fold(false, |bad, &byte| bad | (byte < 0x20)) {
+            return Err(Invalid);
+        }
+        self.utf8.check(content)?;
+        self.add(content);
+        let Some(end) = end else { return Ok(input.len()) };
+        self.utf8.end()?;
+        if input[end] == b'\\' {
+            self.state = State::Escape { is_key };
+        } else if is_key {
+            self.end_key();
+        } else {
+            self.end_scalar();
+        }
+        Ok(end + 1)
+    }
+
+    fn escape(&mut self, byte: u8, is_key: bool) -> Result<(), Invalid> {
+        let plain = match byte {
+            b'"' | b'\\' | b'/' => byte,
+            b'b' => 8,
+            b'f' => 12,
+            b'n' => b'\n',
+            b'r' => b'\r',
+            b't' => b'\t',
+            b'u' => {
+                self.state = State::Unicode { is_key, digits: 0, value: 0, high: 0 };
+                return Ok(());
+            }
+            _ => return Err(Invalid),
+        };
+        self.add(&[plain]);
+        self.state = State::String { is_key };
+        Ok(())
+    }
+
+    fn unicode(&mut self, byte: u8, is_key: bool, digits: u8, value: u16, high: u16) -> Result<(), Invalid> {
+        let digit = char::from(byte).to_digit(16).ok_or(Invalid)?;
+        let value = value << 4 | digit as u16;
+        if digits < 3 {
+            self.state = State::Unicode { is_key, digits: digits + 1, value, high };
+            return Ok(());
+        }
+        match value {
+            0xd800..0xdc00 => {
+                // Two high ones: the first is a lone one.
+                self.keep &= high == 0;
+                self.state = State::LowSurrogate { is_key, high: value };
+                return Ok(());
+            }
+            0xdc00..0xe000 if high != 0 => {
+                let code = 0x10000 + (u32::from(high - 0xd800) << 10) + u32::from(value - 0xdc00);
+                self.add_char(char::from_u32(code));
+            }
+            _ => {
+                self.keep &= high == 0;
+                self.add_char(char::from_u32(u32::from(value)));
+            }
+        }
+        self.state = State::String { is_key };
+        Ok(())
+    }
+
+    /// `None`: a lone surrogate, which makes the text none.
+    fn add_char(&mut self, character: Option<char>) {
+        match character {
+            Some(character) => self.add(character.encode_utf8(&mut [0; 4]).as_bytes()),
+            None => self.keep = false,
+        }
+    }
+}
+
+impl Number {
+    /// The state after `byte`; `None` where it does not belong to the number.
+    fn next(self, byte: u8) -> Option<Number> {
+        match (self, byte) {
+            (Number::Minus, b'0') => Some(Number::Zero),
+            (Number::Minus, b'1'..=b'9') | (Number::Integer, b'0'..=b'9') => Some(Number::Integer),
+            (Number::Zero | Number::Integer, b'.') => Some(Number::Point),
+            (Number::Point | Number::Fraction, b'0'..=b'9') => Some(Number::Fraction),
+            (Number::Zero | Number::Integer | Number::Fraction, b'e' | b'E') => Some(Number::Exponent),
+            (Number::Exponent, b'+' | b'-') => Some(Number::ExponentSign),
+            (Number::Exponent | Number::ExponentSign | Number::ExponentDigits, b'0'..=b'9') => {
+                Some(Number::ExponentDigits)
+            }
+            _ => None,
+        }
+    }
+
+    fn may_end(self) -> bool {
+        matches!(self, Number::Zero | Number::Integer | Number::Fraction | Number::ExponentDigits)
+    }
+}
+
+/// Checks UTF-8 that may be cut inside a character.
+#[derive(Debug, Default)]
+struct Utf8 {
+    /// The start of a character that is not complete.
+    partial: [u8; 4],
+    length: usize,
+}
+
+impl Utf8 {
+    fn check(&mut self, bytes: &[u8]) -> Result<(), Invalid> {
+        let mut rest = bytes;
+        while self.length > 0 {
+            let Some((&byte, after)) = rest.split_first() else { return Ok(()) };
+            rest = after;
+            self.partial[self.length] = byte;
+            self.length += 1;
+            match std::str::from_utf8(&self.partial[..self.length]) {
+                Ok(_) => self.length = 0,
+                // At most three bytes can still be the start of a character, so `partial` does not overflow.
+                Err(error) if error.error_len().is_none() => {}
+                Err(_) => return Err(Invalid),
+            }
+        }
+        if let Err(error) = std::str::from_utf8(rest) {
+            if error.error_len().is_some() {
+                return Err(Invalid);
+            }
+            let tail = &rest[error.valid_up_to()..];
+            self.partial[..tail.len()].copy_from_slice(tail);
+            self.length = tail.len();
+        }
+        Ok(())
+    }
+
+    /// No character may be open here.
+    fn end(&self) -> Result<(), Invalid> {
+        if self.length == 0 { Ok(()) } else { Err(Invalid) }
+    }
+}
+
+/// RFC 6901 section 4: digits without a leading zero.
+fn array_index(token: &str) -> Option<u64> {
+    let is_canonical = token == "0" || (!token.starts_with('0') && token.bytes().all(|byte| byte.is_ascii_digit()));
+    if is_canonical { token.parse().ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::{Extractor, Progress};
+    use crate::config::JsonPointer;
+
+    fn pointer(text: &str) -> JsonPointer {
+        JsonPointer(text.split('/').skip(1).map(|token| token.replace("~1", "/").replace("~0", "~")).collect())
+    }
+
+    fn extract(document: &[u8], pointers: &[&str], cuts: &[usize]) -> (Progress, Vec<Option<String>>) {
+        let pointers: Vec<JsonPointer> = pointers.iter().map(|text| pointer(text)).collect();
+        let mut extractor = Extractor::new(&pointers);
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (document.len() + 1)).collect();
+        cuts.push(document.len());
+        cuts.sort_unstable();
+        let mut start = 0;
+        for cut in cuts {
+            extractor.feed(&document[start..cut]);
+            start = cut;
+        }
+        let progress = extractor.finish();
+        (progress, (0..pointers.len()).map(|index| extractor.value(index).map(str::to_owned)).collect())
+    }
+
+    fn one(document: &str, text: &str) -> Option<String> {
+        let (progress, values) = extract(document.as_bytes(), &[text], &[]);
+        assert_eq!(progress, Progress::Done, "{document}");
+        let every_byte: Vec<usize> = (0..document.len()).collect();
+        assert_eq!(extract(document.as_bytes(), &[text], &every_byte), (progress, values.clone()), "{document}");
+        values.into_iter().next().flatten()
+    }
+
+    #[test]
+    fn finds_scalars() {
+        for (document, text, value) in [
+            (r#"{"a":"x"}"#, "/a", Some("x")),
+            (r#" { "b" : [ 1 , { } ] , "a" : "x" } "#, "/a", Some("x")),
+            (r#"{"a":{"b":{"c":"x"}}}"#, "/a/b/c", Some("x")),
+            (r#"{"a":[10,[20,{"b":-3.5e+7}]]}"#, "/a/1/1/b", Some("-3.5e+7")),
+            (r#"[0,1]"#, "/1", Some("1")),
+            (r#"[0,1]"#, "/01", None),
+            (r#"[0,1]"#, "/-", None),
+            (r#"[0,1]"#, "/2", None),
+            (r#"{"0":"x"}"#, "/0", Some("x")),
+            (r#"{"a":true,"b":false,"c":null}"#, "/a", Some("true")),
+            (r#"{"a":true,"b":false,"c":null}"#, "/b", Some("false")),
+            (r#"{"a":true,"b":false,"c":null}"#, "/c", None),
+            (r#"{"a":{}}"#, "/a", None),
+            (r#"{"a":[]}"#, "/a", None),
+            (r#"{"a":"x"}"#, "/a/b", None),
+            (r#"{"a":""}"#, "/a", Some("")),
+            (r#"{"":"x"}"#, "/", Some("x")),
+            (r#"{"a/b":{"~c":"x"}}"#, "/a~1b/~0c", Some("x")),
+            (r#"{"\u0061":"x"}"#, "/a", Some("x")),
+            (r#"{"a":"\"\\\/\b\f\n\r\t\u00e4\ud83d\ude00ü"}"#, "/a", Some("\"\\/\u{8}\u{c}\n\r\tä😀ü")),
+            (r#"{"x":{"a":1},"a":2}"#, "/a", Some("2")),
+            (r#"{"x":{"b":1},"a":{"b":2}}"#, "/a/b", Some("2")),
+            (r#"{"aa":1,"a":2}"#, "/a", Some("2")),
+            (r#""x""#, "", Some("x")),
+            ("12", "", Some("12")),
+            ("-0.5 ", "", Some("-0.5")),
+            ("{}", "", None),
+            ("[]", "/0", None),
+        ] {
+            assert_eq!(one(document, text).as_deref(), value, "{document} at {text}");
+        }
+    }
+
+    #[test]
+    fn the_first_of_a_doubled_name_counts() {
+        assert_eq!(one(r#"{"a":"x","a":"y"}"#, "/a").as_deref(), Some("x"));
+        assert_eq!(one(r#"{"a":null,"a":"y"}"#, "/a"), None);
+        assert_eq!(one(r#"{"a":{},"a":{"b":"y"}}"#, "/a/b"), None);
+        assert_eq!(one(r#"{"a":1,"a":{"b":"y"}}"#, "/a/b"), None);
+    }
+
+    #[test]
+    fn stops_once_all_is_found() {
+        let mut extractor = Extractor::new(&[pointer("/b"), pointer("/a/b"), pointer("/a/b")]);
+        assert_eq!(extractor.feed(br#"{"a":{"b":"x"},"#), Progress::More);
+        assert_eq!((extractor.value(0), extractor.value(1), extractor.value(2)), (None, Some("x"), Some("x")));
+        assert_eq!(extractor.feed(br#""b":1"#), Progress::More, "the number may go on");
+        assert_eq!(extractor.feed(b"2}garbage"), Progress::Done);
+        assert_eq!((extractor.value(0), extractor.value(3)), (Some("12"), None));
+        assert_eq!(Extractor::new(&[]).feed(b"x"), Progress::Done);
+    }
+
+    #[test]
+    fn what_is_not_json_fails() {
+        for document in [
+            &b""[..],
+            b"{",
+            b"[",
+            b"}",
+            b"{]",
+            b"[}",
+            b"{\"a\"}",
+            b"{\"a\":}",
+            b"{\"a\":1,}",
+            b"[1,]",
+            b"[,1]",
+            b"{a:1}",
+            b"{'a':1}",
+            b"[1 2]",
+            b"nul",
+            b"nulL",
+            b"truefalse ",
+            b"01",
+            b"-",
+            b"1.",
+            b".5",
+            b"1e",
+            b"+1",
+            b"--1",
+            b"1.e5",
+            b"0x1",
+            b"\"",
+            b"\"\\x\"",
+            b"\"\\u12g4\"",
+            b"\"\n\"",
+            b"\"\0\"",
+            b"\"\xff\"",
+            b"\"\xc3\"",
+            b"\"\xc3\\n\"",
+            b"\"\xed\xa0\x80\"",
+            b"\"\xc0\x80\"",
+            b"\"\xf4\x90\x80\x80\"",
+            b"\xef\xbb\xbf{}",
+            b"{\"a\":1 \"b\":2}",
+            b"{\"\xff\":1}",
+            b"NaN",
+            b"[1}",
+        ] {
+            let every_byte: Vec<usize> = (0..document.len()).collect();
+            for cuts in [vec![], every_byte] {
+                let result = extract(document, &["/zz", ""], &cuts);
+                // The whole document is absent as soon as it turns out to be a container.
+                assert_eq!(result, (Progress::Failed, vec![None, None]), "{}", String::from_utf8_lossy(document));
+            }
+        }
+        let (progress, values) = extract(br#"{"a":"x",}"#, &["/a", "/b"], &[]);
+        assert_eq!((progress, values), (Progress::Failed, vec![None, None]), "nothing is known of a broken document");
+    }
+
+    #[test]
+    fn lone_surrogates_make_a_value_absent_and_nothing_else() {
+        for text in [r"\ud800", r"\udc00", r"\ud800x", r"\ud800\n", r"\ud800\ud800\udc00", r"\ud800\u0041"] {
+            assert_eq!(one(&format!(r#"{{"a":"{text}","b":1}}"#), "/a"), None, "{text}");
+            assert_eq!(one(&format!(r#"{{"a":"{text}","b":1}}"#), "/b").as_deref(), Some("1"), "{text}");
+        }
+    }
+
+    #[test]
+    fn bounds() {
+        let nested = |depth: usize| format!("{}1{}", "[".repeat(depth), "]".repeat(depth));
+        assert_eq!(one(&nested(64), &"/0".repeat(64)).as_deref(), Some("1"));
+        assert_eq!(extract(nested(65).as_bytes(), &["/1"], &[]).0, Progress::Failed);
+        let long = |length: usize| format!(r#"{{"a":"{}","b":1}}"#, "x".repeat(length));
+        assert_eq!(one(&long(1024), "/a"), Some("x".repeat(1024)));
+        assert_eq!(one(&long(1025), "/a"), None);
+        assert_eq!(one(&long(1025), "/b").as_deref(), Some("1"));
+        assert_eq!(one(&format!(r#"{{"{}":2,"a":1}}"#, "a".repeat(100_000)), "/a").as_deref(), Some("1"));
+    }
+
+    fn document() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            "[ab\"\\\\\n\u{e4}\u{1f600}]{0,4}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 40, 5, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                proptest::collection::btree_map("[abä0]{0,2}", inner, 0..4)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_serde_under_any_split(
+            document in document(),
+            pointers in proptest::collection::vec("(/[abä01]{0,1}){0,3}", 1..4),
+            pretty in any::<bool>(),
+            cuts in proptest::collection::vec(any::<usize>(), 0..10),
+        ) {
+            let text = if pretty { serde_json::to_string_pretty(&document) } else { serde_json::to_string(&document) };
+            let text = text.expect("a value can be written");
+            let pointers: Vec<&str> = pointers.iter().map(String::as_str).collect();
+            let expected: Vec<Option<String>> = pointers
+                .iter()
+                .map(|pointer| match document.pointer(pointer) {
+                    Some(Value::String(text)) => Some(text.clone()),
+                    Some(value @ (Value::Bool(_) | Value::Number(_))) => Some(value.to_string()),
+                    _ => None,
+                })
+                .collect();
+            prop_assert_eq!(extract(text.as_bytes(), &pointers, &cuts), (Progress::Done, expected));
+        }
+
+        #[test]
+        fn any_bytes_are_taken_the_same_way_under_any_split(
+            bytes in proptest::collection::vec(prop_oneof![
+                Just(b'{'), Just(b'}'), Just(b'['), Just(b']'), Just(b'"'), Just(b':'), Just(b','), Just(b'a'), Just(b'0'), Just(b'\\'),
+                Just(b'u'), Just(0xc3), Just(0xa4), any::<u8>(),
+            ], 0..40),
+            cuts in proptest::collection::vec(any::<usize>(), 0..10),
+        ) {
+            let pointers = ["/a", "/0", "", "/a/a"];
+            let whole = extract(&bytes, &pointers, &[]);
+            prop_assert_eq!(&extract(&bytes, &pointers, &cuts), &whole);
+        }
+    }
+}

@@ -22,14 +22,17 @@ struct Entry {
 }
 
 impl Fields {
+    /// Room for `count` fields whose names and values come to `bytes`.
     pub fn with_capacity(bytes: usize, count: usize) -> Fields {
         Fields { data: Vec::with_capacity(bytes), entries: Vec::with_capacity(count) }
     }
 
+    /// How many fields there are, repeated names counted each time.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
+    /// Whether there is no field at all.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -44,10 +47,12 @@ impl Fields {
         self.entries.iter().find(|entry| self.is(entry, name)).map(|entry| self.value(entry))
     }
 
+    /// Every value of the field `name`, in order.
     pub fn get_all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> + 'a {
         self.entries.iter().filter(move |entry| self.is(entry, name)).map(|entry| self.value(entry))
     }
 
+    /// Whether there is a field `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.get(name).is_some()
     }
@@ -77,6 +82,7 @@ impl Fields {
         self.append(name, value);
     }
 
+    /// Removes every field `name`.
     pub fn remove(&mut self, name: &str) {
         let data = &self.data;
         self.entries.retain(|entry| !named(data, entry, name));
@@ -86,10 +92,7 @@ impl Fields {
     pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8]) -> bool) {
         let data = &self.data;
         self.entries.retain(|entry| {
-            keep(
-                slice(data, entry.name_start, entry.name_length),
-                slice(data, entry.value_start, entry.value_length),
-            )
+            keep(slice(data, entry.name_start, entry.name_length), slice(data, entry.value_start, entry.value_length))
         });
     }
 
@@ -105,6 +108,18 @@ impl Fields {
         named(&self.data, entry, name)
     }
 }
+
+/// Equal are the same names (whatever their case) with the same values in the same order.
+impl PartialEq for Fields {
+    fn eq(&self, other: &Fields) -> bool {
+        self.len() == other.len()
+            && self.iter().zip(other.iter()).all(|((name, value), (other_name, other_value))| {
+                name.eq_ignore_ascii_case(other_name) && value == other_value
+            })
+    }
+}
+
+impl Eq for Fields {}
 
 impl std::fmt::Debug for Fields {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -124,6 +139,7 @@ fn named(data: &[u8], entry: &Entry, name: &str) -> bool {
         && slice(data, entry.name_start, entry.name_length).eq_ignore_ascii_case(name.as_bytes())
 }
 
+/// The HTTP version that carried a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
     Http10,
@@ -136,6 +152,7 @@ pub enum Version {
 pub enum Framing {
     /// No body at all.
     None,
+    /// So many bytes.
     Length(u64),
     /// HTTP/1.1 chunks; of an HTTP/2 message without content-length likewise "until its end is marked".
     Chunked,
@@ -147,7 +164,7 @@ pub enum Framing {
 ///
 /// `fields` holds end-to-end fields only: no Host, Content-Length, Transfer-Encoding, Connection (nor what it names),
 /// Keep-Alive, Proxy-Connection, TE, Upgrade, Expect: 100-continue.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestHead {
     pub method: Method,
     /// Normalised (RFC 3986 section 6.2.2); begins with `/`, or is `*` for OPTIONS.
@@ -169,7 +186,7 @@ pub struct RequestHead {
 }
 
 /// A response head after one strict reading; `fields` as in [`RequestHead`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResponseHead {
     pub status: StatusCode,
     /// The reason phrase as sent, where it is not the standard one.
@@ -181,4 +198,50 @@ pub struct ResponseHead {
     pub keep_alive: bool,
     /// The value of Upgrade in a 101 answer.
     pub upgrade: Option<String>,
+    /// The Content-Length of an answer that has no body: to HEAD, or 304 (RFC 9110 section 8.6). Passed on as it is.
+    pub declared_length: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Fields;
+
+    fn sample() -> Fields {
+        let mut fields = Fields::default();
+        fields.append("Accept", b"a");
+        fields.append("x-one", b"1");
+        fields.append("accept", b"b");
+        fields
+    }
+
+    #[test]
+    fn look_ups_ignore_case_and_keep_order() {
+        let fields = sample();
+        assert_eq!(fields.get("ACCEPT"), Some(&b"a"[..]));
+        assert_eq!(fields.get_all("accept").collect::<Vec<_>>(), [b"a", b"b"]);
+        assert_eq!(fields.get("accep"), None);
+        assert_eq!(fields.iter().map(|(name, _)| name).collect::<Vec<_>>(), [&b"Accept"[..], b"x-one", b"accept"]);
+    }
+
+    #[test]
+    fn set_remove_and_retain_leave_the_others() {
+        let mut fields = sample();
+        fields.set("ACCEPT", b"c");
+        assert_eq!(fields.get_all("accept").collect::<Vec<_>>(), [b"c"]);
+        fields.retain(|name, _| name != b"x-one");
+        assert_eq!(fields.len(), 1);
+        fields.remove("accept");
+        assert!(fields.is_empty());
+    }
+
+    #[test]
+    fn equality_ignores_the_case_of_names_only() {
+        let mut other = Fields::default();
+        other.append("accept", b"a");
+        other.append("X-One", b"1");
+        other.append("Accept", b"b");
+        assert_eq!(sample(), other);
+        other.set("x-one", b"2");
+        assert_ne!(sample(), other);
+    }
 }

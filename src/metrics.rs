@@ -1,19 +1,53 @@
 //! Metrics: every series of the contract; handles are resolved once and held by whoever records.
+//!
+//! What happens is counted here as it happens. What *is* (outstanding runs, endpoint states, weights) is never stored:
+//! [`Metrics::render`] writes it from a [`Scrape`] of the live state, so that the series of a removed endpoint vanish
+//! with it and no gauge can drift from the truth.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use prometheus::{Histogram, IntCounter, IntGauge, Registry};
+use prometheus::core::Collector;
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
 
 use crate::error::Code;
+
+/// The media type of [`Metrics::render`].
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// The label `outcome` of `longhaul_runs_total`, in the order of [`VersionMetrics::runs`].
+pub const RUN_OUTCOMES: [&str; 8] =
+    ["completed", "failed", "cancelled", "interrupted", "truncated", "timed_out", "rejected", "unknown"];
+
+/// The label `outcome` of `longhaul_affinity_total`, in the order of [`ServiceMetrics::affinity`].
+pub const AFFINITY_OUTCOMES: [&str; 5] = ["new", "hit", "moved", "lost", "none"];
+
+/// The label `state` of `longhaul_endpoint_state`.
+pub const ENDPOINT_STATES: [&str; 5] = ["ready", "draining", "unhealthy", "ejected", "gone"];
 
 /// The registry and the families behind the handles.
 pub struct Metrics {
     registry: Registry,
+    runs: IntCounterVec,
+    run_duration: HistogramVec,
+    time_to_first_event: HistogramVec,
+    queue_wait: HistogramVec,
+    stream_events: IntCounterVec,
+    stream_bytes: IntCounterVec,
+    affinity: IntCounterVec,
+    requests: IntCounterVec,
+    reloads: IntCounterVec,
+    last_reload_successful: IntGauge,
+    access_log_dropped: IntCounter,
+    handles: Mutex<Handles>,
 }
 
-/// The series of one version of a service; shared by every [`crate::state::Target`] of it.
+/// The series of one version of a service; shared by every endpoint of it.
 pub struct VersionMetrics {
-    /// In the order of [`crate::state::RunOutcome::ALL`].
+    /// In the order of [`RUN_OUTCOMES`].
     pub runs: [IntCounter; 8],
     pub run_duration_seconds: Histogram,
     pub time_to_first_event_seconds: Histogram,
@@ -25,51 +59,689 @@ pub struct VersionMetrics {
 
 /// The series of a service that have no version.
 pub struct ServiceMetrics {
-    /// In the order of [`crate::state::AffinityOutcome::ALL`].
+    /// In the order of [`AFFINITY_OUTCOMES`].
     pub affinity: [IntCounter; 5],
     /// `longhaul_runs_total` with an empty version: runs that were never dispatched.
     pub rejected: IntCounter,
     pub queue_wait_seconds: Histogram,
 }
 
+/// The series of one listener.
 pub struct ListenerMetrics {
+    /// Connections that are open now.
     pub connections: IntGauge,
 }
 
 /// `longhaul_requests_total` of one listener and route.
 pub struct RouteMetrics {
-    _todo: (),
+    family: IntCounterVec,
+    listener: String,
+    route: String,
+    /// By status class, then by code. Made at their first use: most combinations never occur.
+    counters: [OnceLock<IntCounter>; STATUS_CLASSES.len() * CODES],
+}
+
+/// What is true at the moment of a scrape, taken from the live state by whoever renders.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scrape {
+    pub generation: u64,
+    pub draining: bool,
+    pub services: Vec<ScrapedService>,
+}
+
+/// A service at the moment of a scrape.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ScrapedService {
+    pub name: String,
+    pub queued_runs: u64,
+    /// Those of the queued that no pin ties to an endpoint.
+    pub placeable_runs: u64,
+    pub versions: Vec<ScrapedVersion>,
+}
+
+/// A version at the moment of a scrape.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ScrapedVersion {
+    pub name: String,
+    pub effective_weight: f64,
+    pub sessions: u64,
+    pub outstanding_runs: u64,
+    /// `None`: unlimited.
+    pub run_capacity: Option<u64>,
+    pub endpoints: Vec<ScrapedEndpoint>,
+}
+
+/// An endpoint at the moment of a scrape.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ScrapedEndpoint {
+    pub address: String,
+    /// One of [`ENDPOINT_STATES`].
+    pub state: &'static str,
+    pub outstanding_runs: u64,
 }
 
 impl RouteMetrics {
     /// Counts one exchange at its end; `status` 0 means that no answer was begun.
-    pub fn record(&self, _status: u16, _code: Option<Code>) {
-        unimplemented!()
+    pub fn record(&self, status: u16, code: Option<Code>) {
+        let class = match status / 100 {
+            class @ 1..=5 => usize::from(class),
+            _ => 0,
+        };
+        let code_index = code.map_or(0, |code| code as usize + 1);
+        self.counters[class * CODES + code_index].get_or_init(|| self.counter(class, code)).inc();
+    }
+
+    fn counter(&self, class: usize, code: Option<Code>) -> IntCounter {
+        let code = code.map_or("none", Code::as_str);
+        self.family.with_label_values(&[&self.listener, &self.route, STATUS_CLASSES[class], code])
+    }
+}
+
+impl ScrapedService {
+    /// Outstanding runs of all versions.
+    pub fn outstanding_runs(&self) -> u64 {
+        self.versions.iter().map(|version| version.outstanding_runs).sum()
+    }
+
+    /// The number to scale on: outstanding on endpoints that stay, and queued.
+    pub fn demand(&self) -> u64 {
+        let endpoints = self.versions.iter().flat_map(|version| &version.endpoints);
+        let staying: u64 =
+            endpoints.filter(|endpoint| !endpoint.leaving()).map(|endpoint| endpoint.outstanding_runs).sum();
+        staying + self.queued_runs
+    }
+
+    /// `None` where a version has no limit.
+    pub fn capacity(&self) -> Option<u64> {
+        self.versions.iter().map(|version| version.run_capacity).sum()
+    }
+
+    /// Demand as a share of the capacity; above 1 while runs wait. A service that is scaled to zero counts as having
+    /// room for one run, so that the first demand shows as a finite number.
+    pub fn saturation(&self) -> Option<f64> {
+        self.capacity().map(|capacity| self.demand() as f64 / capacity.max(1) as f64)
+    }
+}
+
+impl ScrapedEndpoint {
+    /// It takes no new sessions and will be gone.
+    fn leaving(&self) -> bool {
+        matches!(self.state, "draining" | "gone")
     }
 }
 
 impl Metrics {
     pub fn new() -> Arc<Metrics> {
-        unimplemented!()
+        let registry = Registry::new();
+        let counter = |name, help, labels: &[&str]| {
+            let family = IntCounterVec::new(Opts::new(name, help), labels).expect("a valid metric name");
+            register(&registry, family)
+        };
+        let histogram = |name: &str, help: &str, labels: &[&str], buckets: &[f64]| {
+            let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            register(&registry, HistogramVec::new(options, labels).expect("a valid metric name"))
+        };
+        let single = |name, help| {
+            let counter = IntCounter::new(name, help).expect("a valid metric name");
+            register(&registry, counter)
+        };
+        let last_reload_successful = IntGauge::new(
+            "longhaul_config_last_reload_successful",
+            "1 if the newest reload (or the start) took effect or changed nothing, 0 if it was refused.",
+        )
+        .expect("a valid metric name");
+        last_reload_successful.set(1);
+
+        let metrics = Metrics {
+            runs: counter(
+                "longhaul_runs_total",
+                "Runs that ended, by outcome; the version is empty where a run was never dispatched.",
+                &["service", "version", "outcome"],
+            ),
+            run_duration: histogram(
+                "longhaul_run_duration_seconds",
+                "From the reservation of an endpoint to the end of the run.",
+                &["service", "version"],
+                RUN_BUCKETS,
+            ),
+            time_to_first_event: histogram(
+                "longhaul_time_to_first_event_seconds",
+                "From dispatch to the first event of a stream, or the first body byte of another answer.",
+                &["service", "version"],
+                WAIT_BUCKETS,
+            ),
+            queue_wait: histogram(
+                "longhaul_queue_wait_seconds",
+                "How long runs waited for an endpoint.",
+                &["service"],
+                WAIT_BUCKETS,
+            ),
+            stream_events: counter(
+                "longhaul_stream_events_total",
+                "Server-sent events relayed.",
+                &["service", "version"],
+            ),
+            stream_bytes: counter(
+                "longhaul_stream_bytes_total",
+                "Body bytes relayed; request is towards the endpoint.",
+                &["service", "version", "direction"],
+            ),
+            affinity: counter(
+                "longhaul_affinity_total",
+                "Exchanges by what became of their session's pin.",
+                &["service", "outcome"],
+            ),
+            requests: counter(
+                "longhaul_requests_total",
+                "Exchanges that ended, by status class and by the proxy's own error code.",
+                &["listener", "route", "status", "code"],
+            ),
+            reloads: counter("longhaul_config_reloads_total", "Reloads of the configuration, by result.", &["result"]),
+            access_log_dropped: single(
+                "longhaul_access_log_dropped_total",
+                "Access log lines dropped because whoever reads them is too slow.",
+            ),
+            last_reload_successful: register(&registry, last_reload_successful),
+            handles: Mutex::default(),
+            registry,
+        };
+        // A counter that appears only with its first failure hides that failure from `rate()`.
+        for result in ["success", "failure"] {
+            metrics.reloads.with_label_values(&[result]);
+        }
+        Arc::new(metrics)
     }
 
-    pub fn version(&self, _service: &str, _version: &str) -> Arc<VersionMetrics> {
-        unimplemented!()
+    /// The series of a version; the same labels give the same handle.
+    pub fn version(&self, service: &str, version: &str) -> Arc<VersionMetrics> {
+        let mut handles = self.handles();
+        let key = (service.to_owned(), version.to_owned());
+        let handle = handles.versions.entry(key).or_insert_with(|| {
+            let labels = &[service, version];
+            Arc::new(VersionMetrics {
+                runs: RUN_OUTCOMES.map(|outcome| self.runs.with_label_values(&[service, version, outcome])),
+                run_duration_seconds: self.run_duration.with_label_values(labels),
+                time_to_first_event_seconds: self.time_to_first_event.with_label_values(labels),
+                stream_events: self.stream_events.with_label_values(labels),
+                bytes_request: self.stream_bytes.with_label_values(&[service, version, "request"]),
+                bytes_response: self.stream_bytes.with_label_values(&[service, version, "response"]),
+            })
+        });
+        Arc::clone(handle)
     }
 
-    pub fn service(&self, _service: &str) -> Arc<ServiceMetrics> {
-        unimplemented!()
+    /// The series of a service; the same label gives the same handle.
+    pub fn service(&self, service: &str) -> Arc<ServiceMetrics> {
+        let mut handles = self.handles();
+        let handle = handles.services.entry(service.to_owned()).or_insert_with(|| {
+            Arc::new(ServiceMetrics {
+                affinity: AFFINITY_OUTCOMES.map(|outcome| self.affinity.with_label_values(&[service, outcome])),
+                rejected: self.runs.with_label_values(&[service, "", "rejected"]),
+                queue_wait_seconds: self.queue_wait.with_label_values(&[service]),
+            })
+        });
+        Arc::clone(handle)
     }
 
-    pub fn listener(&self, _listener: &str) -> Arc<ListenerMetrics> {
-        unimplemented!()
+    /// The series of a listener; the same label gives the same handle. They vanish once nobody holds the handle.
+    pub fn listener(&self, listener: &str) -> Arc<ListenerMetrics> {
+        let mut handles = self.handles();
+        let handle = handles.listeners.entry(listener.to_owned()).or_insert_with(|| {
+            let connections = IntGauge::new("longhaul_connections", "connections").expect("a valid metric name");
+            Arc::new(ListenerMetrics { connections })
+        });
+        Arc::clone(handle)
     }
 
-    pub fn route(&self, _listener: &str, _route: &str) -> Arc<RouteMetrics> {
-        unimplemented!()
+    /// The series of a route on a listener; the same labels give the same handle.
+    pub fn route(&self, listener: &str, route: &str) -> Arc<RouteMetrics> {
+        let mut handles = self.handles();
+        let key = (listener.to_owned(), route.to_owned());
+        let handle = handles.routes.entry(key).or_insert_with(|| {
+            Arc::new(RouteMetrics {
+                family: self.requests.clone(),
+                listener: listener.to_owned(),
+                route: route.to_owned(),
+                counters: [const { OnceLock::new() }; STATUS_CLASSES.len() * CODES],
+            })
+        });
+        Arc::clone(handle)
+    }
+
+    /// Counts one reload; one that changed nothing is a success.
+    pub fn record_reload(&self, successful: bool) {
+        self.last_reload_successful.set(i64::from(successful));
+        self.reloads.with_label_values(&[if successful { "success" } else { "failure" }]).inc();
+    }
+
+    /// `longhaul_access_log_dropped_total`.
+    pub fn access_log_dropped(&self) -> IntCounter {
+        self.access_log_dropped.clone()
+    }
+
+    /// All series in the text format of Prometheus ([`CONTENT_TYPE`]): what was counted, and `scrape`.
+    pub fn render(&self, scrape: &Scrape) -> String {
+        let mut text = String::with_capacity(16 << 10);
+        // Fails only for a family without series (which `gather` leaves out) or a failing writer; a String never fails.
+        let encoded = TextEncoder::new().encode_utf8(&self.registry.gather(), &mut text);
+        debug_assert!(encoded.is_ok(), "{encoded:?}");
+        self.connections().write(&mut text);
+        for family in families(scrape) {
+            family.write(&mut text);
+        }
+        text
     }
 
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    fn connections(&self) -> Family {
+        let mut family = Family::new("longhaul_connections", "Open client connections.", &["listener"]);
+        let mut handles = self.handles();
+        // The map's own is the last handle: the listener was removed and its last connection has ended.
+        handles.listeners.retain(|_, handle| Arc::strong_count(handle) > 1 || handle.connections.get() != 0);
+        for (listener, handle) in &handles.listeners {
+            family.add(&[listener], handle.connections.get() as f64);
+        }
+        family
+    }
+
+    fn handles(&self) -> MutexGuard<'_, Handles> {
+        // The maps are never left half changed, so a panic elsewhere does not spoil them.
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Every handle that was asked for. Bounded by the names in the configurations this process has seen.
+#[derive(Default)]
+struct Handles {
+    versions: HashMap<(String, String), Arc<VersionMetrics>>,
+    services: HashMap<String, Arc<ServiceMetrics>>,
+    listeners: HashMap<String, Arc<ListenerMetrics>>,
+    routes: HashMap<(String, String), Arc<RouteMetrics>>,
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, family: C) -> C {
+    registry.register(Box::new(family.clone())).expect("every family has a name of its own");
+    family
+}
+
+/// The gauges of the live state, in the order of the contract.
+fn families(scrape: &Scrape) -> Vec<Family> {
+    let mut outstanding = Family::new(
+        "longhaul_outstanding_runs",
+        "Runs that hold a place on an endpoint, from its reservation until the run is known to have ended.",
+        &["service", "version"],
+    );
+    let mut endpoint_outstanding = Family::new(
+        "longhaul_endpoint_outstanding_runs",
+        "Outstanding runs of one endpoint.",
+        &["service", "version", "endpoint"],
+    );
+    let mut queued = Family::new("longhaul_queued_runs", "Runs that wait for an endpoint.", &["service"]);
+    let mut capacity = Family::new(
+        "longhaul_run_capacity",
+        "Runs that may be outstanding at once; absent where unlimited.",
+        &["service", "version"],
+    );
+    let mut saturation = Family::new(
+        "longhaul_saturation",
+        "Demand as a share of the capacity; absent where that is unlimited.",
+        &["service"],
+    );
+    let mut demand = Family::new(
+        "longhaul_run_demand",
+        "The number to scale on: runs outstanding on endpoints that are not draining, and queued runs.",
+        &["service"],
+    );
+    let mut placeable = Family::new(
+        "longhaul_placeable_demand",
+        "Queued runs that no pin ties to an endpoint: what another pod could take now.",
+        &["service"],
+    );
+    let mut sessions = Family::new("longhaul_sessions", "Sessions that are pinned.", &["service", "version"]);
+    let mut state = Family::new(
+        "longhaul_endpoint_state",
+        "1 for the state that an endpoint is in, 0 for the others.",
+        &["service", "version", "endpoint", "state"],
+    );
+    let mut remaining = Family::new(
+        "longhaul_drain_remaining_runs",
+        "Outstanding runs that a draining endpoint still has to finish.",
+        &["service", "endpoint"],
+    );
+    let mut weight = Family::new("longhaul_version_weight", "The version's effective weight.", &["service", "version"]);
+    let mut generation = Family::new("longhaul_config_generation", "Counts the configurations that took effect.", &[]);
+    let mut draining = Family::new("longhaul_draining", "1 while the proxy itself drains.", &[]);
+    let mut build = Family::new("longhaul_build_info", "Always 1; what is running.", &["version", "commit"]);
+
+    generation.add(&[], scrape.generation as f64);
+    draining.add(&[], f64::from(u8::from(scrape.draining)));
+    build.add(&[env!("CARGO_PKG_VERSION"), option_env!("LONGHAUL_COMMIT").unwrap_or("unknown")], 1.0);
+    for service in &scrape.services {
+        let name = service.name.as_str();
+        queued.add(&[name], service.queued_runs as f64);
+        demand.add(&[name], service.demand() as f64);
+        placeable.add(&[name], service.placeable_runs as f64);
+        if let Some(value) = service.saturation() {
+            saturation.add(&[name], value);
+        }
+        for version in &service.versions {
+            let labels = &[name, version.name.as_str()];
+            outstanding.add(labels, version.outstanding_runs as f64);
+            sessions.add(labels, version.sessions as f64);
+            weight.add(labels, version.effective_weight);
+            if let Some(value) = version.run_capacity {
+                capacity.add(labels, value as f64);
+            }
+            for endpoint in &version.endpoints {
+                let labels = [name, version.name.as_str(), endpoint.address.as_str()];
+                endpoint_outstanding.add(&labels, endpoint.outstanding_runs as f64);
+                for one in ENDPOINT_STATES {
+                    let [service, version, address] = labels;
+                    state.set(&[service, version, address, one], f64::from(u8::from(one == endpoint.state)));
+                }
+                if endpoint.leaving() {
+                    remaining.add(&[name, &endpoint.address], endpoint.outstanding_runs as f64);
+                }
+            }
+        }
+    }
+    vec![
+        outstanding,
+        endpoint_outstanding,
+        queued,
+        capacity,
+        saturation,
+        demand,
+        placeable,
+        sessions,
+        state,
+        remaining,
+        weight,
+        generation,
+        draining,
+        build,
+    ]
+}
+
+/// One family of gauges of one scrape. Series with equal labels are one series: two endpoints of a service may share
+/// `host:port` (http and https), and an endpoint that moved to another version exists twice while it drains.
+struct Family {
+    name: &'static str,
+    help: &'static str,
+    labels: &'static [&'static str],
+    series: BTreeMap<String, f64>,
+}
+
+impl Family {
+    fn new(name: &'static str, help: &'static str, labels: &'static [&'static str]) -> Family {
+        Family { name, help, labels, series: BTreeMap::new() }
+    }
+
+    /// Adds to the series with these label values.
+    fn add(&mut self, values: &[&str], value: f64) {
+        *self.at(values) += value;
+    }
+
+    /// Sets a series that can only be 0 or 1; of equal ones the 1 stays.
+    fn set(&mut self, values: &[&str], value: f64) {
+        let series = self.at(values);
+        *series = series.max(value);
+    }
+
+    fn at(&mut self, values: &[&str]) -> &mut f64 {
+        debug_assert_eq!(self.labels.len(), values.len());
+        let mut labels = String::new();
+        for (index, (name, value)) in self.labels.iter().zip(values).enumerate() {
+            labels.push(if index == 0 { '{' } else { ',' });
+            labels.push_str(name);
+            labels.push_str("=\"");
+            escape_label(value, &mut labels);
+            labels.push('"');
+        }
+        if !values.is_empty() {
+            labels.push('}');
+        }
+        self.series.entry(labels).or_default()
+    }
+
+    fn write(&self, text: &mut String) {
+        if self.series.is_empty() {
+            return;
+        }
+        let Family { name, help, .. } = self;
+        // Writing to a String can't fail.
+        let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n");
+        for (labels, value) in &self.series {
+            let _ = writeln!(text, "{name}{labels} {value}");
+        }
+    }
+}
+
+/// Escapes a label value as the text format 0.0.4 wants it.
+fn escape_label(value: &str, text: &mut String) {
+    for character in value.chars() {
+        match character {
+            '\\' => text.push_str("\\\\"),
+            '"' => text.push_str("\\\""),
+            '\n' => text.push_str("\\n"),
+            other => text.push(other),
+        }
+    }
+}
+
+/// The label `status` of `longhaul_requests_total`.
+const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
+/// Every code, and none.
+const CODES: usize = Code::ALL.len() + 1;
+
+/// Seconds. Agents answer in a blink or work for an hour.
+const RUN_BUCKETS: &[f64] =
+    &[0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+
+/// Seconds.
+const WAIT_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    fn endpoint(address: &str, state: &'static str, outstanding_runs: u64) -> ScrapedEndpoint {
+        ScrapedEndpoint { address: address.to_owned(), state, outstanding_runs }
+    }
+
+    fn support(endpoints: Vec<ScrapedEndpoint>, run_capacity: Option<u64>) -> Scrape {
+        let version = ScrapedVersion {
+            name: "stable".to_owned(),
+            effective_weight: 95.0,
+            sessions: 7,
+            outstanding_runs: endpoints.iter().map(|endpoint| endpoint.outstanding_runs).sum(),
+            run_capacity,
+            endpoints,
+        };
+        let service =
+            ScrapedService { name: "support".to_owned(), queued_runs: 3, placeable_runs: 2, versions: vec![version] };
+        Scrape { generation: 4, draining: false, services: vec![service] }
+    }
+
+    /// Reads the exposition strictly: HELP and TYPE once before the samples of a family, families in one piece, no
+    /// series twice. Returns the samples.
+    fn parse(text: &str) -> BTreeMap<String, f64> {
+        let mut samples = BTreeMap::new();
+        let mut families = BTreeSet::new();
+        let (mut family, mut kind) = (String::new(), String::new());
+        assert!(text.ends_with('\n'));
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                family = rest.split(' ').next().unwrap().to_owned();
+                assert!(families.insert(family.clone()), "{family} has HELP twice");
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let (name, one) = rest.split_once(' ').unwrap();
+                assert_eq!(name, family, "TYPE follows its HELP");
+                kind = one.to_owned();
+            } else {
+                let (series, value) = line.rsplit_once(' ').unwrap();
+                let name = series.split('{').next().unwrap();
+                let base = match kind.as_str() {
+                    "histogram" => {
+                        let suffixes = ["_bucket", "_sum", "_count"];
+                        suffixes.iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap()
+                    }
+                    "counter" | "gauge" => name,
+                    other => panic!("unknown type {other}"),
+                };
+                assert_eq!(base, family, "a sample stands under its own family");
+                assert!(samples.insert(series.to_owned(), value.parse().unwrap()).is_none(), "{series} twice");
+            }
+        }
+        samples
+    }
+
+    #[test]
+    fn the_same_labels_give_the_same_handle() {
+        let metrics = Metrics::new();
+        assert!(Arc::ptr_eq(&metrics.version("a", "v"), &metrics.version("a", "v")));
+        assert!(!Arc::ptr_eq(&metrics.version("a", "v"), &metrics.version("a", "w")));
+        assert!(Arc::ptr_eq(&metrics.service("a"), &metrics.service("a")));
+        assert!(Arc::ptr_eq(&metrics.route("public", "/x"), &metrics.route("public", "/x")));
+        let held = metrics.listener("public");
+        assert!(Arc::ptr_eq(&held, &metrics.listener("public")));
+    }
+
+    #[test]
+    fn codes_are_numbered_in_the_order_of_all() {
+        for (index, code) in Code::ALL.into_iter().enumerate() {
+            assert_eq!(code as usize, index);
+        }
+    }
+
+    #[test]
+    fn requests_are_counted_by_class_and_code() {
+        let metrics = Metrics::new();
+        let route = metrics.route("public", "/support/**");
+        route.record(200, None);
+        route.record(204, None);
+        route.record(0, None);
+        route.record(999, None);
+        route.record(503, Some(Code::Draining));
+        for code in Code::ALL {
+            route.record(code.status().as_u16(), Some(code));
+        }
+        let samples = parse(&metrics.render(&Scrape::default()));
+        let count = |status: &str, code: &str| {
+            samples[&format!(
+                "longhaul_requests_total{{code=\"{code}\",listener=\"public\",route=\"/support/**\",status=\"{status}\"}}"
+            )]
+        };
+        assert_eq!(count("2xx", "none"), 2.0);
+        assert_eq!(count("none", "none"), 2.0);
+        assert_eq!(count("5xx", "draining"), 2.0);
+        assert_eq!(count("4xx", "no_route"), 1.0);
+        assert_eq!(samples.keys().filter(|series| series.starts_with("longhaul_requests_total")).count(), 17);
+    }
+
+    #[test]
+    fn the_exposition_is_valid_and_complete() {
+        let metrics = Metrics::new();
+        metrics.version("support", "stable").runs[0].inc();
+        metrics.version("support", "stable").run_duration_seconds.observe(0.2);
+        metrics.service("support").affinity[1].inc();
+        metrics.service("support").rejected.inc();
+        let listener = metrics.listener("public");
+        listener.connections.set(12);
+        metrics.route("public", "default").record(200, None);
+        metrics.record_reload(false);
+        let text = metrics.render(&support(vec![endpoint("10.0.0.11:8000", "ready", 12)], Some(40)));
+        let samples = parse(&text);
+        for (series, value) in [
+            ("longhaul_outstanding_runs{service=\"support\",version=\"stable\"}", 12.0),
+            (
+                "longhaul_endpoint_outstanding_runs{service=\"support\",version=\"stable\",endpoint=\"10.0.0.11:8000\"}",
+                12.0,
+            ),
+            ("longhaul_queued_runs{service=\"support\"}", 3.0),
+            ("longhaul_run_capacity{service=\"support\",version=\"stable\"}", 40.0),
+            ("longhaul_saturation{service=\"support\"}", 0.375),
+            ("longhaul_run_demand{service=\"support\"}", 15.0),
+            ("longhaul_placeable_demand{service=\"support\"}", 2.0),
+            ("longhaul_sessions{service=\"support\",version=\"stable\"}", 7.0),
+            ("longhaul_version_weight{service=\"support\",version=\"stable\"}", 95.0),
+            ("longhaul_config_generation", 4.0),
+            ("longhaul_config_last_reload_successful", 0.0),
+            ("longhaul_config_reloads_total{result=\"failure\"}", 1.0),
+            ("longhaul_config_reloads_total{result=\"success\"}", 0.0),
+            ("longhaul_draining", 0.0),
+            ("longhaul_connections{listener=\"public\"}", 12.0),
+            ("longhaul_runs_total{outcome=\"completed\",service=\"support\",version=\"stable\"}", 1.0),
+            ("longhaul_runs_total{outcome=\"rejected\",service=\"support\",version=\"\"}", 1.0),
+            ("longhaul_affinity_total{outcome=\"hit\",service=\"support\"}", 1.0),
+            ("longhaul_run_duration_seconds_count{service=\"support\",version=\"stable\"}", 1.0),
+            ("longhaul_time_to_first_event_seconds_count{service=\"support\",version=\"stable\"}", 0.0),
+            ("longhaul_queue_wait_seconds_count{service=\"support\"}", 0.0),
+            ("longhaul_stream_events_total{service=\"support\",version=\"stable\"}", 0.0),
+            ("longhaul_stream_bytes_total{direction=\"request\",service=\"support\",version=\"stable\"}", 0.0),
+        ] {
+            assert_eq!(samples.get(series), Some(&value), "{series}\n{text}");
+        }
+        assert!(text.contains("longhaul_build_info{version=\"0."));
+    }
+
+    #[test]
+    fn unlimited_capacity_has_no_series() {
+        let metrics = Metrics::new();
+        let text = metrics.render(&support(vec![endpoint("a:1", "ready", 1)], None));
+        assert!(!text.contains("longhaul_run_capacity") && !text.contains("longhaul_saturation"), "{text}");
+    }
+
+    #[test]
+    fn draining_endpoints_leave_the_demand_and_show_what_remains() {
+        let metrics = Metrics::new();
+        let scrape = support(vec![endpoint("a:1", "ready", 2), endpoint("b:1", "draining", 5)], Some(0));
+        let samples = parse(&metrics.render(&scrape));
+        assert_eq!(samples["longhaul_run_demand{service=\"support\"}"], 5.0);
+        assert_eq!(samples["longhaul_saturation{service=\"support\"}"], 5.0);
+        assert_eq!(samples["longhaul_drain_remaining_runs{service=\"support\",endpoint=\"b:1\"}"], 5.0);
+        assert!(!samples.contains_key("longhaul_drain_remaining_runs{service=\"support\",endpoint=\"a:1\"}"));
+        let state = |address: &str, state: &str| {
+            samples[&format!(
+                "longhaul_endpoint_state{{service=\"support\",version=\"stable\",endpoint=\"{address}\",state=\"{state}\"}}"
+            )]
+        };
+        assert_eq!((state("a:1", "ready"), state("a:1", "draining")), (1.0, 0.0));
+        assert_eq!((state("b:1", "ready"), state("b:1", "draining")), (0.0, 1.0));
+    }
+
+    #[test]
+    fn endpoints_that_share_an_address_are_one_valid_series() {
+        let metrics = Metrics::new();
+        let scrape = support(vec![endpoint("a:1", "ready", 2), endpoint("a:1", "gone", 5)], None);
+        let samples = parse(&metrics.render(&scrape));
+        let series = "longhaul_endpoint_outstanding_runs{service=\"support\",version=\"stable\",endpoint=\"a:1\"}";
+        assert_eq!(samples[series], 7.0);
+    }
+
+    #[test]
+    fn series_of_removed_endpoints_and_listeners_vanish() {
+        let metrics = Metrics::new();
+        let listener = metrics.listener("old");
+        let text = metrics.render(&support(vec![endpoint("b:1", "ready", 1)], None));
+        assert!(text.contains("b:1") && text.contains("listener=\"old\""), "{text}");
+        drop(listener);
+        let text = metrics.render(&support(vec![endpoint("c:1", "ready", 1)], None));
+        assert!(!text.contains("b:1") && !text.contains("listener=\"old\""), "{text}");
+    }
+
+    #[test]
+    fn labels_are_escaped() {
+        let metrics = Metrics::new();
+        let listener = metrics.listener("a\"b\\c\nd");
+        listener.connections.set(1);
+        let text = metrics.render(&Scrape::default());
+        assert!(text.contains("longhaul_connections{listener=\"a\\\"b\\\\c\\nd\"} 1\n"), "{text}");
     }
 }

@@ -1,1 +1,289 @@
-//! Proxy: the way of a request, top to bottom.
+//! Proxy: the way of a request, top to bottom. Each step is a file.
+//!
+//! ```text
+//!  1 accept      accept.rs        connection limit, the worker with the least to do; PROXY protocol in connection.rs
+//!  2 tls         connection.rs    handshake under a deadline, SNI, ALPN
+//!  3 connection  connection.rs, http2_server.rs    HTTP/1.1 (our codec) or HTTP/2 until it ends or drains
+//!  4 route       route.rs         host, path, method, headers -> service, or a fixed answer
+//!  5 identify    identify.rs      session key, kind of exchange; bounded look into the body where a key may be there
+//!  6 turn        (comes with double texting)
+//!  7 pick        the dispatcher   pinned? its endpoint; new? version by cohort, then the least outstanding; reserved at once
+//!  8 forward     forward.rs       attempts, connections (upstream.rs, pool.rs), time-outs, retries of what was not sent
+//!  9 stream      relay.rs         both directions as they come; peer.rs: the two sides; observe.rs: what is noticed
+//! 10 account     account.rs       exactly once, when the record is dropped
+//! ```
+//!
+//! What a step takes it returns as a guard: the [`crate::state::dispatcher::Lease`] is given back with the endpoint's last
+//! byte, the record is told when it is dropped.
+
+pub mod accept;
+pub mod account;
+pub mod buffer;
+pub mod connection;
+pub mod edits;
+pub mod forward;
+pub mod forwarded;
+pub mod http2_server;
+pub mod identify;
+pub mod learn;
+pub mod observe;
+pub mod peer;
+pub mod pool;
+pub mod problem;
+pub mod relay;
+pub mod respond;
+pub mod route;
+pub mod timer;
+pub mod upstream;
+pub mod websocket;
+pub mod worker;
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::error::{Code, ProxyError};
+use crate::message::{RequestHead, Version};
+use crate::proxy::account::Record;
+use crate::proxy::connection::Connection;
+use crate::proxy::forward::Forwarded;
+use crate::proxy::peer::Peer;
+use crate::proxy::relay::End;
+use crate::proxy::timer::Timer;
+use crate::snapshot::{AcceptCommand, Listener, Running};
+use crate::state::RunOutcome;
+
+/// The data plane's threads.
+pub struct Handle {
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Handle {
+    /// Waits until every thread has ended, which they do at [`crate::drain::Phase::Forced`].
+    pub fn join(self) {
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the data plane has panicked");
+            }
+        }
+    }
+}
+
+/// Starts the workers and the accept loop.
+pub fn start(
+    running: Arc<Running>,
+    workers: usize,
+    commands: mpsc::Receiver<AcceptCommand>,
+) -> std::io::Result<Handle> {
+    let mut handles = Vec::with_capacity(workers);
+    let mut threads = Vec::with_capacity(workers + 1);
+    for index in 0..workers.max(1) {
+        let (handle, thread) = worker::start(index, running.clone())?;
+        handles.push(handle);
+        threads.push(thread);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    threads.push(std::thread::Builder::new().name("accept".into()).spawn(move || {
+        let mut runtime = runtime;
+        match runtime.enable_all().build_local(Default::default()) {
+            Ok(runtime) => runtime.block_on(accept::run(running, handles.into(), commands)),
+            Err(error) => tracing::error!("the accept loop could not start: {error}"),
+        }
+    })?);
+    Ok(Handle { threads })
+}
+
+/// What becomes of an HTTP/1.1 client's connection after an exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    KeepAlive,
+    /// Close, but let the client read the answer first.
+    Linger,
+    /// Close at once: there is nobody to read, or the answer must look cut.
+    Close,
+}
+
+/// What an exchange must still know of its request once that was sent.
+pub struct Caller {
+    pub version: Version,
+    pub method: http::Method,
+    pub keep_alive: bool,
+}
+
+/// One exchange: from its head to the last byte of its answer.
+pub async fn exchange(connection: &Connection, client: &mut Peer, request: RequestHead, timer: &mut Timer) -> After {
+    let listener = connection.listener();
+    let mut record = Record::open(connection, listener.clone(), &request);
+    let caller = Caller { version: request.version, method: request.method.clone(), keep_alive: request.keep_alive };
+    // Boxed, so that a stream that lasts minutes does not keep the room that its beginning needed.
+    let begun = Box::pin(begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
+    let mut flow = match begun {
+        Ok(Begun::Streaming(flow)) => flow,
+        Ok(Begun::Answered) => return after_own_answer(client, &caller, connection),
+        Ok(Begun::ClientGone) => return After::Close,
+        Err(error) => return answer_error(connection, client, &caller, error, timer, &mut record).await,
+    };
+    let end = relay::stream(client, &mut flow, timer).await;
+    flow.tell(&mut record);
+    let run_outcome = match end {
+        End::Whole => flow.outcome,
+        End::ClientGone => RunOutcome::Cancelled,
+        End::Truncated => RunOutcome::Truncated,
+        End::TimedOut(_) => RunOutcome::TimedOut,
+        End::Refused(_) => RunOutcome::Cancelled,
+    };
+    // Where the endpoint's last byte came before, the run was judged by it.
+    let judged = if flow.lease.is_some() { run_outcome } else { flow.outcome };
+    flow.give_back(run_outcome);
+    record.outcome = record.run.map(|_| judged);
+    let kept = match end {
+        End::Whole => {
+            let request_done = flow.request.done() || flow.tunnel;
+            let upstream_keep_alive = flow.upstream_keep_alive && flow.request.done() && !flow.tunnel;
+            flow.upstream.recycle(&connection.worker.pool, upstream_keep_alive);
+            match (flow.tunnel, request_done) {
+                (true, _) => After::Linger,
+                (false, true) if flow.client_keep_alive => After::KeepAlive,
+                (false, _) => After::Linger,
+            }
+        }
+        End::ClientGone => After::Close,
+        End::Truncated => {
+            record.code = Some(Code::UpstreamReset);
+            After::Close
+        }
+        End::TimedOut(code) | End::Refused(code) => {
+            record.code = Some(code);
+            After::Close
+        }
+    };
+    if let Peer::Http2(http2) = client
+        && end != End::Whole
+    {
+        let reason = if end == End::ClientGone { h2::Reason::CANCEL } else { h2::Reason::INTERNAL_ERROR };
+        http2.reset(reason);
+    }
+    kept
+}
+
+/// How the beginning of an exchange ended.
+pub enum Begun {
+    Streaming(Box<relay::Flow>),
+    /// A fixed answer was sent whole.
+    Answered,
+    ClientGone,
+}
+
+/// Steps 4 to 8, up to the first byte of the answer.
+async fn begin(
+    connection: &Connection,
+    listener: &Listener,
+    client: &mut Peer,
+    mut request: RequestHead,
+    caller: &Caller,
+    timer: &mut Timer,
+    record: &mut Record,
+) -> Result<Begun, ProxyError> {
+    let running = &connection.worker.running;
+    let snapshot = running.snapshot.load_full();
+    let config = &snapshot.loaded.config;
+
+    // 4 route
+    let peer = forwarded::Peer { address: connection.peer, tls: connection.tls };
+    let trusted = peer.is_trusted(&listener.config.trusted_proxies);
+    let client_address =
+        forwarded::effective_client(connection.peer, &listener.config.trusted_proxies, &request.fields);
+    record.client = client_address;
+    let index = route::find(&config.routes, &request.method, &request.authority, &request.path, &request.fields)
+        .ok_or_else(|| {
+            ProxyError::new(
+                Code::NoRoute,
+                format!("no route for {} {}{}", request.method, request.authority, request.path),
+            )
+        })?;
+    record.route = Some(index);
+    let route = &config.routes[index];
+    let service = match &route.action {
+        crate::config::RouteAction::Service(service) => snapshot.services[*service].clone(),
+        fixed => {
+            if let Some((mut head, body)) = problem::fixed(fixed, &request, peer.scheme()) {
+                edits::apply(&route.response_headers, &mut head.fields);
+                head.fields.append("longhaul-affinity", b"none");
+                record.status = head.status.as_u16();
+                let body = respond::for_method(&caller.method, &mut head, body);
+                let close = !may_keep_alive(connection, client, caller);
+                respond::send(client, &mut head, body, caller.version, close, timer).await;
+            }
+            return Ok(Begun::Answered);
+        }
+    };
+    record.service = Some(service.clone());
+
+    // 5 to 8
+    let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
+    let debug =
+        asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
+    forwarded::apply(&mut request.fields, &peer, trusted, peer.scheme(), &request.authority);
+    forwarded::add_ids(
+        &mut request.fields,
+        &forwarded::RequestIds {
+            request_id: crate::ids::random_bytes(),
+            trace: crate::ids::random_bytes(),
+            span: crate::ids::random_bytes(),
+        },
+    );
+    let begun = forward::forward(
+        forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, caller },
+        client,
+        request,
+        timer,
+        record,
+    )
+    .await?;
+    Ok(match begun {
+        Forwarded::Streaming(flow) => Begun::Streaming(flow),
+        Forwarded::ClientGone => Begun::ClientGone,
+    })
+}
+
+/// The client's connection may carry another request after this one.
+pub fn may_keep_alive(connection: &Connection, client: &Peer, caller: &Caller) -> bool {
+    client.is_http1() && caller.keep_alive && !connection.told_to_close()
+}
+
+fn after_own_answer(client: &Peer, caller: &Caller, connection: &Connection) -> After {
+    // A body that nobody read is still on the connection.
+    if client.source_ended() && client.held().is_empty() && may_keep_alive(connection, client, caller) {
+        After::KeepAlive
+    } else {
+        After::Linger
+    }
+}
+
+/// Tells the client of an error that came before any answer.
+async fn answer_error(
+    connection: &Connection,
+    client: &mut Peer,
+    caller: &Caller,
+    error: ProxyError,
+    timer: &mut Timer,
+    record: &mut Record,
+) -> After {
+    tracing::debug!(code = error.code.as_str(), detail = %error.detail, "exchange failed");
+    record.status = error.code.status().as_u16();
+    record.code = Some(error.code);
+    let (mut head, body) = problem::error(&error);
+    head.fields.append("longhaul-affinity", record.affinity.as_str().as_bytes());
+    if let Some(run) = record.run {
+        let mut text = [0; 36];
+        run.write(&mut text);
+        head.fields.append("longhaul-run-id", &text);
+    }
+    let body = respond::for_method(&caller.method, &mut head, body);
+    let after = after_own_answer(client, caller, connection);
+    if respond::send(client, &mut head, body, caller.version, after != After::KeepAlive, timer).await {
+        after
+    } else {
+        After::Close
+    }
+}

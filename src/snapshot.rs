@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 
 use crate::config;
 use crate::drain::Drain;
+use crate::logging::AccessLog;
 use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics, ServiceMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::listen::Socket;
@@ -24,6 +25,13 @@ pub struct Snapshot {
     pub listeners: Vec<Arc<Listener>>,
     /// In the order of `loaded.config.services`, to which [`config::RouteAction::Service`] points.
     pub services: Vec<Arc<Service>>,
+}
+
+impl Snapshot {
+    /// The listener bound to `local_address`, unless a reload removed it.
+    pub fn listener(&self, local_address: &config::Address) -> Option<Arc<Listener>> {
+        self.listeners.iter().find(|listener| listener.local_address == *local_address).cloned()
+    }
 }
 
 pub struct Listener {
@@ -53,6 +61,7 @@ pub struct Running {
     pub drain: Drain,
     /// Exchanges between their first and last byte, upgrades included.
     pub open_exchanges: AtomicUsize,
+    pub access_log: AccessLog,
     /// Keys the digests of `session.scope` values; random for each process.
     pub scope_secret: [u8; 16],
 }

@@ -1,9 +1,11 @@
 //! State: the live half of the proxy, keyed by identity and untouched by reloads: endpoints, sessions, runs.
 
+pub mod core;
 pub mod dispatcher;
-pub mod endpoints;
-pub mod runs;
+mod endpoints;
+mod runs;
 pub mod sessions;
+pub mod status;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

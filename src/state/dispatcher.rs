@@ -1,14 +1,27 @@
 //! Dispatcher: picks an endpoint and reserves it in one step, per service.
+//!
+//! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::ids::RunId;
+use crate::config;
+use crate::ids::{self, RunId};
+use crate::metrics::ServiceMetrics;
+use crate::state::core::{Core, Grant};
 use crate::state::sessions::SessionKey;
-use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
+use crate::state::status::{RunInfo, ServiceStatus, SessionInfo};
+use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
+
+/// Slots of the session table that are read under one hold of the lock.
+const SCAN: u32 = 1024;
 
 /// One service's live state. Outlives every configuration that names it.
-pub struct Dispatcher {}
+pub struct Dispatcher {
+    name: Arc<str>,
+    core: Mutex<Core>,
+    metrics: Arc<ServiceMetrics>,
+}
 
 /// What an exchange asks of the dispatcher.
 pub struct Ask<'a> {
@@ -29,6 +42,14 @@ pub struct PinHint {
     pub endpoint: String,
 }
 
+/// One service's configuration, with what reaching its endpoints takes.
+pub struct ServiceSettings {
+    pub config: config::Service,
+    /// By version and endpoint, in the order of `config.versions[].endpoints`. TLS settings count as unchanged while
+    /// their `Arc` is the same.
+    pub targets: Vec<Vec<TargetSettings>>,
+}
+
 /// A reserved endpoint.
 pub struct Placed {
     pub target: Arc<Target>,
@@ -40,52 +61,163 @@ pub struct Placed {
 /// when dropped, exactly once.
 pub struct Lease {
     dispatcher: Arc<Dispatcher>,
+    /// Taken by the drop.
+    grant: Option<Grant>,
+    outcome: RunOutcome,
 }
 
 impl Dispatcher {
+    /// A service that no configuration has described yet: every pick is refused.
+    pub fn new(name: &str, metrics: Arc<ServiceMetrics>) -> Arc<Dispatcher> {
+        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(Core::new(name)), metrics })
+    }
+
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
     /// Picks and reserves; `rng` is one random number, used only by `balance: random`.
     pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Placed, Refusal> {
-        let _ = (ask, now, rng);
-        unimplemented!()
+        let run = (ask.kind == Kind::Start).then(RunId::generate);
+        let picked = {
+            let mut core = self.core();
+            core.pick(ask, run, now, rng).map(|grant| (core.target(&grant), grant))
+        };
+        match picked {
+            Ok((target, grant)) => {
+                let affinity = grant.affinity();
+                self.metrics.affinity[affinity as usize].inc();
+                let lease = Lease { dispatcher: self.clone(), grant: Some(grant), outcome: RunOutcome::Cancelled };
+                Ok(Placed { target, affinity, lease })
+            }
+            Err(unplaced) => {
+                if run.is_some() {
+                    self.metrics.rejected.inc();
+                }
+                Err(unplaced.refusal())
+            }
+        }
+    }
+
+    /// Takes a (re)loaded configuration. Counts, pins, runs, operator drains and health stay; unchanged settings keep
+    /// their [`Target`]; endpoints that are not named any more drain; lower limits cut nothing.
+    pub fn apply(&self, settings: ServiceSettings, now: Instant) {
+        self.core().apply(settings, now);
+    }
+
+    /// The answer of an active health check of the endpoint with this [`crate::config::EndpointUrl::identity`].
+    pub fn probe_result(&self, identity: &str, healthy: bool, now: Instant) {
+        self.core().probe_result(identity, healthy, now);
+    }
+
+    /// Drains the endpoint at `host:port` (or with this identity) until it is undrained. False: there is none.
+    pub fn drain_endpoint(&self, address: &str, now: Instant) -> bool {
+        self.core().set_drained(address, true, now)
+    }
+
+    /// Ends an operator's drain. False: there is no such endpoint.
+    pub fn undrain_endpoint(&self, address: &str, now: Instant) -> bool {
+        self.core().set_drained(address, false, now)
+    }
+
+    pub fn status(&self, now: Instant) -> ServiceStatus {
+        self.core().status(now)
+    }
+
+    /// Sessions, those whose key (or alias) is `key` only where that is given, `limit` at most.
+    pub fn sessions(&self, key: Option<&str>, limit: usize, now: Instant) -> Vec<SessionInfo> {
+        let mut found = Vec::new();
+        let mut from = Some(0);
+        while let Some(slot) = from {
+            from = self.core().scan_sessions(key, slot, SCAN, limit, &mut found, now);
+        }
+        found
+    }
+
+    /// Outstanding runs, those of the session with this key (or alias) only where that is given, `limit` at most.
+    pub fn runs(&self, session: Option<&str>, limit: usize, now: Instant) -> Vec<RunInfo> {
+        self.core().runs(session, limit, now)
+    }
+
+    /// Forgets the pins of idle sessions, all or those of one key, and says how many. Busy ones stay.
+    pub fn forget_sessions(&self, key: Option<&str>, now: Instant) -> usize {
+        let mut forgotten = 0;
+        let mut from = Some(0);
+        while let Some(slot) = from {
+            let (count, next) = self.core().forget_sessions(key, slot, SCAN, now);
+            forgotten += count;
+            from = next;
+        }
+        forgotten
+    }
+
+    /// A ready endpoint has a free slot.
+    pub fn ready_for_work(&self, now: Instant) -> bool {
+        self.core().ready_for_work(now)
+    }
+
+    /// What is due with time; to be called about once a second.
+    pub fn tick(&self, now: Instant) {
+        self.core().tick(now);
+        // In small steps, so that a million sessions that expire together hold up nobody.
+        while self.core().expire(SCAN as usize, now) == SCAN as usize {}
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Lease {
     /// The run that this exchange started.
     pub fn run_id(&self) -> Option<RunId> {
-        unimplemented!()
+        self.grant.as_ref().and_then(Grant::run_id)
     }
 
     /// The answer was 2xx or 3xx: the pin holds from now on.
     pub fn confirm(&mut self, now: Instant) {
-        let _ = now;
+        if let Some(grant) = &self.grant {
+            self.dispatcher.core().confirm(grant, now);
+        }
     }
 
     /// The (successful) answer named its session; becomes the key, or an alias of the request's key.
     pub fn learn(&mut self, key: SessionKey, now: Instant) {
-        let _ = (key, now);
+        if let Some(grant) = &mut self.grant {
+            self.dispatcher.core().learn(grant, &key, now);
+        }
     }
 
     /// Moves the reservation to another endpoint in one step after an attempt that the endpoint never saw, never to one
     /// tried before. A confirmed pin stays on its own endpoint. Counts one more attempt.
     pub fn retry(&mut self, now: Instant, rng: u64) -> Result<Arc<Target>, Refusal> {
-        let _ = (now, rng);
-        unimplemented!()
+        match &mut self.grant {
+            Some(grant) => self.dispatcher.core().retry(grant, now, rng).map_err(|unplaced| unplaced.refusal()),
+            None => Err(Refusal::NoEndpoint),
+        }
     }
 
     /// Evidence for outlier ejection about the current target.
     pub fn report(&mut self, evidence: Evidence, now: Instant) {
-        let _ = (evidence, now);
+        if let Some(grant) = &self.grant {
+            self.dispatcher.core().report(grant, evidence, now);
+        }
     }
 
     /// Sets how the run is to be judged when the lease is dropped; without it a dropped run counts as cancelled.
     pub fn outcome(&mut self, outcome: RunOutcome) {
-        let _ = outcome;
+        self.outcome = outcome;
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let _ = &self.dispatcher;
+        let Some(grant) = self.grant.take() else { return };
+        let ended = self.dispatcher.core().finish(grant, self.outcome, ids::now());
+        if let Some(ended) = ended {
+            let metrics = &ended.target.metrics;
+            metrics.runs[ended.outcome as usize].inc();
+            metrics.run_duration_seconds.observe(ended.duration.as_secs_f64());
+        }
     }
 }

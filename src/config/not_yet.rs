@@ -1,0 +1,106 @@
+//! Not yet: the keys whose capability is not built. Their shape is checked, their default accepted, anything else refused.
+//! Building a capability deletes its line.
+
+use serde_json::Value;
+
+struct NotYet {
+    /// With `[]` for every item of a list.
+    path: &'static str,
+    /// Values beside the default that are accepted, because they mean what is built.
+    accepted: &'static [&'static str],
+    /// What to do until then.
+    instead: &'static str,
+}
+
+const fn not_yet(path: &'static str, instead: &'static str) -> NotYet {
+    NotYet { path, accepted: &[], instead }
+}
+
+const NOT_YET: &[NotYet] = &[
+    not_yet("state", "write `memory` or leave it out"),
+    not_yet("trace.otlp_endpoint", "leave it out; `traceparent` is passed on and made where it is absent"),
+    not_yet("kubernetes.kubeconfig", "leave it out and list the endpoints"),
+    not_yet("kubernetes.external_metrics", "leave it out; scale on longhaul_run_demand from /metrics"),
+    not_yet("kubernetes.keda", "leave it out; scale on longhaul_run_demand from /metrics"),
+    not_yet("kubernetes.pod_deletion_cost", "leave it out"),
+    not_yet("kubernetes.leader_election", "leave it out"),
+    NotYet {
+        path: "services[].agent_protocol",
+        accepted: &["http"],
+        instead: "write `auto` or `http` and tell by `session.key` and `runs.match` what sessions and runs are",
+    },
+    not_yet("services[].runs.max_per_principal", "leave it out; `runs.max_per_endpoint` limits endpoints"),
+    not_yet(
+        "services[].runs.queue.max",
+        "write 0 or leave it out; when all endpoints are full the answer is 429 queue_full",
+    ),
+    not_yet("services[].runs.queue.progress", "leave it out"),
+    not_yet("services[].runs.queue.priority_header", "leave it out"),
+    not_yet("services[].runs.double_texting.policy", "write `allow` or leave it out"),
+    not_yet("services[].runs.double_texting.allow_override", "write `false` or leave it out"),
+    not_yet("services[].runs.idempotency", "leave it out"),
+    NotYet {
+        path: "services[].runs.on_disconnect",
+        accepted: &["cancel"],
+        instead: "write `protocol` or `cancel`; a run whose client leaves is cancelled",
+    },
+    not_yet("services[].runs.heartbeat", "leave it out and let the agent send comments in silence"),
+    not_yet("services[].runs.resume", "leave it out"),
+    not_yet("services[].health.draining_status", "leave it out; a draining endpoint can fail its check instead"),
+    not_yet("services[].health.load", "leave it out; runs are counted here"),
+    not_yet("services[].shadow", "leave it out"),
+    not_yet("services[].rollout", "leave it out and change `weight` in the file; sessions keep their version"),
+    not_yet(
+        "services[].versions[].endpoints[].dns",
+        "list the endpoints, or give a name in the url: it is resolved at each connect",
+    ),
+    not_yet("services[].versions[].endpoints[].kubernetes", "list the endpoints by their addresses"),
+];
+
+/// Why `path` may not have this value, if it may not. Both values as the effective configuration shows them.
+pub fn refusal(path: &str, value: &Value, default: impl FnOnce() -> Value) -> Option<String> {
+    let general = without_indices(path);
+    let found = NOT_YET.iter().find(|entry| entry.path == general)?;
+    if *value == default() {
+        return None;
+    }
+    if value.as_str().is_some_and(|text| found.accepted.contains(&text)) {
+        return None;
+    }
+    let what = match value {
+        Value::String(text) => format!("`{text}`"),
+        _ => "this".to_owned(),
+    };
+    Some(format!("{what} is not available yet; {}", found.instead))
+}
+
+/// `services[0].name` as `services[].name`.
+fn without_indices(path: &str) -> String {
+    let mut inside = false;
+    path.chars()
+        .filter(|c| {
+            if *c == ']' {
+                inside = false;
+            }
+            let keep = !inside;
+            if *c == '[' {
+                inside = true;
+            }
+            keep
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A line whose key was renamed would refuse nothing.
+    #[test]
+    fn every_line_names_a_key_of_the_file() {
+        let known = crate::config::schema::key_paths();
+        for entry in NOT_YET {
+            assert!(known.iter().any(|path| path == entry.path), "{} is no key of the file", entry.path);
+        }
+    }
+}

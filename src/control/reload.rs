@@ -1,0 +1,921 @@
+//! Reload: turns a configuration file into the next snapshot, all or nothing, one at a time.
+//!
+//! The order matters. Everything that can fail comes first (read, check, certificates, sockets) and touches nothing that
+//! runs. Then dispatchers learn their new endpoints, the snapshot is swapped, and last the accept loop hears of new and
+//! gone listeners: so no request ever meets a service that its dispatcher does not know, nor a socket without listener.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use rustls_pki_types::ServerName;
+use sha2::{Digest, Sha256};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{error, info, warn};
+
+use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
+use crate::control::health::{Check, Probe};
+use crate::drain::Drain;
+use crate::ids;
+use crate::logging::AccessLog;
+use crate::metrics::{Metrics, VersionMetrics};
+use crate::net::cookie::Sealer;
+use crate::net::listen::{self, Socket};
+use crate::net::tls::{self, ServerTls};
+use crate::snapshot::{AcceptCommand, Listener, Running, Service, Snapshot};
+use crate::state::dispatcher::{Dispatcher, ServiceSettings};
+use crate::state::{ClientTls, TargetSettings};
+
+/// Between the swap and the drain of a removed service's endpoints.
+const REMOVAL_GRACE: Duration = Duration::from_secs(1);
+/// Reloads that may wait for their turn; whoever comes after waits for a place.
+const WAITING_MAX: usize = 16;
+/// Commands that the accept loop may be behind.
+const COMMANDS_MAX: usize = 64;
+
+/// Asks for reloads, from anywhere. Cheap to clone.
+#[derive(Clone)]
+pub struct ReloadHandle {
+    file: Arc<str>,
+    requests: mpsc::Sender<Request>,
+}
+
+impl ReloadHandle {
+    /// Reads the file and lets it take effect; answers the generation that is in effect then (the old one where the file
+    /// means the same). On an error nothing has changed.
+    pub async fn reload(&self) -> Result<u64, Problems> {
+        self.ask(Trigger::Asked).await
+    }
+
+    /// As [`ReloadHandle::reload`], but an error that is known already is neither logged nor counted again.
+    pub(super) async fn retry(&self) -> Result<u64, Problems> {
+        self.ask(Trigger::Retry).await
+    }
+
+    /// Stops every listener; from then on reloads are refused.
+    pub(super) async fn close_listeners(&self) {
+        let (reply, done) = oneshot::channel();
+        if self.requests.send(Request::CloseListeners { reply }).await.is_ok() {
+            let _ = done.await;
+        }
+    }
+
+    async fn ask(&self, trigger: Trigger) -> Result<u64, Problems> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || one_problem(&self.file, "", "the proxy is stopping and reloads nothing any more".to_owned());
+        self.requests.send(Request::Reload { trigger, reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+enum Request {
+    Reload { trigger: Trigger, reply: oneshot::Sender<Result<u64, Problems>> },
+    CloseListeners { reply: oneshot::Sender<()> },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trigger {
+    Asked,
+    Retry,
+}
+
+/// What is known about reloads: for the admin API and metrics.
+#[derive(Clone, Debug)]
+pub struct ReloadStatus {
+    pub generation: u64,
+    /// Of the last file that was found good, also where it changed nothing.
+    pub sha256: String,
+    /// When this generation took effect.
+    pub loaded_at: SystemTime,
+    /// Why the last reload was refused; `None` after one that was not.
+    pub last_error: Option<Problems>,
+    /// Reloads since the start, the first load not counted.
+    pub succeeded: u64,
+    pub failed: u64,
+    /// Every file that the last good configuration names.
+    pub files: Vec<PathBuf>,
+}
+
+/// [`ReloadStatus`], shared, and the services that left the configuration while runs of theirs go on.
+pub struct ReloadState {
+    status: watch::Sender<ReloadStatus>,
+    removed: Mutex<Vec<Removed>>,
+}
+
+/// A service that left the configuration. It is kept until the last exchange lets go of its dispatcher.
+struct Removed {
+    dispatcher: Arc<Dispatcher>,
+    config: config::Service,
+    at: Instant,
+    emptied: bool,
+}
+
+impl ReloadState {
+    pub fn status(&self) -> ReloadStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Changes after every reload, refused ones included.
+    pub fn subscribe(&self) -> watch::Receiver<ReloadStatus> {
+        self.status.subscribe()
+    }
+
+    /// The services that are no longer configured, but still have exchanges.
+    pub fn removed_services(&self) -> Vec<(String, Arc<Dispatcher>)> {
+        self.lock_removed().iter().map(|gone| (gone.config.name.clone(), Arc::clone(&gone.dispatcher))).collect()
+    }
+
+    /// Drains the endpoints of removed services, and lets go of those that nobody uses.
+    pub(super) fn tick_removed(&self, now: Instant) {
+        self.lock_removed().retain_mut(|gone| {
+            // Not at once: a request that was routed by the snapshot before may be about to pick.
+            if !gone.emptied && now.saturating_duration_since(gone.at) >= REMOVAL_GRACE {
+                let config = config::Service { versions: Vec::new(), ..gone.config.clone() };
+                gone.dispatcher.apply(ServiceSettings { config, targets: Vec::new() }, now);
+                gone.emptied = true;
+            }
+            gone.dispatcher.tick(now);
+            // Every lease holds its dispatcher, so the last reference means: no exchange left.
+            !(gone.emptied && Arc::strong_count(&gone.dispatcher) == 1)
+        });
+    }
+
+    fn lock_removed(&self) -> MutexGuard<'_, Vec<Removed>> {
+        self.removed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the probes server has to do after a reload.
+pub enum ProbesCommand {
+    /// Serve on this socket, and no longer on the one before.
+    Serve(Socket),
+    Stop,
+}
+
+/// What a new [`Reloader`] hands to the other parts.
+pub struct Outlets {
+    pub running: Arc<Running>,
+    pub handle: ReloadHandle,
+    pub state: Arc<ReloadState>,
+    /// For the accept loop.
+    pub accept: mpsc::Receiver<AcceptCommand>,
+    /// For the server of `admin.probes`.
+    pub probes: mpsc::Receiver<ProbesCommand>,
+    /// The address of `admin.probes` that was bound at the start.
+    pub probes_address: Option<Address>,
+    /// For the health checks.
+    pub checks: watch::Receiver<Vec<Arc<Check>>>,
+}
+
+/// Called with every configuration that has taken effect by a reload (not with the first).
+pub type AfterReload = Box<dyn Fn(&config::Config) + Send + Sync>;
+
+/// The one who reloads.
+pub struct Reloader {
+    path: PathBuf,
+    running: Arc<Running>,
+    state: Arc<ReloadState>,
+    builder: Builder,
+    requests: mpsc::Receiver<Request>,
+    accept: mpsc::Sender<AcceptCommand>,
+    probes: mpsc::Sender<ProbesCommand>,
+    checks: watch::Sender<Vec<Arc<Check>>>,
+    after_reload: Option<AfterReload>,
+    /// What the first configuration has to tell, until [`Reloader::run`] does.
+    first: Announcements,
+    listeners_closed: bool,
+}
+
+impl Reloader {
+    /// Binds and builds the first generation. Nothing is served before [`Reloader::run`].
+    pub fn new(
+        path: PathBuf,
+        loaded: Loaded,
+        metrics: Arc<Metrics>,
+        access_log: AccessLog,
+        after_reload: Option<AfterReload>,
+    ) -> Result<(Reloader, Outlets), Problems> {
+        let file: Arc<str> = path.display().to_string().into();
+        let mut builder = Builder {
+            file: Arc::clone(&file),
+            metrics: Arc::clone(&metrics),
+            cookie_secret: ids::random_bytes(),
+            client_tls: Vec::new(),
+            version_metrics: HashMap::new(),
+            probes: None,
+        };
+        let prepared = builder.prepare(loaded, None, &[])?;
+        let (request_sender, requests) = mpsc::channel(WAITING_MAX);
+        let (accept, accept_receiver) = mpsc::channel(COMMANDS_MAX);
+        let (probes, probes_receiver) = mpsc::channel(1);
+        let checks = watch::Sender::new(prepared.checks);
+
+        let now = ids::now();
+        for (dispatcher, settings) in prepared.dispatchers {
+            dispatcher.apply(settings, now);
+        }
+        builder.client_tls = prepared.client_tls;
+        builder.version_metrics = prepared.version_metrics;
+        builder.probes = prepared.probes_bound;
+
+        let status = ReloadStatus {
+            generation: prepared.snapshot.generation,
+            sha256: prepared.snapshot.loaded.sha256.clone(),
+            loaded_at: prepared.snapshot.loaded_at,
+            last_error: None,
+            succeeded: 0,
+            failed: 0,
+            files: prepared.snapshot.loaded.files.clone(),
+        };
+        let state = Arc::new(ReloadState { status: watch::Sender::new(status), removed: Mutex::new(Vec::new()) });
+        let running = Arc::new(Running {
+            snapshot: ArcSwap::from_pointee(prepared.snapshot),
+            metrics,
+            drain: Drain::new(),
+            open_exchanges: AtomicUsize::new(0),
+            access_log,
+            scope_secret: ids::random_bytes(),
+        });
+        let outlets = Outlets {
+            running: Arc::clone(&running),
+            handle: ReloadHandle { file, requests: request_sender },
+            state: Arc::clone(&state),
+            accept: accept_receiver,
+            probes: probes_receiver,
+            probes_address: builder.probes.as_ref().map(|bound| bound.local.clone()),
+            checks: checks.subscribe(),
+        };
+        let first = prepared.announcements;
+        let listeners_closed = false;
+        let reloader = Reloader {
+            path,
+            running,
+            state,
+            builder,
+            requests,
+            accept,
+            probes,
+            checks,
+            after_reload,
+            first,
+            listeners_closed,
+        };
+        Ok((reloader, outlets))
+    }
+
+    /// Starts the listeners, then reloads when asked, until every [`ReloadHandle`] is gone.
+    pub async fn run(mut self) {
+        let first = std::mem::take(&mut self.first);
+        self.announce(first).await;
+        while let Some(request) = self.requests.recv().await {
+            match request {
+                Request::Reload { trigger, reply } => {
+                    let result = self.reload().await;
+                    self.note(trigger, &result);
+                    // Whoever asked may have left; the reload counts all the same.
+                    let _ = reply.send(result.map(|done| done.generation));
+                }
+                Request::CloseListeners { reply } => {
+                    self.close_listeners().await;
+                    let _ = reply.send(());
+                }
+            }
+        }
+    }
+
+    async fn reload(&mut self) -> Result<Done, Problems> {
+        if self.listeners_closed {
+            return Err(self.refusal("", "the proxy is draining and takes no new configuration".to_owned()));
+        }
+        let path = self.path.clone();
+        let loaded = tokio::task::spawn_blocking(move || config::load(&path))
+            .await
+            .map_err(|failure| self.refusal("", format!("reading the configuration broke off: {failure}")))??;
+
+        let current = self.running.snapshot.load_full();
+        let sha256 = loaded.sha256.clone();
+        let files = loaded.files.clone();
+        if self.builder.means_the_same(&current, &loaded) {
+            self.builder.refresh_certificates(&current)?;
+            return Ok(Done { generation: current.generation, loaded_at: current.loaded_at, sha256, files });
+        }
+        self.refuse_what_cannot_change(&current.loaded.config, &loaded.config)?;
+        let removed = self.state.removed_services();
+        let prepared = self.builder.prepare(loaded, Some(&current), &removed)?;
+        let generation = prepared.snapshot.generation;
+        let loaded_at = prepared.snapshot.loaded_at;
+        self.take_effect(prepared, &current).await;
+        Ok(Done { generation, loaded_at, sha256, files })
+    }
+
+    fn refuse_what_cannot_change(&self, old: &config::Config, new: &config::Config) -> Result<(), Problems> {
+        if old.admin.address != new.admin.address {
+            let was = display(&old.admin.address);
+            return Err(self.refusal(
+                "admin.address",
+                format!("can't change while the proxy runs; put {was} back, or restart the proxy"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The swap. Nothing here can fail.
+    async fn take_effect(&mut self, prepared: Prepared, current: &Snapshot) {
+        let now = ids::now();
+        {
+            // A service that came back is not to be emptied by the clock.
+            let back = |gone: &Removed| prepared.dispatchers.iter().any(|(it, _)| Arc::ptr_eq(it, &gone.dispatcher));
+            self.state.lock_removed().retain(|gone| !back(gone));
+        }
+        let leaving: Vec<Removed> = current
+            .services
+            .iter()
+            .filter(|old| !prepared.dispatchers.iter().any(|(kept, _)| Arc::ptr_eq(kept, &old.dispatcher)))
+            .map(|old| Removed {
+                dispatcher: Arc::clone(&old.dispatcher),
+                config: old.config.clone(),
+                at: now,
+                emptied: false,
+            })
+            .collect();
+        // Dispatchers first: the new snapshot must never route to a service whose endpoints are not known yet. Those of
+        // removed services come last (by the clock): the old snapshot must not route into an emptied one.
+        for (dispatcher, settings) in prepared.dispatchers {
+            dispatcher.apply(settings, now);
+        }
+        let snapshot = Arc::new(prepared.snapshot);
+        self.running.snapshot.store(Arc::clone(&snapshot));
+        self.running.access_log.configure(&snapshot.loaded.config.log);
+        self.state.lock_removed().extend(leaving);
+        self.checks.send_replace(prepared.checks);
+        self.builder.client_tls = prepared.client_tls;
+        self.builder.version_metrics = prepared.version_metrics;
+        self.builder.probes = prepared.probes_bound;
+        if let Some(after_reload) = &self.after_reload {
+            after_reload(&snapshot.loaded.config);
+        }
+        self.announce(prepared.announcements).await;
+    }
+
+    async fn announce(&mut self, announcements: Announcements) {
+        for (local_address, socket) in announcements.starts {
+            self.command(AcceptCommand::Start { local_address, socket }).await;
+        }
+        for local_address in announcements.stops {
+            self.command(AcceptCommand::Stop { local_address }).await;
+        }
+        if let Some(command) = announcements.probes
+            && self.probes.send(command).await.is_err()
+        {
+            error!("the probes server is gone: admin.probes is not served");
+        }
+    }
+
+    async fn close_listeners(&mut self) {
+        self.listeners_closed = true;
+        let snapshot = self.running.snapshot.load_full();
+        for listener in &snapshot.listeners {
+            self.command(AcceptCommand::Stop { local_address: listener.local_address.clone() }).await;
+        }
+    }
+
+    async fn command(&self, command: AcceptCommand) {
+        if self.accept.send(command).await.is_err() && !self.listeners_closed {
+            error!("the accept loop is gone: listeners can't be started or stopped any more");
+        }
+    }
+
+    /// Counts and logs.
+    fn note(&self, trigger: Trigger, result: &Result<Done, Problems>) {
+        match result {
+            Ok(done) => {
+                let before = self.state.status.borrow().generation;
+                self.state.status.send_modify(|status| {
+                    status.generation = done.generation;
+                    status.sha256.clone_from(&done.sha256);
+                    status.loaded_at = done.loaded_at;
+                    status.last_error = None;
+                    status.succeeded += 1;
+                    status.files.clone_from(&done.files);
+                });
+                let (generation, sha256) = (done.generation, &done.sha256);
+                if before == generation {
+                    info!(generation, sha256, "the configuration means the same as before: kept");
+                } else {
+                    info!(generation, sha256, "new configuration in effect");
+                    log_warnings(&self.running.snapshot.load().loaded);
+                }
+            }
+            Err(problems) => {
+                let known = self.state.status.borrow().last_error.as_ref() == Some(problems);
+                if known && trigger == Trigger::Retry {
+                    return;
+                }
+                self.state.status.send_modify(|status| {
+                    status.last_error = Some(problems.clone());
+                    status.failed += 1;
+                });
+                error!(problems = problems.list.len(), "configuration refused, the one in effect stays");
+                for problem in &problems.list {
+                    error!("{}", describe(&problems.file, problem));
+                }
+            }
+        }
+    }
+
+    fn refusal(&self, path: &str, message: String) -> Problems {
+        one_problem(&self.builder.file, path, message)
+    }
+}
+
+/// Logs what is not wrong but worth a line.
+pub fn log_warnings(loaded: &Loaded) {
+    for problem in &loaded.warnings {
+        warn!("{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message);
+    }
+}
+
+/// A reload that was accepted.
+struct Done {
+    generation: u64,
+    loaded_at: SystemTime,
+    sha256: String,
+    files: Vec<PathBuf>,
+}
+
+/// Builds snapshots, and keeps what must stay the same thing from one to the next.
+struct Builder {
+    file: Arc<str>,
+    metrics: Arc<Metrics>,
+    /// The secret behind the cookies of services that name none: for the life of the process, so that reloads keep them.
+    cookie_secret: [u8; 32],
+    client_tls: Vec<CachedClientTls>,
+    /// By service and version.
+    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
+    probes: Option<BoundProbes>,
+}
+
+/// Unchanged settings keep the same `Arc`, by which the dispatcher sees that a target is unchanged.
+#[derive(Clone)]
+struct CachedClientTls {
+    settings: config::UpstreamTls,
+    http: config::HttpVersion,
+    /// Of the files that `settings` names.
+    content: [u8; 32],
+    config: Arc<rustls::ClientConfig>,
+}
+
+#[derive(Clone)]
+struct BoundProbes {
+    configured: std::net::SocketAddr,
+    local: Address,
+}
+
+/// A next generation that can take effect without failing.
+struct Prepared {
+    snapshot: Snapshot,
+    /// In the order of the services.
+    dispatchers: Vec<(Arc<Dispatcher>, ServiceSettings)>,
+    checks: Vec<Arc<Check>>,
+    announcements: Announcements,
+    client_tls: Vec<CachedClientTls>,
+    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
+    probes_bound: Option<BoundProbes>,
+}
+
+#[derive(Default)]
+struct Announcements {
+    starts: Vec<(Address, Socket)>,
+    stops: Vec<Address>,
+    probes: Option<ProbesCommand>,
+}
+
+impl Builder {
+    /// Whether `loaded` would change nothing, the content of upstream certificates included.
+    fn means_the_same(&self, current: &Snapshot, loaded: &Loaded) -> bool {
+        current.loaded.config == loaded.config
+            && loaded.config.services.iter().flat_map(|service| &service.versions).all(|version| {
+                !version.endpoints.iter().any(|endpoint| is_https(&endpoint.url))
+                    || find_client_tls(&self.client_tls, version, &file_content(&version.tls)).is_some()
+            })
+    }
+
+    /// Re-reads the listeners' certificates; a bad file leaves those that were there.
+    fn refresh_certificates(&self, current: &Snapshot) -> Result<(), Problems> {
+        let mut problems = Vec::new();
+        for (index, listener) in current.listeners.iter().enumerate() {
+            if let Some(tls) = &listener.tls {
+                refresh(tls, index, &mut problems);
+            }
+        }
+        self.all_well(problems)
+    }
+
+    /// Builds the generation after `current`. Sockets that it binds are closed again when it fails.
+    fn prepare(
+        &self,
+        loaded: Loaded,
+        current: Option<&Snapshot>,
+        removed: &[(String, Arc<Dispatcher>)],
+    ) -> Result<Prepared, Problems> {
+        let mut problems = Vec::new();
+        let mut services = Services::default();
+        for (index, service) in loaded.config.services.iter().enumerate() {
+            self.service(index, service, current, removed, &mut services, &mut problems);
+        }
+        let (listeners, mut announcements) = self.listeners(&loaded.config, current, &mut problems);
+        let probes_bound = self.bind_probes(&loaded.config.admin, &mut announcements, &mut problems);
+        self.all_well(problems)?;
+
+        let generation = current.map_or(1, |current| current.generation + 1);
+        let loaded_at = ids::wall_clock();
+        let Services { list, dispatchers, checks, client_tls, version_metrics } = services;
+        let snapshot = Snapshot { generation, loaded, loaded_at, listeners, services: list };
+        Ok(Prepared { snapshot, dispatchers, checks, announcements, client_tls, version_metrics, probes_bound })
+    }
+
+    fn service(
+        &self,
+        index: usize,
+        service: &config::Service,
+        current: Option<&Snapshot>,
+        removed: &[(String, Arc<Dispatcher>)],
+        services: &mut Services,
+        problems: &mut Vec<Problem>,
+    ) {
+        let old = current.and_then(|current| current.services.iter().find(|old| *old.name == *service.name));
+        let name = old.map_or_else(|| Arc::from(service.name.as_str()), |old| Arc::clone(&old.name));
+        let metrics = old.map_or_else(|| self.metrics.service(&service.name), |old| Arc::clone(&old.metrics));
+        let dispatcher = match old {
+            Some(old) => Arc::clone(&old.dispatcher),
+            None => match removed.iter().find(|(removed, _)| *removed == service.name) {
+                Some((_, dispatcher)) => Arc::clone(dispatcher),
+                None => Dispatcher::new(&service.name, Arc::clone(&metrics)),
+            },
+        };
+        let cookie = service.session.cookie.as_ref().map(|cookie| self.sealer(&service.name, cookie));
+
+        let mut targets = Vec::with_capacity(service.versions.len());
+        for (version_index, version) in service.versions.iter().enumerate() {
+            let path = format!("services[{index}].versions[{version_index}]");
+            let version_name: Arc<str> = version.name.as_str().into();
+            let metrics = self.version_metrics(&service.name, &version.name);
+            services.version_metrics.insert((service.name.clone(), version.name.clone()), Arc::clone(&metrics));
+            let mut of_version = Vec::with_capacity(version.endpoints.len());
+            for (endpoint_index, endpoint) in version.endpoints.iter().enumerate() {
+                let tls = match self.endpoint_tls(version, &endpoint.url, &mut services.client_tls) {
+                    Ok(tls) => tls,
+                    Err(failure) => {
+                        problems.push(problem(&format!("{path}.{}", failure.key(endpoint_index)), failure.message()));
+                        continue;
+                    }
+                };
+                if service.health.path.is_some() || service.health.tcp {
+                    services.checks.push(Arc::new(Check {
+                        service: Arc::clone(&name),
+                        dispatcher: Arc::clone(&dispatcher),
+                        identity: endpoint.url.identity(),
+                        probe: Probe {
+                            url: endpoint.url.clone(),
+                            http: version.http,
+                            host: version.host.clone(),
+                            set: version.headers.set.clone(),
+                            tls: tls.clone(),
+                            health: service.health.clone(),
+                        },
+                    }));
+                }
+                of_version.push(TargetSettings {
+                    service: Arc::clone(&name),
+                    version: Arc::clone(&version_name),
+                    url: endpoint.url.clone(),
+                    http: version.http,
+                    host: version.host.clone(),
+                    headers: version.headers.clone(),
+                    pool: service.pool.clone(),
+                    tls,
+                    metrics: Arc::clone(&metrics),
+                });
+            }
+            targets.push(of_version);
+        }
+        let settings = ServiceSettings { config: service.clone(), targets };
+        services.dispatchers.push((Arc::clone(&dispatcher), settings));
+        services.list.push(Arc::new(Service { name, config: service.clone(), dispatcher, metrics, cookie }));
+    }
+
+    fn version_metrics(&self, service: &str, version: &str) -> Arc<VersionMetrics> {
+        let key = (service.to_owned(), version.to_owned());
+        self.version_metrics.get(&key).map_or_else(|| self.metrics.version(service, version), Arc::clone)
+    }
+
+    fn sealer(&self, service: &str, cookie: &config::SessionCookie) -> Sealer {
+        if cookie.secrets.is_empty() {
+            Sealer::new(service, &cookie.name, cookie.ttl, &[self.own_secret(service)])
+        } else {
+            Sealer::new(service, &cookie.name, cookie.ttl, &cookie.secrets)
+        }
+    }
+
+    /// The secret of a service that names none: the same after every reload, another one for every service and process.
+    fn own_secret(&self, service: &str) -> String {
+        let mut secret = Sha256::new();
+        secret.update(self.cookie_secret);
+        secret.update(service.as_bytes());
+        hex(&secret.finalize())
+    }
+
+    fn endpoint_tls(
+        &self,
+        version: &config::Version,
+        url: &EndpointUrl,
+        next: &mut Vec<CachedClientTls>,
+    ) -> Result<Option<ClientTls>, TlsFailure> {
+        let EndpointUrl::Tcp { https: true, host, .. } = url else { return Ok(None) };
+        let server_name = match (&version.tls.server_name, host) {
+            (Some(name), _) => server_name(name)?,
+            (None, EndpointHost::Ip(ip)) => ServerName::IpAddress((*ip).into()),
+            (None, EndpointHost::Name(name)) => server_name(name)?,
+        };
+        let content = file_content(&version.tls);
+        if let Some(known) = find_client_tls(next, version, &content) {
+            return Ok(Some(ClientTls { config: Arc::clone(&known.config), server_name }));
+        }
+        let cached = match find_client_tls(&self.client_tls, version, &content) {
+            Some(known) => known.clone(),
+            None => CachedClientTls {
+                settings: version.tls.clone(),
+                http: version.http,
+                content,
+                config: tls::client(&version.tls, version.http).map_err(TlsFailure::Settings)?,
+            },
+        };
+        let config = Arc::clone(&cached.config);
+        next.push(cached);
+        Ok(Some(ClientTls { config, server_name }))
+    }
+
+    /// The listeners of the next snapshot. A listener is its address: whatever else changes, the socket stays.
+    fn listeners(
+        &self,
+        config: &config::Config,
+        current: Option<&Snapshot>,
+        problems: &mut Vec<Problem>,
+    ) -> (Vec<Arc<Listener>>, Announcements) {
+        let mut announcements = Announcements::default();
+        let mut old: Vec<&Arc<Listener>> = current.map_or_else(Vec::new, |current| current.listeners.iter().collect());
+        let mut listeners = Vec::with_capacity(config.listeners.len());
+        for (index, listener) in config.listeners.iter().enumerate() {
+            let same =
+                |old: &&Arc<Listener>| old.config.address == listener.address || old.local_address == listener.address;
+            // Several may have the address "any free port": then the name tells them apart.
+            let place = old
+                .iter()
+                .position(|old| same(old) && old.config.name == listener.name)
+                .or_else(|| old.iter().position(same));
+            let kept = place.map(|place| old.swap_remove(place));
+            let tls = listener.tls.as_ref().and_then(|settings| {
+                let kept = kept.filter(|kept| kept.config.tls.as_ref() == Some(settings));
+                listener_tls(settings, kept.and_then(|kept| kept.tls.as_ref()), index, problems)
+            });
+            let local_address = match kept {
+                Some(kept) => kept.local_address.clone(),
+                None => match bind(&listener.address) {
+                    Ok((local_address, socket)) => {
+                        announcements.starts.push((local_address.clone(), socket));
+                        local_address
+                    }
+                    Err(message) => {
+                        problems.push(problem(&format!("listeners[{index}].address"), message));
+                        continue;
+                    }
+                },
+            };
+            listeners.push(Arc::new(Listener {
+                local_address,
+                tls,
+                metrics: self.metrics.listener(&listener.name),
+                routes: config.routes.iter().map(|route| self.metrics.route(&listener.name, &route.label)).collect(),
+                no_route: self.metrics.route(&listener.name, "none"),
+                config: listener.clone(),
+            }));
+        }
+        announcements.stops = old.iter().map(|old| old.local_address.clone()).collect();
+        (listeners, announcements)
+    }
+
+    fn bind_probes(
+        &self,
+        admin: &config::Admin,
+        announcements: &mut Announcements,
+        problems: &mut Vec<Problem>,
+    ) -> Option<BoundProbes> {
+        let Some(configured) = admin.probes else {
+            if self.probes.is_some() {
+                announcements.probes = Some(ProbesCommand::Stop);
+            }
+            return None;
+        };
+        if let Some(bound) = self.probes.as_ref().filter(|bound| bound.configured == configured) {
+            return Some(bound.clone());
+        }
+        match bind(&Address::Tcp(configured)) {
+            Ok((local, socket)) => {
+                announcements.probes = Some(ProbesCommand::Serve(socket));
+                Some(BoundProbes { configured, local })
+            }
+            Err(message) => {
+                problems.push(problem("admin.probes.address", message));
+                None
+            }
+        }
+    }
+
+    fn all_well(&self, list: Vec<Problem>) -> Result<(), Problems> {
+        if list.is_empty() { Ok(()) } else { Err(Problems { file: self.file.to_string(), list }) }
+    }
+}
+
+/// What [`Builder::service`] adds to, service by service.
+#[derive(Default)]
+struct Services {
+    list: Vec<Arc<Service>>,
+    dispatchers: Vec<(Arc<Dispatcher>, ServiceSettings)>,
+    checks: Vec<Arc<Check>>,
+    client_tls: Vec<CachedClientTls>,
+    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
+}
+
+/// Why there is no TLS towards an endpoint.
+enum TlsFailure {
+    /// The version's `tls` block.
+    Settings(String),
+    /// Neither `tls.server_name` nor the endpoint's host is a name that a certificate can have.
+    ServerName(String),
+}
+
+impl TlsFailure {
+    fn key(&self, endpoint: usize) -> String {
+        match self {
+            TlsFailure::Settings(_) => "tls".to_owned(),
+            TlsFailure::ServerName(_) => format!("endpoints[{endpoint}]"),
+        }
+    }
+
+    fn message(self) -> String {
+        match self {
+            TlsFailure::Settings(message) => message,
+            TlsFailure::ServerName(name) => {
+                format!("\"{name}\" is no name that a certificate can have; set tls.server_name to one")
+            }
+        }
+    }
+}
+
+fn server_name(name: &str) -> Result<ServerName<'static>, TlsFailure> {
+    ServerName::try_from(name.to_owned()).map_err(|_| TlsFailure::ServerName(name.to_owned()))
+}
+
+fn listener_tls(
+    settings: &config::ListenerTls,
+    kept: Option<&Arc<ServerTls>>,
+    index: usize,
+    problems: &mut Vec<Problem>,
+) -> Option<Arc<ServerTls>> {
+    if let Some(kept) = kept {
+        refresh(kept, index, problems);
+        return Some(Arc::clone(kept));
+    }
+    match tls::server(settings) {
+        Ok(tls) => Some(Arc::new(tls)),
+        Err(message) => {
+            problems.push(problem(&format!("listeners[{index}].tls"), message));
+            None
+        }
+    }
+}
+
+fn refresh(tls: &ServerTls, index: usize, problems: &mut Vec<Problem>) {
+    match tls.reload_if_changed() {
+        Ok(true) => info!("certificates of listeners[{index}] were read anew"),
+        Ok(false) => {}
+        Err(message) => problems.push(problem(&format!("listeners[{index}].tls"), message)),
+    }
+}
+
+/// Binds; on failure says what to do about it.
+pub(crate) fn bind(address: &Address) -> Result<(Address, Socket), String> {
+    let fail = |failure: std::io::Error| {
+        let hint = match failure.kind() {
+            std::io::ErrorKind::AddrInUse => "; stop what listens there, or choose another address",
+            std::io::ErrorKind::PermissionDenied => "; choose a port above 1023, or grant the right to bind it",
+            std::io::ErrorKind::AddrNotAvailable => "; choose an address of this machine",
+            _ => "",
+        };
+        format!("can't listen on {}: {failure}{hint}", display(address))
+    };
+    let socket = listen::bind(address).map_err(fail)?;
+    let local_address = socket.local_address().map_err(fail)?;
+    Ok((local_address, socket))
+}
+
+pub(crate) fn display(address: &Address) -> String {
+    match address {
+        Address::Tcp(address) => address.to_string(),
+        Address::Unix(path) => format!("unix:{}", path.display()),
+    }
+}
+
+fn is_https(url: &EndpointUrl) -> bool {
+    matches!(url, EndpointUrl::Tcp { https: true, .. })
+}
+
+fn find_client_tls<'a>(
+    cache: &'a [CachedClientTls],
+    version: &config::Version,
+    content: &[u8; 32],
+) -> Option<&'a CachedClientTls> {
+    cache.iter().find(|known| known.settings == version.tls && known.http == version.http && known.content == *content)
+}
+
+/// A digest of the files; one that can't be read counts as such and is reported by whoever needs it.
+fn file_content(tls: &config::UpstreamTls) -> [u8; 32] {
+    let mut digest = Sha256::new();
+    for path in [&tls.ca_file, &tls.cert_file, &tls.key_file].into_iter().flatten() {
+        match std::fs::read(Path::new(path)) {
+            Ok(content) => {
+                digest.update((content.len() as u64).to_be_bytes());
+                digest.update(content);
+            }
+            Err(_) => digest.update(u64::MAX.to_be_bytes()),
+        }
+    }
+    digest.finalize().into()
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn problem(path: &str, message: String) -> Problem {
+    // What goes wrong here is not the text's fault, so there is no better place in it than its beginning.
+    Problem { line: 1, column: 1, path: path.to_owned(), message }
+}
+
+fn one_problem(file: &str, path: &str, message: String) -> Problems {
+    Problems { file: file.to_owned(), list: vec![problem(path, message)] }
+}
+
+fn describe(file: &str, problem: &Problem) -> String {
+    format!("{file}:{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn builder() -> Builder {
+        Builder {
+            file: "longhaul.yaml".into(),
+            metrics: Metrics::new(),
+            cookie_secret: ids::random_bytes(),
+            client_tls: Vec::new(),
+            version_metrics: HashMap::new(),
+            probes: None,
+        }
+    }
+
+    #[test]
+    fn own_cookie_secrets_stay_for_the_life_of_the_process() {
+        let process = builder();
+        assert_eq!(process.own_secret("support"), process.own_secret("support"));
+        assert_ne!(process.own_secret("support"), process.own_secret("sales"));
+        assert_ne!(process.own_secret("support"), builder().own_secret("support"));
+    }
+
+    #[test]
+    fn client_tls_is_kept_by_content() {
+        let directory = tempfile::tempdir().unwrap();
+        let ca_file = directory.path().join("ca.crt");
+        let settings = config::UpstreamTls { ca_file: Some(ca_file.clone()), ..config::UpstreamTls::default() };
+        let missing = file_content(&settings);
+        std::fs::write(&ca_file, "one").unwrap();
+        let first = file_content(&settings);
+        assert_ne!(missing, first);
+        assert_eq!(first, file_content(&settings));
+        std::fs::write(&ca_file, "two").unwrap();
+        assert_ne!(first, file_content(&settings));
+    }
+
+    #[test]
+    fn a_taken_port_is_named_with_advice() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let Err(message) = bind(&Address::Tcp(address)) else { panic!("{address} was bound twice") };
+        assert!(message.contains(&address.to_string()), "{message}");
+        assert!(message.contains("choose another address"), "{message}");
+    }
+}

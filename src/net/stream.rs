@@ -1,0 +1,141 @@
+//! Stream: a connected socket, plain or TLS, with the readiness call that the relay needs.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+/// A connected socket without TLS.
+pub enum Plain {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// A connected socket as the data plane reads and writes it.
+pub enum Stream {
+    Plain(Plain),
+    TlsServer(Box<tokio_rustls::server::TlsStream<Plain>>),
+    TlsClient(Box<tokio_rustls::client::TlsStream<Plain>>),
+}
+
+impl Stream {
+    /// Ready when a read may give bytes, the end or an error; holding no buffer until then is what keeps silent streams
+    /// small. May be ready spuriously (a TLS record that is not complete yet).
+    pub fn poll_read_ready(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Stream::Plain(plain) => plain.poll_read_ready(context),
+            Stream::TlsServer(tls) => {
+                let (plain, session) = tls.get_mut();
+                if plaintext_waits(&mut session.reader()) {
+                    Poll::Ready(Ok(()))
+                } else {
+                    plain.poll_read_ready(context)
+                }
+            }
+            Stream::TlsClient(tls) => {
+                let (plain, session) = tls.get_mut();
+                if plaintext_waits(&mut session.reader()) {
+                    Poll::Ready(Ok(()))
+                } else {
+                    plain.poll_read_ready(context)
+                }
+            }
+        }
+    }
+
+    /// Reads into `buffer`; 0 is the end.
+    pub fn poll_read_into(&mut self, context: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut target = ReadBuf::new(buffer);
+        ready!(Pin::new(self).poll_read(context, &mut target))?;
+        Poll::Ready(Ok(target.filled().len()))
+    }
+
+    /// Writes what the slices hold, as far as the socket takes it.
+    pub fn poll_write_slices(&mut self, context: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(self).poll_write_vectored(context, slices)
+    }
+
+    /// Bytes given to [`Stream::poll_write_slices`] may wait here (in the TLS session) and need a flush.
+    pub fn buffers_writes(&self) -> bool {
+        !matches!(self, Stream::Plain(_))
+    }
+
+    pub fn is_tls(&self) -> bool {
+        !matches!(self, Stream::Plain(_))
+    }
+
+    /// The protocol that ALPN (RFC 7301) settled on is `h2`.
+    pub fn negotiated_http2(&self) -> bool {
+        let protocol = match self {
+            Stream::Plain(_) => None,
+            Stream::TlsServer(tls) => tls.get_ref().1.alpn_protocol(),
+            Stream::TlsClient(tls) => tls.get_ref().1.alpn_protocol(),
+        };
+        protocol == Some(b"h2")
+    }
+}
+
+fn plaintext_waits(reader: &mut impl io::BufRead) -> bool {
+    match reader.fill_buf() {
+        // Empty is a clean end (close_notify), which a read must report too.
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+    }
+}
+
+impl Plain {
+    fn poll_read_ready(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Plain::Tcp(stream) => stream.poll_read_ready(context),
+            Plain::Unix(stream) => stream.poll_read_ready(context),
+        }
+    }
+}
+
+/// Calls the same method on whatever this is.
+macro_rules! delegate {
+    ($type:ident { $($variant:ident),+ }) => {
+        impl AsyncRead for $type {
+            fn poll_read(
+                self: Pin<&mut Self>,
+                context: &mut Context<'_>,
+                buffer: &mut ReadBuf<'_>,
+            ) -> Poll<io::Result<()>> {
+                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_read(context, buffer)),+ }
+            }
+        }
+
+        impl AsyncWrite for $type {
+            fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_write(context, data)),+ }
+            }
+
+            fn poll_write_vectored(
+                self: Pin<&mut Self>,
+                context: &mut Context<'_>,
+                slices: &[IoSlice<'_>],
+            ) -> Poll<io::Result<usize>> {
+                match self.get_mut() {
+                    $($type::$variant(inner) => Pin::new(inner).poll_write_vectored(context, slices)),+
+                }
+            }
+
+            fn is_write_vectored(&self) -> bool {
+                match self { $($type::$variant(inner) => inner.is_write_vectored()),+ }
+            }
+
+            fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_flush(context)),+ }
+            }
+
+            fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_shutdown(context)),+ }
+            }
+        }
+    };
+}
+
+delegate!(Plain { Tcp, Unix });
+delegate!(Stream { Plain, TlsServer, TlsClient });

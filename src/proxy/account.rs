@@ -1,0 +1,123 @@
+//! Step 10, account: what an exchange was, told exactly once, when its record is dropped: metrics and access log.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::error::Code;
+use crate::ids::RunId;
+use crate::logging::AccessLine;
+use crate::message::RequestHead;
+use crate::proxy::connection::Connection;
+use crate::snapshot::{Listener, Running, Service};
+use crate::state::sessions::SessionKey;
+use crate::state::{AffinityOutcome, RunOutcome, Target};
+
+/// The story of one exchange, filled in as it goes.
+pub struct Record {
+    running: Arc<Running>,
+    listener: Arc<Listener>,
+    pub route: Option<usize>,
+    started: Instant,
+    pub client: Option<std::net::IpAddr>,
+    method: http::Method,
+    path: Box<str>,
+    /// 0: no answer was begun.
+    pub status: u16,
+    pub code: Option<Code>,
+    pub outcome: Option<RunOutcome>,
+    pub service: Option<Arc<Service>>,
+    pub target: Option<Arc<Target>>,
+    pub affinity: AffinityOutcome,
+    pub session: Option<SessionKey>,
+    pub run: Option<RunId>,
+    pub queued: std::time::Duration,
+    pub first_event_at: Option<Instant>,
+    pub events: u64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+impl Record {
+    pub fn open(connection: &Connection, listener: Arc<Listener>, request: &RequestHead) -> Record {
+        let running = connection.worker.running.clone();
+        running.open_exchanges.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        // Kept for the log line only; the path is the client's and may be long.
+        let keep_path = listener_logs(&running);
+        Record {
+            listener,
+            route: None,
+            started: crate::ids::now(),
+            client: None,
+            method: request.method.clone(),
+            path: if keep_path { request.path.as_str().into() } else { "".into() },
+            status: 0,
+            code: None,
+            outcome: None,
+            service: None,
+            target: None,
+            affinity: AffinityOutcome::None,
+            session: None,
+            run: None,
+            queued: std::time::Duration::ZERO,
+            first_event_at: None,
+            events: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+            running,
+        }
+    }
+
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+}
+
+fn listener_logs(running: &Running) -> bool {
+    running.access_log.enabled()
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.running.open_exchanges.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+        let route = match self.route {
+            Some(index) => self.listener.routes.get(index).unwrap_or(&self.listener.no_route),
+            None => &self.listener.no_route,
+        };
+        route.record(self.status, self.code);
+        if let Some(target) = &self.target {
+            let metrics = &target.metrics;
+            metrics.stream_events.inc_by(self.events);
+            metrics.bytes_request.inc_by(self.bytes_in);
+            metrics.bytes_response.inc_by(self.bytes_out);
+            if self.run.is_some()
+                && let Some(at) = self.first_event_at
+            {
+                metrics.time_to_first_event_seconds.observe(at.duration_since(self.started).as_secs_f64());
+            }
+        }
+        if !listener_logs(&self.running) {
+            return;
+        }
+        self.running.access_log.write(&AccessLine {
+            time: crate::ids::wall_clock(),
+            client: self.client,
+            method: self.method.as_str(),
+            path: &self.path,
+            status: self.status,
+            code: self.code,
+            outcome: self.outcome.map(RunOutcome::as_str),
+            service: self.service.as_ref().map(|service| &*service.name),
+            version: self.target.as_ref().map(|target| &*target.version),
+            endpoint: self.target.as_ref().map(|target| &*target.address),
+            affinity: self.affinity.as_str(),
+            session: self.session.as_ref().map(|session| &*session.text),
+            run: self.run,
+            queue: Some(self.queued),
+            first_event: self.first_event_at.map(|at| at.duration_since(self.started)),
+            events: self.events,
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+            duration: crate::ids::now().duration_since(self.started),
+        });
+    }
+}

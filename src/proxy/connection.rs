@@ -1,0 +1,234 @@
+//! Steps 1 to 3 of a connection's life: PROXY protocol, TLS, then HTTP/1.1 or HTTP/2 until it ends or drains.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::time::timeout;
+
+use crate::drain::Phase;
+use crate::error::{Code, ProxyError};
+use crate::http1::{HeadError, HeadLimits};
+use crate::message::Version;
+use crate::net::listen::Accepted;
+use crate::net::proxy_protocol;
+use crate::net::stream::{Plain, Stream};
+use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
+use crate::proxy::timer::Timer;
+use crate::proxy::worker::{Load, Worker};
+use crate::proxy::{self, http2_server, problem};
+use crate::snapshot::Listener;
+
+/// The first bytes of HTTP/2 with prior knowledge (RFC 9113 section 3.4), as far as they look like an HTTP/1 head.
+const HTTP2_PREFACE_HEAD: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
+
+/// How long a client may take to read the last answer before its connection is closed under it.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// A PROXY protocol header longer than this is refused (version 2 can carry 64 KiB of extensions).
+const PROXY_HEADER_BYTES_MAX: usize = 4 * 1024;
+
+/// What the exchanges of one connection share.
+pub struct Connection {
+    pub worker: Rc<Worker>,
+    /// Who connected, by the PROXY protocol where that is accepted; `None` for unix sockets.
+    pub peer: Option<IpAddr>,
+    pub tls: bool,
+    listener: RefCell<Arc<Listener>>,
+}
+
+impl Connection {
+    /// The listener as the newest configuration has it; as it was last, where a reload removed it.
+    pub fn listener(&self) -> Arc<Listener> {
+        let address = self.listener.borrow().local_address.clone();
+        if let Some(current) = self.worker.running.snapshot.load().listener(&address) {
+            *self.listener.borrow_mut() = current;
+        }
+        self.listener.borrow().clone()
+    }
+
+    /// No further request is wanted on this connection: the proxy drains, or its listener is gone.
+    pub fn told_to_close(&self) -> bool {
+        if self.worker.running.drain.phase() >= Phase::Draining {
+            return true;
+        }
+        let address = &self.listener.borrow().local_address;
+        self.worker.running.snapshot.load().listener(address).is_none()
+    }
+
+    /// The peer is one of `trusted_proxies`.
+    pub fn peer_trusted(&self, listener: &Listener) -> bool {
+        self.peer.is_some_and(|peer| listener.config.trusted_proxies.iter().any(|net| net.contains(&peer)))
+    }
+}
+
+/// Counts a connection as long as it lives.
+struct Counted(Arc<Listener>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.metrics.connections.dec();
+    }
+}
+
+/// Serves an accepted socket to its end.
+pub async fn serve(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) {
+    let _load = Load::new(&worker.load);
+    listener.metrics.connections.inc();
+    let _counted = Counted(listener.clone());
+    match Box::pin(open(worker, accepted, listener)).await {
+        Ok((connection, stream)) if stream.negotiated_http2() => {
+            http2_server::serve(Rc::new(connection), stream, Vec::new()).await;
+        }
+        Ok((connection, stream)) => serve_http1(connection, stream).await,
+        // Nobody is there to be told; a scan or a health check of a TCP balancer looks like this.
+        Err(error) => tracing::debug!("connection ended before its first request: {error}"),
+    }
+}
+
+/// PROXY protocol and TLS, each under the header time-out.
+async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -> io::Result<(Connection, Stream)> {
+    let header_timeout = listener.config.limits.header_timeout;
+    let (mut plain, mut peer) = match accepted {
+        Accepted::Tcp(stream, address) => {
+            (Plain::Tcp(tokio::net::TcpStream::from_std(stream)?), Some(address.ip().to_canonical()))
+        }
+        Accepted::Unix(stream) => (Plain::Unix(tokio::net::UnixStream::from_std(stream)?), None),
+    };
+    let from_trusted = peer.is_some_and(|peer| listener.config.trusted_proxies.iter().any(|net| net.contains(&peer)));
+    if listener.config.proxy_protocol && from_trusted {
+        let source = timeout(header_timeout, read_proxy_header(&mut plain)).await.map_err(io::Error::other)??;
+        if let Some(client) = source {
+            peer = Some(client);
+        }
+    }
+    let stream = match &listener.tls {
+        None => Stream::Plain(plain),
+        Some(tls) => {
+            let acceptor = tokio_rustls::TlsAcceptor::from(tls.config());
+            let stream = timeout(header_timeout, acceptor.accept(plain)).await.map_err(io::Error::other)??;
+            Stream::TlsServer(Box::new(stream))
+        }
+    };
+    let tls = stream.is_tls();
+    Ok((Connection { worker, peer, tls, listener: RefCell::new(listener) }, stream))
+}
+
+/// Reads exactly the PROXY protocol header, no byte of what follows it.
+async fn read_proxy_header(plain: &mut Plain) -> io::Result<Option<IpAddr>> {
+    let malformed = |reason: &str| io::Error::new(io::ErrorKind::InvalidData, format!("PROXY protocol: {reason}"));
+    // Version 1 has at least 15 bytes, version 2 at least 16: neither can end before this.
+    let mut header = vec![0; 15];
+    plain.read_exact(&mut header).await?;
+    loop {
+        match proxy_protocol::read(&header) {
+            Ok(Some((source, _))) => return Ok(source.client.map(|address| address.ip().to_canonical())),
+            Ok(None) if header.len() >= PROXY_HEADER_BYTES_MAX => return Err(malformed("the header is too long")),
+            Ok(None) => header.push(plain.read_u8().await?),
+            Err(_) => return Err(malformed("the header is malformed; is the peer configured to send it?")),
+        }
+    }
+}
+
+async fn serve_http1(connection: Connection, stream: Stream) {
+    let mut client = Peer::Http1(Http1::new(stream));
+    let mut timer = Timer::new(connection.listener().config.keepalive_timeout);
+    let mut first = true;
+    loop {
+        let Peer::Http1(http1) = &mut client else { return };
+        let listener = connection.listener();
+        let limits = HeadLimits {
+            max_bytes: listener.config.limits.max_header_bytes,
+            max_fields: listener.config.limits.max_headers,
+        };
+        let length = match next_head(http1, &mut timer, limits, &listener, first).await {
+            Ok(length) => length,
+            Err(HeadFault::Head(error)) => return refuse(&connection, client, &mut timer, error).await,
+            Err(HeadFault::Closed { .. }) => return,
+        };
+        if first && !connection.tls && http1.unread().starts_with(HTTP2_PREFACE_HEAD) {
+            let Peer::Http1(http1) = client else { return };
+            drop(timer);
+            let (stream, unread) = http1.into_parts();
+            return http2_server::serve(Rc::new(connection), stream, unread).await;
+        }
+        first = false;
+        let request = match http1.take_request(length, limits) {
+            Ok(request) => request,
+            Err(error) => return refuse(&connection, client, &mut timer, error).await,
+        };
+        let upgrade = request.upgrade.is_some();
+        let after = Box::pin(proxy::exchange(&connection, &mut client, request, &mut timer)).await;
+        let Peer::Http1(http1) = &mut client else { return };
+        match after {
+            // Bytes behind a refused upgrade could be meant for the protocol that did not come about.
+            proxy::After::KeepAlive if !(upgrade && !http1.unread().is_empty()) => {}
+            proxy::After::KeepAlive | proxy::After::Linger => return linger(client, &mut timer).await,
+            proxy::After::Close => return,
+        }
+    }
+}
+
+/// Waits for the next request head: as long as keep-alive allows for its first byte, then the header time-out.
+async fn next_head(
+    http1: &mut Http1,
+    timer: &mut Timer,
+    limits: HeadLimits,
+    listener: &Listener,
+    first: bool,
+) -> Result<usize, HeadFault> {
+    let began = crate::ids::now();
+    let header_deadline = began + listener.config.limits.header_timeout;
+    let keepalive_deadline = began + listener.config.keepalive_timeout;
+    let mut partial_deadline = None;
+    poll_fn(|context| {
+        if let Poll::Ready(result) = http1.poll_head(context, limits) {
+            return Poll::Ready(result);
+        }
+        let deadline = match http1.head_begun() {
+            HeadWait::Begun => {
+                *partial_deadline.get_or_insert_with(|| crate::ids::now() + listener.config.limits.header_timeout)
+            }
+            // A client that connects and says nothing is given no longer than a slow head.
+            HeadWait::Nothing if first => header_deadline.max(began).min(keepalive_deadline),
+            HeadWait::Nothing => keepalive_deadline,
+        };
+        timer.poll_passed(context, deadline).map(|()| Err(HeadFault::Closed { clean: true, error: None }))
+    })
+    .await
+}
+
+/// Answers a head that can't be read, and closes.
+async fn refuse(connection: &Connection, mut client: Peer, timer: &mut Timer, error: HeadError) {
+    let error = match error {
+        HeadError::TooLarge => {
+            ProxyError::new(Code::HeaderTooLarge, "the request head exceeds limits.max_header_bytes or max_headers")
+        }
+        HeadError::Malformed(reason) => ProxyError::new(Code::BadRequest, reason),
+    };
+    let listener = connection.listener();
+    listener.no_route.record(error.code.status().as_u16(), Some(error.code));
+    tracing::debug!(peer = ?connection.peer, "unreadable request head: {}", error.detail);
+    let (mut head, body) = problem::error(&error);
+    head.fields.append("longhaul-affinity", b"none");
+    proxy::respond::send(&mut client, &mut head, body, Version::Http11, true, timer).await;
+    linger(client, timer).await;
+}
+
+/// Closes without destroying the answer that is still on its way.
+async fn linger(client: Peer, timer: &mut Timer) {
+    let Peer::Http1(http1) = client else { return };
+    let mut closing = http1.into_closing();
+    let deadline = crate::ids::now() + LINGER;
+    poll_fn(|context| match closing.poll_linger(context) {
+        Poll::Ready(()) => Poll::Ready(()),
+        Poll::Pending => timer.poll_passed(context, deadline),
+    })
+    .await;
+}

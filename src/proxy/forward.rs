@@ -1,0 +1,465 @@
+//! Steps 5 to 8, forward: who asks, where it goes, and attempts until an endpoint has answered.
+
+use std::future::{Future, poll_fn};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::Method;
+
+use crate::config::{self, Affinity};
+use crate::error::{Code, ProxyError};
+use crate::ids;
+use crate::json::Extractor;
+use crate::message::{Framing, RequestHead, ResponseHead, Version};
+use crate::net::cookie::CookieSession;
+use crate::proxy::account::Record;
+use crate::proxy::connection::Connection;
+use crate::proxy::identify::{self, Identity};
+use crate::proxy::learn::Learn;
+use crate::proxy::observe::Observer;
+use crate::proxy::peer::{Peer, SourceFault};
+use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow};
+use crate::proxy::timer::Timer;
+use crate::proxy::upstream::{self, Unanswered, Upstream};
+use crate::proxy::{Caller, edits, may_keep_alive, respond, route, websocket};
+use crate::snapshot::{Listener, Service};
+use crate::state::dispatcher::{Ask, Lease, Placed};
+use crate::state::sessions::SessionKey;
+use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
+
+/// What is asked for, beside the request itself.
+pub struct Asked<'a> {
+    pub connection: &'a Connection,
+    pub listener: &'a Listener,
+    pub service: &'a Arc<Service>,
+    pub route: &'a config::Route,
+    /// `http` or `https`, as the client sees it.
+    pub scheme: &'a str,
+    /// The client may see which endpoint answers, and wants to.
+    pub debug: bool,
+    pub caller: &'a Caller,
+}
+
+pub enum Forwarded {
+    Streaming(Box<Flow>),
+    ClientGone,
+}
+
+/// Picks an endpoint, sends the request there, tries again where that is safe, and begins the answer.
+pub async fn forward(
+    asked: Asked<'_>,
+    client: &mut Peer,
+    mut request: RequestHead,
+    timer: &mut Timer,
+    record: &mut Record,
+) -> Result<Forwarded, ProxyError> {
+    let Asked { connection, listener, service, route, caller, .. } = asked;
+    let body_bytes_max = listener.config.limits.max_body_bytes;
+    if matches!(request.framing, Framing::Length(length) if length > body_bytes_max) {
+        return Err(relay::over_limit());
+    }
+
+    // 5 identify
+    let mut observer = Observer::up_to(body_bytes_max);
+    let secret = &connection.worker.running.scope_secret;
+    let identified = identify::identify(service, secret, &mut request, client, &mut observer, timer).await;
+    let identity = match identified {
+        Ok(identity) => identity,
+        Err(SourceFault::Cut(_)) => return Ok(Forwarded::ClientGone),
+        Err(SourceFault::Malformed(reason)) => return Err(ProxyError::new(Code::BadRequest, reason)),
+    };
+    record.session = identity.key.clone();
+
+    // 7 pick
+    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).inspect_err(|_| {
+        if identity.kind == Kind::Start {
+            record.outcome = Some(RunOutcome::Rejected);
+        }
+    })?;
+    record.affinity = affinity;
+    record.run = lease.run_id();
+    record.target = Some(target.clone());
+
+    // 8 forward
+    prepare(&mut request, route, service, record, caller)?;
+    let ahead = !client.held().is_empty();
+    let mut direction = Direction::new(false, observer);
+    let idempotent =
+        matches!(request.method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE);
+    if idempotent && service.config.attempts > 1 && request.framing != Framing::None && request.upgrade.is_none() {
+        direction.replay = Some(Vec::new());
+    }
+    let dispatched = ids::now();
+    let timeouts = &service.config.timeouts;
+    let overrides = &route.timeouts;
+    let first_byte_timeout = overrides.first_byte.unwrap_or(timeouts.first_byte);
+    let deadlines = Deadlines {
+        first_byte: dispatched + first_byte_timeout,
+        first_byte_timeout,
+        run: service.config.runs.max_duration.filter(|_| identity.kind == Kind::Start).map(|max| dispatched + max),
+    };
+    let connect_timeout = overrides.connect.unwrap_or(timeouts.connect);
+    let mut attempt = 1;
+    let (upstream, answer) = loop {
+        let tried = try_once(
+            Attempt { asked: &asked, target: &target, deadlines, connect_timeout, ahead },
+            client,
+            &mut request,
+            &mut direction,
+            timer,
+        )
+        .await;
+        let unanswered = match tried {
+            Tried::Answered(upstream, answer) => break (upstream, answer),
+            Tried::ClientGone => {
+                lease.outcome(RunOutcome::Cancelled);
+                record.outcome = record.run.map(|_| RunOutcome::Cancelled);
+                return Ok(Forwarded::ClientGone);
+            }
+            Tried::Refused(error) => {
+                lease.outcome(RunOutcome::Cancelled);
+                record.outcome = record.run.map(|_| RunOutcome::Cancelled);
+                return Err(error);
+            }
+            Tried::Unanswered(unanswered) => unanswered,
+        };
+        lease.report(Evidence::Bad, ids::now());
+        let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
+        let whole = direction.observer.bytes == 0 || ahead_only(client, &direction) || direction.replay.is_some();
+        let may_retry = attempt < service.config.attempts
+            && !timed_out
+            && whole
+            && (unanswered.unsent || (idempotent && unanswered.error.code == Code::UpstreamReset));
+        if may_retry && let Ok(next) = lease.retry(ids::now(), ids::random_u64()) {
+            attempt += 1;
+            if let Some(replay) = &mut direction.replay
+                && !replay.is_empty()
+            {
+                client.put_back(Bytes::from(std::mem::take(replay)));
+            }
+            direction.restart();
+            target = next;
+            record.target = Some(target.clone());
+            continue;
+        }
+        let outcome = if timed_out { RunOutcome::TimedOut } else { RunOutcome::Failed };
+        lease.outcome(outcome);
+        record.outcome = record.run.map(|_| outcome);
+        return Err(unanswered.error);
+    };
+
+    begin_answer(asked, client, request, identity, lease, target, upstream, direction, answer, deadlines, record)
+}
+
+/// Nothing of the body was given to an endpoint: all that came in waits in front.
+fn ahead_only(client: &Peer, direction: &Direction) -> bool {
+    client.held().len() as u64 == direction.observer.bytes
+}
+
+fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> Result<Placed, ProxyError> {
+    let matched = service
+        .config
+        .versions
+        .iter()
+        .find(|version| !version.matches.is_empty() && route::matches_headers(&version.matches, &request.fields));
+    let hint =
+        identity.cookie.as_ref().filter(|cookie| identity.key.as_ref().is_some_and(|key| *key.text == *cookie.id));
+    let ask = Ask {
+        key: identity.key.as_ref(),
+        kind: identity.kind,
+        version: matched.map(|version| version.name.as_str()),
+        hint: hint.map(|cookie| &cookie.pin),
+    };
+    service.dispatcher.pick(ask, ids::now(), ids::random_u64()).map_err(|refusal| {
+        let code = refusal.code();
+        let detail = match code {
+            Code::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
+            Code::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
+            _ => format!("no endpoint of service {} is ready", service.name),
+        };
+        ProxyError::new(code, detail)
+    })
+}
+
+/// Makes the request the one that the endpoint is to see, whichever endpoint that will be.
+fn prepare(
+    request: &mut RequestHead,
+    route: &config::Route,
+    service: &Service,
+    record: &Record,
+    caller: &Caller,
+) -> Result<(), ProxyError> {
+    if let Some(sealer) = &service.cookie {
+        sealer.strip(&mut request.fields);
+    }
+    if let Some(prefix) = &route.strip_prefix
+        && let Some(stripped) = edits::strip_prefix(&request.path, prefix)
+    {
+        request.path = stripped.to_owned();
+    }
+    edits::apply(&route.request_headers, &mut request.fields);
+    if let Some(run) = record.run {
+        let mut text = [0; 36];
+        run.write(&mut text);
+        request.fields.set("longhaul-run-id", &text);
+    }
+    if caller.version == Version::Http2
+        && let Some(protocol) = &request.upgrade
+    {
+        if protocol != "websocket" {
+            return Err(ProxyError::new(Code::BadRequest, "extended CONNECT is served for websocket only (RFC 8441)"));
+        }
+        websocket::add_key(&mut request.fields, &ids::random_bytes());
+    }
+    Ok(())
+}
+
+struct Attempt<'a> {
+    asked: &'a Asked<'a>,
+    target: &'a Arc<Target>,
+    deadlines: Deadlines,
+    connect_timeout: Duration,
+    /// Body bytes were read ahead, so the client's own chunk framing is lost.
+    ahead: bool,
+}
+
+enum Tried {
+    Answered(Upstream, ResponseHead),
+    Unanswered(Unanswered),
+    ClientGone,
+    Refused(ProxyError),
+}
+
+async fn try_once(
+    attempt: Attempt<'_>,
+    client: &mut Peer,
+    request: &mut RequestHead,
+    direction: &mut Direction,
+    timer: &mut Timer,
+) -> Tried {
+    let Attempt { asked, target, deadlines, connect_timeout, ahead } = attempt;
+    let pool = &asked.connection.worker.pool;
+    let connected = match upstream::pooled(pool, target) {
+        Some(connected) => connected,
+        None => {
+            let connecting = upstream::connect(pool, target, connect_timeout);
+            match unless_gone(client, direction, connecting).await {
+                None => return Tried::ClientGone,
+                Some(Ok(connected)) => connected,
+                Some(Err(error)) => return Tried::Unanswered(Unanswered { unsent: true, error }),
+            }
+        }
+    };
+    let http1 = matches!(connected, upstream::Connected::Http1 { .. });
+    direction.raw =
+        http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
+    if !http1 && request.upgrade.is_some() {
+        let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
+        return Tried::Unanswered(Unanswered { unsent: false, error });
+    }
+    let interim_passes = asked.caller.version != Version::Http10;
+    if !http1 && request.expect_continue {
+        // Towards an HTTP/2 endpoint nobody would wait for the word: we say it.
+        request.expect_continue = false;
+        client.send_continue();
+    }
+    // Edits of the version are the target's own, so they are undone for the next attempt by starting from the same head.
+    let edited;
+    let head = if target.headers.set.is_empty() && target.headers.remove.is_empty() {
+        &*request
+    } else {
+        let mut copy = request.clone();
+        edits::apply(&target.headers, &mut copy.fields);
+        edited = copy;
+        &edited
+    };
+    let host = edits::host_for(&target.host, &request.authority, &target.url);
+    let mut upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
+        Ok(upstream) => upstream,
+        Err(unanswered) => return Tried::Unanswered(unanswered),
+    };
+    match relay::until_answer(client, &mut upstream, direction, deadlines, interim_passes, timer).await {
+        Answer::Head(head) => Tried::Answered(upstream, head),
+        Answer::None(unanswered) => Tried::Unanswered(unanswered),
+        Answer::ClientGone => Tried::ClientGone,
+        Answer::Refused(error) => Tried::Refused(error),
+    }
+}
+
+/// Awaits, unless the client leaves meanwhile. Its body is left alone; a client that still has one to send is seen to
+/// leave when that is read.
+async fn unless_gone<T>(client: &mut Peer, direction: &Direction, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = Box::pin(future);
+    let watch = client.source_ended() && !direction.done();
+    poll_fn(|context| {
+        if let Poll::Ready(value) = future.as_mut().poll(context) {
+            return Poll::Ready(Some(value));
+        }
+        if watch && client.held().is_empty() && client.poll_gone(context).is_ready() {
+            return Poll::Ready(None);
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// The endpoint has answered: what it says of itself and of the session is noted, and the answer begun.
+#[expect(clippy::too_many_arguments, reason = "the end of one long step, split off only to be read by itself")]
+fn begin_answer(
+    asked: Asked<'_>,
+    client: &mut Peer,
+    request: RequestHead,
+    identity: Identity,
+    mut lease: Lease,
+    target: Arc<Target>,
+    mut upstream: Upstream,
+    direction: Direction,
+    mut answer: ResponseHead,
+    deadlines: Deadlines,
+    record: &mut Record,
+) -> Result<Forwarded, ProxyError> {
+    let Asked { connection, service, route, caller, .. } = asked;
+    let status = answer.status.as_u16();
+    let now = ids::now();
+    lease.report(if status >= 500 { Evidence::Bad } else { Evidence::Good }, now);
+    let outcome = if status >= 500 { RunOutcome::Failed } else { RunOutcome::Completed };
+    let success = status < 400;
+    let tunnel = status == 101;
+    if tunnel {
+        websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
+            lease.outcome(RunOutcome::Failed);
+            ProxyError::new(Code::UpstreamReset, reason)
+        })?;
+    }
+
+    // The session: confirmed, learned, told to the client.
+    let mut learn = None;
+    let mut response_observer = Observer::default();
+    if success {
+        lease.confirm(now);
+        if service.config.session.affinity != Affinity::None {
+            match identify::learned_from_head(&service.config.session, &answer) {
+                Some(text) => lease.learn(SessionKey { scope: identity.scope, text: text.into() }, now),
+                None => learn = expect_learning(&service.config.session, &answer, &identity, &mut response_observer),
+            }
+        }
+    }
+    if is_event_stream(&answer) {
+        response_observer.expect_events();
+    }
+
+    // The answer's head as the client is to see it.
+    edits::remove_own(&mut answer.fields);
+    if let Some(prefix) = &route.strip_prefix {
+        let sent_host = edits::host_for(&target.host, &request.authority, &target.url);
+        edits::rewrite_answer(
+            &mut answer.fields,
+            &edits::PrefixRewrite {
+                prefix,
+                scheme: asked.scheme,
+                authority: &request.authority,
+                sent_host: &String::from_utf8_lossy(&sent_host),
+                endpoint: &target.url,
+            },
+        );
+    }
+    edits::apply(&route.response_headers, &mut answer.fields);
+    answer.fields.append("longhaul-affinity", record.affinity.as_str().as_bytes());
+    if let Some(run) = record.run {
+        let mut text = [0; 36];
+        run.write(&mut text);
+        answer.fields.append("longhaul-run-id", &text);
+    }
+    if asked.debug {
+        answer.fields.append("longhaul-version", target.version.as_bytes());
+        answer.fields.append("longhaul-endpoint", target.address.as_bytes());
+    }
+    if success && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.tls) {
+        answer.fields.append("set-cookie", cookie.as_bytes());
+    }
+    record.status = status;
+
+    // Both bodies.
+    let upstream_keep_alive = answer.keep_alive;
+    let from_http1 = upstream.peer.is_http1();
+    let raw = tunnel
+        || (from_http1 && client.is_http1() && answer.framing == Framing::Chunked && caller.version == Version::Http11);
+    let mut request_direction = direction;
+    let bodiless = matches!(answer.framing, Framing::None | Framing::Length(0)) && !tunnel;
+    let client_keep_alive = may_keep_alive(connection, client, caller) && answer.framing != Framing::Eof && !tunnel;
+    let eof_framed = caller.version == Version::Http10 && answer.framing == Framing::Chunked;
+    let client_keep_alive = client_keep_alive && !eof_framed;
+    let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
+    if begun.is_err() {
+        lease.outcome(RunOutcome::Cancelled);
+        record.outcome = record.run.map(|_| RunOutcome::Cancelled);
+        return Ok(Forwarded::ClientGone);
+    }
+    if tunnel {
+        client.become_tunnel();
+        upstream.peer.become_tunnel();
+        request_direction.restart();
+        request_direction.raw = true;
+        request_direction.observer.bytes_max = 0;
+    }
+    request_direction.replay = None;
+    let idle = route.timeouts.idle.unwrap_or(service.config.timeouts.idle);
+    Ok(Forwarded::Streaming(Box::new(Flow {
+        upstream,
+        lease: Some(lease),
+        request: request_direction,
+        response: Direction::new(raw, response_observer),
+        tunnel,
+        idle,
+        run_deadline: deadlines.run,
+        learn,
+        outcome,
+        upstream_keep_alive,
+        client_keep_alive,
+    })))
+}
+
+fn expect_learning(
+    session: &config::Session,
+    answer: &ResponseHead,
+    identity: &Identity,
+    observer: &mut Observer,
+) -> Option<Box<Learn>> {
+    let pointers = identify::response_pointers(session);
+    let readable = !answer.fields.contains("content-encoding")
+        && answer.fields.get("content-type").is_some_and(|value| identify::is_json(Some(value)));
+    if pointers.is_empty() || !readable {
+        return None;
+    }
+    observer.expect_json(Extractor::new(&pointers));
+    Some(Box::new(Learn { scope: identity.scope, places: pointers.len() }))
+}
+
+fn is_event_stream(answer: &ResponseHead) -> bool {
+    answer.fields.get("content-type").is_some_and(|value| {
+        let media_type = value.split(|byte| *byte == b';').next().unwrap_or_default();
+        media_type.trim_ascii().eq_ignore_ascii_case(b"text/event-stream")
+    })
+}
+
+/// The proxy's own cookie, where the session has no other key, or lives elsewhere than the client's cookie says.
+fn cookie_to_set(
+    service: &Service,
+    identity: &Identity,
+    target: &Target,
+    affinity: AffinityOutcome,
+    secure: bool,
+) -> Option<String> {
+    let sealer = service.cookie.as_ref()?;
+    let key = identity.key.as_ref()?;
+    let by_cookie = identity.cookie.as_ref().is_some_and(|cookie| *cookie.id == *key.text);
+    let moved = matches!(affinity, AffinityOutcome::Moved | AffinityOutcome::Lost);
+    if !(identity.issue_cookie || (by_cookie && moved)) {
+        return None;
+    }
+    let pin =
+        crate::state::dispatcher::PinHint { version: target.version.to_string(), endpoint: target.url.identity() };
+    Some(sealer.seal(&CookieSession { id: key.text.to_string(), pin }, secure, ids::wall_clock()))
+}

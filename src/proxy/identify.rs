@@ -1,0 +1,259 @@
+//! Step 5, identify: which session an exchange belongs to, and what it is to a run.
+
+use std::future::poll_fn;
+use std::hash::Hasher;
+use std::task::Poll;
+
+use bytes::Bytes;
+use http::Method;
+use siphasher::sip128::{Hasher128, SipHasher13};
+
+use crate::config::{self, KeySource};
+use crate::json::Extractor;
+use crate::message::{RequestHead, ResponseHead};
+use crate::net::cookie::CookieSession;
+use crate::proxy::observe::Observer;
+use crate::proxy::peer::{Next, Peer, SourceFault};
+use crate::proxy::route;
+use crate::proxy::timer::Timer;
+use crate::snapshot::Service;
+use crate::state::Kind;
+use crate::state::sessions::SessionKey;
+
+/// How much of a request body is read ahead to find a session key. What lies behind it is not looked at.
+pub const LOOK_AHEAD_BYTES_MAX: usize = 256 * 1024;
+
+/// How long that part of a body may take; then it goes on without.
+const LOOK_AHEAD_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Session keys longer than this are no keys.
+const KEY_BYTES_MAX: usize = 1024;
+
+/// What is known of an exchange before an endpoint is picked.
+pub struct Identity {
+    pub kind: Kind,
+    pub key: Option<SessionKey>,
+    /// The proxy's own cookie, where the client sent one.
+    pub cookie: Option<CookieSession>,
+    /// The principal's digest, for keys that the answer will tell.
+    pub scope: Option<[u8; 16]>,
+    /// The key is a new one of ours: the client is to be given it as a cookie.
+    pub issue_cookie: bool,
+}
+
+/// What a request is to a run under plain HTTP.
+pub fn kind(service: &config::Service, request: &RequestHead) -> Kind {
+    let start = match &service.runs.matches {
+        Some(matches) => matches.iter().any(|condition| {
+            (condition.methods.is_empty() || condition.methods.contains(&request.method))
+                && condition.path.as_ref().is_none_or(|path| route::matches_path(path, &request.path).is_some())
+        }),
+        None => {
+            request.method == Method::POST
+                || request.upgrade.is_some()
+                || (request.method == Method::GET && accepts_event_stream(request))
+        }
+    };
+    if start { Kind::Start } else { Kind::Other }
+}
+
+fn accepts_event_stream(request: &RequestHead) -> bool {
+    request.fields.get_all("accept").any(|value| {
+        value.split(|byte| *byte == b',').any(|range| {
+            let media_type = range.split(|byte| *byte == b';').next().unwrap_or_default();
+            media_type.trim_ascii().eq_ignore_ascii_case(b"text/event-stream")
+        })
+    })
+}
+
+/// Identifies an exchange. Reads ahead in the body only where a `json` place is asked before any other has a hit; what
+/// was read is given back whole.
+pub async fn identify(
+    service: &Service,
+    scope_secret: &[u8; 16],
+    request: &mut RequestHead,
+    client: &mut Peer,
+    observer: &mut Observer,
+    timer: &mut Timer,
+) -> Result<Identity, SourceFault> {
+    let session = &service.config.session;
+    let kind = kind(&service.config, request);
+    let scope = scope(session, scope_secret, request);
+    let cookie = service
+        .cookie
+        .as_ref()
+        .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), crate::ids::wall_clock()));
+    if session.affinity == config::Affinity::None {
+        return Ok(Identity { kind, key: None, cookie: None, scope, issue_cookie: false });
+    }
+    let mut text = None;
+    let mut body_read = false;
+    for (index, source) in session.key.iter().enumerate() {
+        text = match source {
+            KeySource::Json(_) if body_read => None,
+            KeySource::Json(_) => {
+                // All remaining JSON places at once: the body can be read ahead only once.
+                body_read = true;
+                let pointers: Vec<_> = session.key[index..]
+                    .iter()
+                    .filter_map(|source| match source {
+                        KeySource::Json(pointer) => Some(pointer.clone()),
+                        _ => None,
+                    })
+                    .collect();
+                look_ahead(&pointers, request, client, observer, timer).await?
+            }
+            source => in_head(source, request),
+        };
+        if text.is_some() {
+            break;
+        }
+    }
+    let mut issue_cookie = false;
+    let key = match (text, &cookie, &service.cookie) {
+        (Some(text), ..) => Some(SessionKey { scope, text: text.into() }),
+        (None, Some(cookie), _) => Some(SessionKey { scope, text: cookie.id.as_str().into() }),
+        (None, None, Some(_)) => {
+            issue_cookie = true;
+            Some(SessionKey { scope, text: new_cookie_id().into() })
+        }
+        (None, None, None) => None,
+    };
+    Ok(Identity { kind, key, cookie, scope, issue_cookie })
+}
+
+fn new_cookie_id() -> String {
+    use base64::Engine;
+    base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(crate::ids::random_bytes::<16>())
+}
+
+/// The session key that the answer's head tells, where one of the places is there.
+pub fn learned_from_head(session: &config::Session, response: &ResponseHead) -> Option<String> {
+    session.key.iter().find_map(|source| match source {
+        KeySource::ResponseHeader(name) => text_of(response.fields.get(name.as_str())?),
+        _ => None,
+    })
+}
+
+/// The JSON places to look at in an answer's body.
+pub fn response_pointers(session: &config::Session) -> Vec<config::JsonPointer> {
+    session
+        .key
+        .iter()
+        .filter_map(|source| match source {
+            KeySource::ResponseJson(pointer) => Some(pointer.clone()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The digest of the first `session.scope` value; of nothing, where none is there: the anonymous principal.
+fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) -> Option<[u8; 16]> {
+    if session.scope.is_empty() {
+        return None;
+    }
+    let mut hasher = SipHasher13::new_with_key(secret);
+    if let Some(value) = session.scope.iter().find_map(|source| in_head(source, request)) {
+        hasher.write(value.as_bytes());
+        hasher.write_u8(1);
+    }
+    Some(hasher.finish128().as_bytes())
+}
+
+fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
+    match source {
+        KeySource::Header(name) => text_of(request.fields.get(name.as_str())?),
+        KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name)),
+        KeySource::Query(name) => query_value(request.query.as_deref()?, name),
+        KeySource::Path(pattern) => {
+            let captured = route::matches_path(pattern, &request.path)?.session?;
+            text_of(&percent_encoding::percent_decode_str(captured).collect::<Vec<u8>>())
+        }
+        KeySource::Json(_) | KeySource::ResponseHeader(_) | KeySource::ResponseJson(_) => None,
+    }
+}
+
+fn text_of(value: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(value).ok()?.trim();
+    (!text.is_empty() && text.len() <= KEY_BYTES_MAX).then(|| text.to_owned())
+}
+
+fn cookie_value(field: &[u8], name: &str) -> Option<String> {
+    field.split(|byte| *byte == b';').find_map(|pair| {
+        let pair = pair.trim_ascii();
+        let value = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        let unquoted = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value);
+        text_of(unquoted)
+    })
+}
+
+/// A value of an `application/x-www-form-urlencoded` query (WHATWG URL section 5.1).
+fn query_value(query: &str, name: &str) -> Option<String> {
+    let decode = |text: &str| -> Vec<u8> { percent_encoding::percent_decode_str(&text.replace('+', " ")).collect() };
+    query.split('&').find_map(|pair| {
+        let (key, value) = pair.split_once('=')?;
+        if decode(key) == name.as_bytes() { text_of(&decode(value)) } else { None }
+    })
+}
+
+/// Looks for the pointers, in their order, in the body's first [`LOOK_AHEAD_BYTES_MAX`].
+async fn look_ahead(
+    pointers: &[config::JsonPointer],
+    request: &mut RequestHead,
+    client: &mut Peer,
+    observer: &mut Observer,
+    timer: &mut Timer,
+) -> Result<Option<String>, SourceFault> {
+    if !may_be_json(request) || client.source_ended() && client.held().is_empty() {
+        return Ok(None);
+    }
+    if request.expect_continue {
+        // The client waits for a word before it sends the body; we are the ones who read it first.
+        request.expect_continue = false;
+        client.send_continue();
+    }
+    let mut extractor = Extractor::new(pointers);
+    let mut ahead: Vec<u8> = Vec::new();
+    let deadline = crate::ids::now() + LOOK_AHEAD_TIMEOUT;
+    let result = poll_fn(|context| {
+        loop {
+            let _ = client.poll_flush(context);
+            match client.poll_next(context, false, observer) {
+                Poll::Ready(Ok(Next::Bytes)) => {
+                    let bytes = client.held();
+                    let progress = extractor.feed(bytes);
+                    ahead.extend_from_slice(bytes);
+                    let count = bytes.len();
+                    client.consume(count);
+                    if progress != crate::json::Progress::More || ahead.len() >= LOOK_AHEAD_BYTES_MAX {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+                Poll::Ready(Ok(Next::End(trailers))) => {
+                    client.put_back_trailers(trailers);
+                    return Poll::Ready(Ok(()));
+                }
+                Poll::Ready(Err(fault)) => return Poll::Ready(Err(fault)),
+                Poll::Pending => return timer.poll_passed(context, deadline).map(|()| Ok(())),
+            }
+        }
+    })
+    .await;
+    client.put_back(Bytes::from(ahead));
+    result?;
+    Ok((0..pointers.len()).find_map(|index| extractor.value(index).and_then(|value| text_of(value.as_bytes()))))
+}
+
+fn may_be_json(request: &RequestHead) -> bool {
+    if request.fields.contains("content-encoding") {
+        return false;
+    }
+    is_json(request.fields.get("content-type"))
+}
+
+/// `application/json`, or a type that ends in `+json` (RFC 6839); a missing type may be.
+pub fn is_json(content_type: Option<&[u8]>) -> bool {
+    let Some(value) = content_type else { return true };
+    let media_type = value.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii().to_ascii_lowercase();
+    media_type.ends_with(b"/json") || media_type.ends_with(b"+json")
+}

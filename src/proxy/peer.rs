@@ -1,0 +1,169 @@
+//! Peer: the client's or the endpoint's side of one exchange, as a source of body bytes and a sink for them.
+//!
+//! Two kinds, one relay: [`Http1`] reads and writes its own connection, [`Http2`] one stream of a connection that a task
+//! of its own drives.
+
+mod http1;
+mod http2;
+
+use std::io;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+
+use crate::message::{Fields, ResponseHead};
+use crate::proxy::observe::Observer;
+
+pub use http1::{Closing, HeadFault, HeadWait, Http1};
+pub use http2::{Http2, fields, header_map};
+
+/// One side of an exchange.
+pub enum Peer {
+    Http1(Http1),
+    Http2(Box<Http2>),
+}
+
+/// What a source gives next.
+pub enum Next {
+    /// [`Peer::held`] is not empty.
+    Bytes,
+    /// The body has ended whole, with these trailers.
+    End(Option<Fields>),
+}
+
+/// Why a source can't go on.
+#[derive(Debug)]
+pub enum SourceFault {
+    /// The connection ended before the body did.
+    Cut(io::Error),
+    /// The framing is malformed.
+    Malformed(&'static str),
+}
+
+impl Peer {
+    /// Makes [`Peer::held`] non-empty, or tells that the body has ended. `raw`: HTTP/1.1 chunk framing is kept.
+    pub fn poll_next(
+        &mut self,
+        context: &mut Context<'_>,
+        raw: bool,
+        observer: &mut Observer,
+    ) -> Poll<Result<Next, SourceFault>> {
+        match self {
+            Peer::Http1(peer) => peer.poll_next(context, raw, observer),
+            Peer::Http2(peer) => peer.poll_next(context, observer),
+        }
+    }
+
+    /// Bytes that are checked and wait to be written to the other side.
+    pub fn held(&self) -> &[u8] {
+        match self {
+            Peer::Http1(peer) => peer.held(),
+            Peer::Http2(peer) => peer.held(),
+        }
+    }
+
+    /// The first `count` held bytes were written.
+    pub fn consume(&mut self, count: usize) {
+        match self {
+            Peer::Http1(peer) => peer.consume(count),
+            Peer::Http2(peer) => peer.consume(count),
+        }
+    }
+
+    /// Every byte of the body has come in (some may still be held).
+    pub fn source_ended(&self) -> bool {
+        match self {
+            Peer::Http1(peer) => peer.source_ended(),
+            Peer::Http2(peer) => peer.source_ended(),
+        }
+    }
+
+    /// Writes body bytes, with a pending head before them in the same call where there is one; how many of `data` were
+    /// taken (at least 1).
+    pub fn poll_write(&mut self, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Peer::Http1(peer) => peer.poll_write(context, data),
+            Peer::Http2(peer) => peer.poll_write(context, data),
+        }
+    }
+
+    /// Pushes out what is pending: a head, a terminator, TLS records.
+    pub fn poll_flush(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Peer::Http1(peer) => peer.poll_flush(context),
+            Peer::Http2(_) => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Ends the body as a whole one. `raw`: the source's own chunk terminator was passed already.
+    pub fn poll_finish(
+        &mut self,
+        context: &mut Context<'_>,
+        raw: bool,
+        trailers: &mut Option<Fields>,
+    ) -> Poll<io::Result<()>> {
+        match self {
+            Peer::Http1(peer) => peer.poll_finish(context, raw, trailers),
+            Peer::Http2(peer) => Poll::Ready(peer.finish(trailers.take())),
+        }
+    }
+
+    /// Ready when this side has left: its connection ended or its stream was reset. Only to be asked when nothing more
+    /// is to be read from it.
+    pub fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Peer::Http1(peer) => peer.poll_gone(context),
+            Peer::Http2(peer) => peer.poll_gone(context),
+        }
+    }
+
+    /// Gives bytes back that were read ahead: they come again first, unobserved.
+    pub fn put_back(&mut self, ahead: Bytes) {
+        match self {
+            Peer::Http1(peer) => peer.put_back(ahead),
+            Peer::Http2(peer) => peer.put_back(ahead),
+        }
+    }
+
+    /// Gives trailers back that were read ahead.
+    pub fn put_back_trailers(&mut self, trailers: Option<Fields>) {
+        match self {
+            Peer::Http1(peer) => peer.put_back_trailers(trailers),
+            Peer::Http2(peer) => peer.put_back_trailers(trailers),
+        }
+    }
+
+    /// Tells the client to send its body (RFC 9110 section 10.1.1).
+    pub fn send_continue(&mut self) {
+        let mut head = http::Response::new(());
+        *head.status_mut() = http::StatusCode::CONTINUE;
+        match self {
+            Peer::Http1(peer) => peer.pending_head().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n"),
+            Peer::Http2(peer) => peer.send_informational(head),
+        }
+    }
+
+    /// Passes an interim answer (1xx) on.
+    pub fn send_informational(&mut self, interim: &ResponseHead) {
+        match self {
+            Peer::Http1(peer) => crate::http1::write_response(peer.pending_head(), interim, false),
+            Peer::Http2(peer) => {
+                let mut head = http::Response::new(());
+                *head.status_mut() = interim.status;
+                *head.headers_mut() = header_map(&interim.fields);
+                peer.send_informational(head);
+            }
+        }
+    }
+
+    /// Both directions are bytes without framing from here on.
+    pub fn become_tunnel(&mut self) {
+        if let Peer::Http1(peer) = self {
+            peer.become_tunnel();
+        }
+    }
+
+    pub fn is_http1(&self) -> bool {
+        matches!(self, Peer::Http1(_))
+    }
+}

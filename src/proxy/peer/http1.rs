@@ -1,0 +1,550 @@
+//! The HTTP/1.1 side: one connection, its pooled read buffer, the framing of the body that comes in and of the one that
+//! goes out. While it is silent it holds no buffer.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use tokio::io::AsyncWrite;
+
+use crate::http1::chunks::{Chunks, HEADROOM, Piece};
+use crate::http1::{self, HeadError, HeadLimits};
+use crate::message::{Fields, Framing, RequestHead, ResponseHead};
+use crate::net::stream::Stream;
+use crate::proxy::buffer::{Buffer, READ_BYTES};
+use crate::proxy::observe::Observer;
+use crate::proxy::peer::{Next, SourceFault};
+
+/// Trailers longer than this are malformed.
+const TRAILER_BYTES_MAX: usize = 16 * 1024;
+
+/// An HTTP/1.1 connection and where it is in its current messages.
+pub struct Http1 {
+    stream: Stream,
+    buffer: Option<Buffer>,
+    /// `buffer[held_start..held_end]`: body bytes that are checked and wait to be written to the other side.
+    held_start: usize,
+    held_end: usize,
+    /// `buffer[start..end]`: bytes not looked at yet.
+    start: usize,
+    end: usize,
+    /// Body bytes that were read ahead to find a session key; they go before everything else.
+    ahead: Bytes,
+    /// How far the head in `buffer[start..end]` was scanned for its end.
+    scanned: usize,
+    incoming: Incoming,
+    /// Those of the body that came in, until they are given on.
+    trailers: Option<Box<Fields>>,
+    outgoing: Outgoing,
+    /// Bytes that go out before the body: a head, chunk framing. `pending[pending_start..]` is still to be written.
+    pending: Vec<u8>,
+    pending_start: usize,
+    /// What is left of the chunk that was begun.
+    chunk_left: usize,
+    /// The TLS session may hold bytes.
+    unflushed: bool,
+    finished: bool,
+}
+
+/// How the body that comes in ends.
+enum Incoming {
+    Ended,
+    Length(u64),
+    Chunked(Chunks),
+    Eof,
+}
+
+/// How the body that goes out is framed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outgoing {
+    /// As it is: of known length, until the connection ends, already in chunks, or a tunnel.
+    Raw,
+    Chunked,
+}
+
+/// Why no head came.
+#[derive(Debug)]
+pub enum HeadFault {
+    /// The connection ended; `clean` where no byte of a head had come.
+    Closed {
+        clean: bool,
+        error: Option<io::Error>,
+    },
+    Head(HeadError),
+}
+
+/// Whether a head has begun to come in.
+pub enum HeadWait {
+    Nothing,
+    Begun,
+}
+
+/// A connection that is to be closed after an answer that the client must still be able to read.
+pub struct Closing {
+    stream: Stream,
+    discarded: usize,
+    shut: bool,
+}
+
+impl Http1 {
+    pub fn new(stream: Stream) -> Http1 {
+        Http1 {
+            stream,
+            buffer: None,
+            held_start: 0,
+            held_end: 0,
+            start: 0,
+            end: 0,
+            ahead: Bytes::new(),
+            scanned: 0,
+            incoming: Incoming::Ended,
+            trailers: None,
+            outgoing: Outgoing::Raw,
+            pending: Vec::new(),
+            pending_start: 0,
+            chunk_left: 0,
+            unflushed: false,
+            finished: true,
+        }
+    }
+
+    /// Takes bytes that were read from the stream before it came here.
+    pub fn with_unread(stream: Stream, unread: &[u8]) -> Http1 {
+        let mut peer = Http1::new(stream);
+        if !unread.is_empty() {
+            let mut buffer = Buffer::take();
+            buffer.grow(HEADROOM + unread.len());
+            buffer[HEADROOM..HEADROOM + unread.len()].copy_from_slice(unread);
+            peer.buffer = Some(buffer);
+            peer.start = HEADROOM;
+            peer.end = HEADROOM + unread.len();
+        }
+        peer
+    }
+
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Bytes that came in and that no message has claimed yet.
+    pub fn unread(&self) -> &[u8] {
+        match &self.buffer {
+            Some(buffer) => &buffer[self.start..self.end],
+            None => &[],
+        }
+    }
+
+    // ---- heads that come in ----
+
+    /// Ready when a whole head is in the buffer: its length. [`Http1::head_begun`] tells what a pending one waits for.
+    pub fn poll_head(&mut self, context: &mut Context<'_>, limits: HeadLimits) -> Poll<Result<usize, HeadFault>> {
+        loop {
+            if self.start < self.end {
+                let buffer = self.buffer.as_ref().map_or(&[][..], |buffer| &buffer[self.start..self.end]);
+                match http1::head_end(buffer, &mut self.scanned, limits) {
+                    Ok(Some(length)) => return Poll::Ready(Ok(length)),
+                    Ok(None) => {}
+                    Err(error) => return Poll::Ready(Err(HeadFault::Head(error))),
+                }
+            }
+            let clean = self.start == self.end;
+            match ready!(self.poll_fill(context, limits.max_bytes)) {
+                Ok(0) => return Poll::Ready(Err(HeadFault::Closed { clean, error: None })),
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(Err(HeadFault::Closed { clean, error: Some(error) })),
+            }
+        }
+    }
+
+    pub fn head_begun(&self) -> HeadWait {
+        if self.start == self.end { HeadWait::Nothing } else { HeadWait::Begun }
+    }
+
+    /// Reads the request head of that length and makes its body the one that comes in.
+    pub fn take_request(&mut self, length: usize, limits: HeadLimits) -> Result<RequestHead, HeadError> {
+        let head = http1::read_request(&self.unread()[..length], limits)?;
+        self.claim(length);
+        self.expect_body(head.framing);
+        Ok(head)
+    }
+
+    /// As [`Http1::take_request`], for a response.
+    pub fn take_response(
+        &mut self,
+        length: usize,
+        limits: HeadLimits,
+        method: &http::Method,
+    ) -> Result<ResponseHead, HeadError> {
+        let head = http1::read_response(&self.unread()[..length], limits, method)?;
+        self.claim(length);
+        self.expect_body(head.framing);
+        Ok(head)
+    }
+
+    fn claim(&mut self, length: usize) {
+        self.start += length;
+        self.scanned = 0;
+        if self.start == self.end {
+            self.release();
+        }
+    }
+
+    fn expect_body(&mut self, framing: Framing) {
+        self.incoming = match framing {
+            Framing::None | Framing::Length(0) => Incoming::Ended,
+            Framing::Length(length) => Incoming::Length(length),
+            Framing::Chunked => Incoming::Chunked(Chunks::new(TRAILER_BYTES_MAX)),
+            Framing::Eof => Incoming::Eof,
+        };
+    }
+
+    /// From here on both directions are a tunnel (RFC 9110 section 7.8): bytes without framing.
+    pub fn become_tunnel(&mut self) {
+        self.incoming = Incoming::Eof;
+        self.outgoing = Outgoing::Raw;
+        self.finished = false;
+    }
+
+    /// Bytes read ahead of their time go first.
+    pub fn put_back(&mut self, ahead: Bytes) {
+        self.ahead = ahead;
+    }
+
+    pub fn put_back_trailers(&mut self, trailers: Option<Fields>) {
+        self.trailers = trailers.map(Box::new);
+    }
+
+    // ---- heads that go out ----
+
+    /// Where the next head is to be written to; goes out with the first body bytes or the next flush.
+    pub fn pending_head(&mut self) -> &mut Vec<u8> {
+        if self.pending_start == self.pending.len() {
+            self.pending.clear();
+            self.pending_start = 0;
+        }
+        &mut self.pending
+    }
+
+    /// The body that follows the head just written is framed so; `passes_chunks`: the source's own chunk framing is
+    /// passed on.
+    pub fn begin_body(&mut self, framing: Framing, passes_chunks: bool) {
+        self.outgoing = if framing == Framing::Chunked && !passes_chunks { Outgoing::Chunked } else { Outgoing::Raw };
+        self.finished = false;
+        self.chunk_left = 0;
+    }
+
+    // ---- as a source ----
+
+    pub fn poll_next(
+        &mut self,
+        context: &mut Context<'_>,
+        raw: bool,
+        observer: &mut Observer,
+    ) -> Poll<Result<Next, SourceFault>> {
+        loop {
+            if self.held_start < self.held_end || !self.ahead.is_empty() {
+                return Poll::Ready(Ok(Next::Bytes));
+            }
+            if matches!(self.incoming, Incoming::Ended) {
+                return Poll::Ready(Ok(Next::End(self.trailers.take().map(|trailers| *trailers))));
+            }
+            if self.start == self.end {
+                match ready!(self.poll_fill(context, READ_BYTES)) {
+                    Ok(0) if matches!(self.incoming, Incoming::Eof) => {
+                        self.incoming = Incoming::Ended;
+                        continue;
+                    }
+                    Ok(0) => return Poll::Ready(Err(SourceFault::Cut(io::ErrorKind::UnexpectedEof.into()))),
+                    Ok(_) => {}
+                    Err(error) => return Poll::Ready(Err(SourceFault::Cut(error))),
+                }
+            }
+            self.scan(raw, observer).map_err(SourceFault::Malformed)?;
+        }
+    }
+
+    /// Looks at the unread bytes once: what belongs to the body becomes held.
+    fn scan(&mut self, raw: bool, observer: &mut Observer) -> Result<(), &'static str> {
+        let Some(buffer) = &mut self.buffer else { return Ok(()) };
+        match &mut self.incoming {
+            Incoming::Ended => {}
+            Incoming::Eof => {
+                observer.observe(&buffer[self.start..self.end]);
+                (self.held_start, self.held_end) = (self.start, self.end);
+                self.start = self.end;
+            }
+            Incoming::Length(left) => {
+                let available = (self.end - self.start) as u64;
+                let take = available.min(*left) as usize;
+                observer.observe(&buffer[self.start..self.start + take]);
+                (self.held_start, self.held_end) = (self.start, self.start + take);
+                self.start += take;
+                *left -= take as u64;
+                if *left == 0 {
+                    self.incoming = Incoming::Ended;
+                }
+            }
+            Incoming::Chunked(chunks) if raw => {
+                let pass = chunks
+                    .pass(buffer, self.start, self.end, |payload| observer.observe(payload))
+                    .map_err(|fault| fault.0)?;
+                (self.held_start, self.held_end) = (pass.forward.start, pass.forward.end);
+                self.start = pass.consumed;
+                if pass.ended {
+                    self.trailers = chunks.take_trailers().map(Box::new);
+                    self.incoming = Incoming::Ended;
+                }
+            }
+            Incoming::Chunked(chunks) => match chunks.next(&buffer[self.start..self.end]).map_err(|fault| fault.0)? {
+                Piece::NeedMore => self.start = self.end,
+                Piece::Framing { length, .. } => self.start += length,
+                Piece::Data { length } => {
+                    observer.observe(&buffer[self.start..self.start + length]);
+                    (self.held_start, self.held_end) = (self.start, self.start + length);
+                    self.start += length;
+                }
+                Piece::End { length } => {
+                    self.start += length;
+                    self.trailers = chunks.take_trailers().map(Box::new);
+                    self.incoming = Incoming::Ended;
+                }
+            },
+        }
+        if self.held_start == self.held_end && self.start == self.end {
+            self.release();
+        }
+        Ok(())
+    }
+
+    pub fn held(&self) -> &[u8] {
+        if !self.ahead.is_empty() {
+            return &self.ahead;
+        }
+        match &self.buffer {
+            Some(buffer) => &buffer[self.held_start..self.held_end],
+            None => &[],
+        }
+    }
+
+    pub fn consume(&mut self, count: usize) {
+        if !self.ahead.is_empty() {
+            let _ = self.ahead.split_to(count);
+            if self.ahead.is_empty() {
+                self.ahead = Bytes::new();
+            }
+            return;
+        }
+        self.held_start += count;
+        if self.held_start == self.held_end && self.start == self.end {
+            self.release();
+        }
+    }
+
+    pub fn source_ended(&self) -> bool {
+        matches!(self.incoming, Incoming::Ended)
+    }
+
+    /// Nothing of the message that came in is left, and nothing came after it.
+    pub fn is_at_rest(&self) -> bool {
+        self.source_ended() && self.held_start == self.held_end && self.start == self.end && self.ahead.is_empty()
+    }
+
+    /// Ready when the connection ended, or is out of step (bytes where none may be): nothing to wait for any more.
+    pub fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if self.start < self.end {
+            // Pipelined bytes: an end behind them can't be seen. They are looked at after this exchange.
+            return Poll::Pending;
+        }
+        match ready!(self.poll_fill(context, READ_BYTES)) {
+            Ok(0) | Err(_) => Poll::Ready(()),
+            Ok(_) => Poll::Pending,
+        }
+    }
+
+    /// Reads more bytes behind `end`; 0 is the end of the connection. Holds no buffer while it waits for the first.
+    fn poll_fill(&mut self, context: &mut Context<'_>, bytes_max: usize) -> Poll<io::Result<usize>> {
+        if self.buffer.is_none() {
+            ready!(self.stream.poll_read_ready(context))?;
+            self.buffer = Some(Buffer::take());
+            (self.start, self.end) = (HEADROOM, HEADROOM);
+            (self.held_start, self.held_end) = (HEADROOM, HEADROOM);
+        }
+        let Some(buffer) = &mut self.buffer else { return Poll::Pending };
+        if self.start == self.end && self.held_start == self.held_end {
+            (self.start, self.end) = (HEADROOM, HEADROOM);
+            (self.held_start, self.held_end) = (HEADROOM, HEADROOM);
+        }
+        if self.end == buffer.len() {
+            // Only a head can be larger than a buffer; the limit has let it come this far.
+            let unread = self.end - self.start;
+            buffer.copy_within(self.start..self.end, HEADROOM);
+            (self.start, self.end) = (HEADROOM, HEADROOM + unread);
+            (self.held_start, self.held_end) = (HEADROOM, HEADROOM);
+            if self.end == buffer.len() {
+                let larger = (2 * buffer.len()).min(HEADROOM + bytes_max.max(READ_BYTES) + 1);
+                buffer.grow(larger);
+            }
+        }
+        let read = self.stream.poll_read_into(context, &mut buffer[self.end..]);
+        if let Poll::Ready(Ok(count)) = &read {
+            self.end += count;
+        }
+        if self.start == self.end {
+            self.release();
+        }
+        read
+    }
+
+    fn release(&mut self) {
+        self.buffer = None;
+        (self.start, self.end, self.held_start, self.held_end) = (0, 0, 0, 0);
+    }
+
+    // ---- as a sink ----
+
+    pub fn poll_write(&mut self, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        if self.outgoing == Outgoing::Chunked && self.chunk_left == 0 {
+            let mut header = [0; 18];
+            let length = http1::write_chunk_header(&mut header, data.len());
+            self.pending_head().extend_from_slice(&header[..length]);
+            self.chunk_left = data.len();
+        }
+        loop {
+            let pending = &self.pending[self.pending_start..];
+            let pending_length = pending.len();
+            // The end of a chunk goes out with its last bytes.
+            let chunk_end: &[u8] =
+                if self.outgoing == Outgoing::Chunked && self.chunk_left == data.len() { b"\r\n" } else { b"" };
+            let slices = [IoSlice::new(pending), IoSlice::new(data), IoSlice::new(chunk_end)];
+            let used = match (pending_length, chunk_end.len()) {
+                (0, 0) => &slices[1..2],
+                (0, _) => &slices[1..3],
+                (_, 0) => &slices[0..2],
+                _ => &slices[..],
+            };
+            let mut written = ready!(self.stream.poll_write_slices(context, used))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = self.stream.buffers_writes();
+            let of_pending = written.min(pending_length);
+            self.pending_start += of_pending;
+            written -= of_pending;
+            if self.pending_start == self.pending.len() {
+                self.release_pending();
+            }
+            if written == 0 {
+                continue;
+            }
+            let of_data = written.min(data.len());
+            if self.outgoing == Outgoing::Chunked {
+                self.chunk_left -= of_data;
+                if self.chunk_left == 0 {
+                    let of_chunk_end = written - of_data;
+                    self.pending_head().extend_from_slice(&chunk_end[of_chunk_end..]);
+                }
+            }
+            return Poll::Ready(Ok(of_data));
+        }
+    }
+
+    pub fn poll_flush(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.pending_start < self.pending.len() {
+            let slices = [IoSlice::new(&self.pending[self.pending_start..])];
+            let written = ready!(self.stream.poll_write_slices(context, &slices))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = self.stream.buffers_writes();
+            self.pending_start += written;
+            if self.pending_start == self.pending.len() {
+                self.release_pending();
+            }
+        }
+        if self.unflushed {
+            ready!(Pin::new(&mut self.stream).poll_flush(context))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    pub fn poll_finish(
+        &mut self,
+        context: &mut Context<'_>,
+        raw: bool,
+        trailers: &mut Option<Fields>,
+    ) -> Poll<io::Result<()>> {
+        if !self.finished {
+            self.finished = true;
+            let terminator = self.outgoing == Outgoing::Chunked;
+            let trailers = trailers.take();
+            if terminator {
+                self.pending_head().extend_from_slice(b"0\r\n");
+            }
+            match trailers {
+                Some(trailers) if terminator || raw => http1::write_trailers(self.pending_head(), &trailers),
+                _ if terminator => self.pending_head().extend_from_slice(b"\r\n"),
+                _ => {}
+            }
+        }
+        self.poll_flush(context)
+    }
+
+    /// Frees the memory of a head that has gone out, so that a stream does not keep it.
+    fn release_pending(&mut self) {
+        self.pending_start = 0;
+        if self.pending.capacity() > 256 { self.pending = Vec::new() } else { self.pending.clear() }
+    }
+
+    /// Nothing waits to be written.
+    pub fn is_flushed(&self) -> bool {
+        self.finished && self.pending_start == self.pending.len() && !self.unflushed
+    }
+
+    /// The connection, and what came in on it and was not claimed.
+    pub fn into_parts(self) -> (Stream, Vec<u8>) {
+        let unread = self.unread().to_vec();
+        (self.stream, unread)
+    }
+
+    pub fn into_closing(self) -> Closing {
+        Closing { stream: self.stream, discarded: 0, shut: false }
+    }
+
+    /// Ends our half of the connection.
+    pub fn poll_shutdown(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_flush(context))?;
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+impl Closing {
+    /// Bytes of an unwanted body that are thrown away before the connection is reset all the same.
+    const DISCARDED_BYTES_MAX: usize = 1024 * 1024;
+
+    /// Says that no more comes, then reads and forgets what the client still sends, until it ends (RFC 9112 section
+    /// 9.6): a close with unread bytes would reset the connection and could destroy the answer on its way.
+    pub fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if !self.shut {
+            let ended = ready!(Pin::new(&mut self.stream).poll_shutdown(context));
+            self.shut = true;
+            if ended.is_err() {
+                return Poll::Ready(());
+            }
+        }
+        loop {
+            if ready!(self.stream.poll_read_ready(context)).is_err() {
+                return Poll::Ready(());
+            }
+            let mut buffer = Buffer::take();
+            match ready!(self.stream.poll_read_into(context, &mut buffer)) {
+                Ok(0) | Err(_) => return Poll::Ready(()),
+                Ok(count) => self.discarded += count,
+            }
+            if self.discarded > Self::DISCARDED_BYTES_MAX {
+                return Poll::Ready(());
+            }
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Pool: a worker's idle connections to endpoints. An idle connection that becomes readable was closed or is out of step,
+//! and is dropped.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+
+use crate::net::stream::Stream;
+use crate::state::Target;
+
+/// The idle HTTP/1.1 and the shared HTTP/2 connections of one worker, by [`Target::id`].
+#[derive(Default)]
+pub struct Pool {
+    http1: RefCell<HashMap<u64, Vec<Idle>, foldhash::fast::RandomState>>,
+    http2: RefCell<HashMap<u64, Vec<Multiplexed>, foldhash::fast::RandomState>>,
+}
+
+struct Idle {
+    stream: Stream,
+    counted: Counted,
+    since: Instant,
+}
+
+/// An HTTP/2 connection that several exchanges use at once.
+#[derive(Clone)]
+pub struct Multiplexed {
+    pub sender: SendRequest<Bytes>,
+    target: Arc<Target>,
+    streams: Rc<Cell<usize>>,
+}
+
+/// One stream of a [`Multiplexed`] connection, as long as it lives.
+pub struct StreamCount(Rc<Cell<usize>>);
+
+/// Counts a connection among those of its target, as long as it lives.
+pub struct Counted(Arc<Target>);
+
+impl Counted {
+    /// `None` where `pool.max_connections` is reached.
+    pub fn open(target: &Arc<Target>) -> Option<Counted> {
+        let limit = target.pool.max_connections.unwrap_or(usize::MAX);
+        let counted = target.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |connections| {
+            (connections < limit).then_some(connections + 1)
+        });
+        counted.is_ok().then(|| Counted(target.clone()))
+    }
+
+    pub fn target(&self) -> &Arc<Target> {
+        &self.0
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl StreamCount {
+    fn new(streams: &Rc<Cell<usize>>) -> StreamCount {
+        streams.set(streams.get() + 1);
+        StreamCount(streams.clone())
+    }
+}
+
+impl Drop for StreamCount {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+impl Pool {
+    /// The connection used last (old ones are the likeliest to be closed), if there is one that still stands.
+    pub fn take(&self, target: &Target) -> Option<(Stream, Counted)> {
+        let mut http1 = self.http1.borrow_mut();
+        let idle = http1.get_mut(&target.id)?;
+        while let Some(mut connection) = idle.pop() {
+            if stands(&mut connection.stream) {
+                return Some((connection.stream, connection.counted));
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection whose last exchange left it clean.
+    pub fn put(&self, stream: Stream, counted: Counted, now: Instant) {
+        let target = counted.target().clone();
+        if target.retired() {
+            return;
+        }
+        let mut http1 = self.http1.borrow_mut();
+        let idle = http1.entry(target.id).or_default();
+        if idle.len() < target.pool.max_idle {
+            idle.push(Idle { stream, counted, since: now });
+        }
+    }
+
+    /// A connection with room for one more stream, counted at once.
+    pub fn share(&self, target: &Target) -> Option<(Multiplexed, StreamCount)> {
+        let mut http2 = self.http2.borrow_mut();
+        let connections = http2.get_mut(&target.id)?;
+        connections.retain_mut(|connection| !matches!(poll_sender(connection), Poll::Ready(Err(_))));
+        let connection = connections
+            .iter()
+            .find(|connection| connection.streams.get() < connection.sender.current_max_send_streams())?;
+        Some((connection.clone(), StreamCount::new(&connection.streams)))
+    }
+
+    /// Offers a new HTTP/2 connection to all; the first stream is the caller's.
+    pub fn add(&self, target: &Arc<Target>, sender: SendRequest<Bytes>) -> (Multiplexed, StreamCount) {
+        let connection = Multiplexed { sender, target: target.clone(), streams: Rc::new(Cell::new(0)) };
+        self.http2.borrow_mut().entry(target.id).or_default().push(connection.clone());
+        let count = StreamCount::new(&connection.streams);
+        (connection, count)
+    }
+
+    /// Drops what is idle for too long, closed by its endpoint, or of a target that was removed.
+    pub fn sweep(&self, now: Instant) {
+        self.http1.borrow_mut().retain(|_, idle| {
+            idle.retain_mut(|connection| {
+                let target = connection.counted.target();
+                now.duration_since(connection.since) < target.pool.idle_timeout
+                    && !target.retired()
+                    && stands(&mut connection.stream)
+            });
+            !idle.is_empty()
+        });
+        self.http2.borrow_mut().retain(|_, connections| {
+            connections.retain_mut(|connection| {
+                let unused = connection.streams.get() == 0;
+                !matches!(poll_sender(connection), Poll::Ready(Err(_))) && !(unused && connection.target.retired())
+            });
+            !connections.is_empty()
+        });
+    }
+}
+
+fn stands(stream: &mut Stream) -> bool {
+    stream.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_pending()
+}
+
+fn poll_sender(connection: &mut Multiplexed) -> Poll<Result<(), h2::Error>> {
+    connection.sender.poll_ready(&mut Context::from_waker(Waker::noop()))
+}

@@ -1,0 +1,367 @@
+//! Step 9, stream: both directions of an exchange, as the bytes come, by one task that looks both ways.
+
+use std::future::poll_fn;
+use std::io;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use crate::error::{Code, ProxyError};
+use crate::message::{Fields, ResponseHead};
+use crate::proxy::account::Record;
+use crate::proxy::learn::Learn;
+use crate::proxy::observe::Observer;
+use crate::proxy::peer::{Next, Peer, SourceFault};
+use crate::proxy::timer::Timer;
+use crate::proxy::upstream::{Unanswered, Upstream};
+use crate::state::RunOutcome;
+use crate::state::dispatcher::Lease;
+
+/// Interim answers (1xx) of one exchange; more are an endpoint gone mad.
+const INTERIM_ANSWERS_MAX: u32 = 64;
+
+/// What an idempotent request keeps of its body, so that it can be sent again.
+const REPLAY_BYTES_MAX: usize = 64 * 1024;
+
+/// One direction: a body on its way from one peer to the other.
+pub struct Direction {
+    /// HTTP/1.1 chunk framing passes as it is.
+    pub raw: bool,
+    pub observer: Observer,
+    stage: Stage,
+    trailers: Option<Fields>,
+    /// Since the flag was last taken, bytes moved.
+    moved: bool,
+    /// The sink takes no more for now.
+    blocked: bool,
+    /// A copy of what was sent, where the request may have to be sent again; `None` where it can't be (any more).
+    pub replay: Option<Vec<u8>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Flowing,
+    Finishing,
+    Done,
+    /// The sink is gone; what the source still has is of no use.
+    Stopped,
+}
+
+/// Why a direction can't go on.
+pub enum PumpFault {
+    Source(SourceFault),
+    Sink(io::Error),
+    OverLimit,
+}
+
+impl Direction {
+    pub fn new(raw: bool, observer: Observer) -> Direction {
+        Direction { raw, observer, stage: Stage::Flowing, trailers: None, moved: false, blocked: false, replay: None }
+    }
+
+    pub fn done(&self) -> bool {
+        self.stage == Stage::Done
+    }
+
+    /// Nothing more will move.
+    pub fn over(&self) -> bool {
+        matches!(self.stage, Stage::Done | Stage::Stopped)
+    }
+
+    pub fn stop(&mut self) {
+        self.stage = Stage::Stopped;
+    }
+
+    /// Begins again from the start of the body, for another attempt.
+    pub fn restart(&mut self) {
+        self.stage = Stage::Flowing;
+        self.blocked = false;
+    }
+}
+
+/// Moves what can be moved: one read, one write, and again, until the source has nothing or the sink takes nothing.
+pub fn poll_pump(
+    from: &mut Peer,
+    to: &mut Peer,
+    direction: &mut Direction,
+    context: &mut Context<'_>,
+) -> Poll<Result<(), PumpFault>> {
+    loop {
+        match direction.stage {
+            Stage::Done | Stage::Stopped => return Poll::Ready(Ok(())),
+            Stage::Finishing => {
+                direction.blocked = true;
+                ready!(to.poll_finish(context, direction.raw, &mut direction.trailers)).map_err(PumpFault::Sink)?;
+                direction.blocked = false;
+                direction.stage = Stage::Done;
+            }
+            Stage::Flowing => match from.poll_next(context, direction.raw, &mut direction.observer) {
+                Poll::Pending => {
+                    // A head, or the end of a TLS record, must not wait for the next body bytes.
+                    direction.blocked = match to.poll_flush(context) {
+                        Poll::Ready(Ok(())) => false,
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err(PumpFault::Sink(error))),
+                        Poll::Pending => true,
+                    };
+                    return Poll::Pending;
+                }
+                Poll::Ready(Err(fault)) => return Poll::Ready(Err(PumpFault::Source(fault))),
+                Poll::Ready(Ok(Next::End(trailers))) => {
+                    direction.trailers = trailers;
+                    direction.stage = Stage::Finishing;
+                }
+                Poll::Ready(Ok(Next::Bytes)) => {
+                    if direction.observer.over_limit() {
+                        return Poll::Ready(Err(PumpFault::OverLimit));
+                    }
+                    let count = match to.poll_write(context, from.held()) {
+                        Poll::Pending => {
+                            direction.blocked = true;
+                            return Poll::Pending;
+                        }
+                        Poll::Ready(result) => result.map_err(PumpFault::Sink)?,
+                    };
+                    direction.blocked = false;
+                    direction.moved = true;
+                    if let Some(replay) = &mut direction.replay {
+                        if replay.len() + count <= REPLAY_BYTES_MAX {
+                            replay.extend_from_slice(&from.held()[..count]);
+                        } else {
+                            direction.replay = None;
+                        }
+                    }
+                    from.consume(count);
+                }
+            },
+        }
+    }
+}
+
+/// How waiting for an answer ended.
+pub enum Answer {
+    Head(ResponseHead),
+    /// No answer; what to tell the client if no other attempt is made.
+    None(Unanswered),
+    /// The client left, or broke its request off.
+    ClientGone,
+    /// The request itself can't be served.
+    Refused(ProxyError),
+}
+
+/// Sends the request and waits for the answer's head; interim answers are passed on meanwhile.
+pub async fn until_answer(
+    client: &mut Peer,
+    upstream: &mut Upstream,
+    request: &mut Direction,
+    deadlines: Deadlines,
+    interim_passes: bool,
+    timer: &mut Timer,
+) -> Answer {
+    let mut interim_answers = 0;
+    poll_fn(|context| {
+        if request.over() {
+            if client.poll_gone(context).is_ready() {
+                return Poll::Ready(Answer::ClientGone);
+            }
+        } else {
+            match poll_pump(client, &mut upstream.peer, request, context) {
+                Poll::Ready(Ok(())) | Poll::Pending => {}
+                Poll::Ready(Err(PumpFault::Sink(_))) => {
+                    // The endpoint takes no more. It may have answered already; else the read tells what is wrong.
+                    request.stop();
+                }
+                Poll::Ready(Err(PumpFault::OverLimit)) => return Poll::Ready(Answer::Refused(over_limit())),
+                Poll::Ready(Err(PumpFault::Source(SourceFault::Malformed(reason)))) => {
+                    return Poll::Ready(Answer::Refused(ProxyError::new(Code::BadRequest, reason)));
+                }
+                Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(Answer::ClientGone),
+            }
+            if request.over() && client.poll_gone(context).is_ready() {
+                return Poll::Ready(Answer::ClientGone);
+            }
+        }
+        loop {
+            match upstream.poll_response(context) {
+                Poll::Ready(Ok(head)) if head.status.is_informational() && head.status.as_u16() != 101 => {
+                    interim_answers += 1;
+                    if interim_answers > INTERIM_ANSWERS_MAX {
+                        let error =
+                            ProxyError::new(Code::UpstreamReset, "the endpoint sends interim answers without end");
+                        return Poll::Ready(Answer::None(Unanswered { unsent: false, error }));
+                    }
+                    if interim_passes {
+                        client.send_informational(&head);
+                    }
+                }
+                Poll::Ready(Ok(head)) => return Poll::Ready(Answer::Head(head)),
+                Poll::Ready(Err(unanswered)) => return Poll::Ready(Answer::None(unanswered)),
+                Poll::Pending => break,
+            }
+        }
+        if let Poll::Ready(Err(_)) = client.poll_flush(context) {
+            return Poll::Ready(Answer::ClientGone);
+        }
+        timer.poll_passed(context, deadlines.before_answer()).map(|()| Answer::None(deadlines.missed_answer()))
+    })
+    .await
+}
+
+/// When waiting for an answer ends.
+#[derive(Clone, Copy)]
+pub struct Deadlines {
+    pub first_byte: Instant,
+    pub first_byte_timeout: Duration,
+    pub run: Option<Instant>,
+}
+
+impl Deadlines {
+    fn before_answer(&self) -> Instant {
+        self.run.map_or(self.first_byte, |run| run.min(self.first_byte))
+    }
+
+    fn missed_answer(&self) -> Unanswered {
+        let error = match self.run {
+            Some(run) if run <= self.first_byte => run_timeout(),
+            _ => ProxyError::new(
+                Code::FirstByteTimeout,
+                format!("the endpoint sent no answer within {:?} (timeouts.first_byte)", self.first_byte_timeout),
+            ),
+        };
+        Unanswered { unsent: false, error }
+    }
+}
+
+/// An exchange whose answer has begun.
+pub struct Flow {
+    pub upstream: Upstream,
+    /// Given back with the endpoint's last byte.
+    pub lease: Option<Lease>,
+    pub request: Direction,
+    pub response: Direction,
+    pub tunnel: bool,
+    pub idle: Duration,
+    pub run_deadline: Option<Instant>,
+    pub learn: Option<Box<Learn>>,
+    /// How the run is judged if the answer comes whole.
+    pub outcome: RunOutcome,
+    /// The endpoint lets its connection be used again.
+    pub upstream_keep_alive: bool,
+    /// The client was not told to close.
+    pub client_keep_alive: bool,
+}
+
+/// How an exchange ended whose answer had begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The answer went out whole.
+    Whole,
+    /// The client left.
+    ClientGone,
+    /// The endpoint broke off, or sent nonsense.
+    Truncated,
+    /// A time-out cut it.
+    TimedOut(Code),
+    /// The rest of the request can't be served.
+    Refused(Code),
+}
+
+/// Relays until both bodies have ended or one side is gone.
+pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> End {
+    let mut last_moved = crate::ids::now();
+    poll_fn(|context| {
+        let end = poll_both(client, flow, context);
+        if std::mem::take(&mut flow.request.moved) | std::mem::take(&mut flow.response.moved) {
+            last_moved = crate::ids::now();
+        }
+        if flow.lease.is_some() && flow.upstream.peer.source_ended() {
+            flow.learn_from_body(true);
+            flow.give_back(flow.outcome);
+        }
+        if end.is_ready() {
+            return end;
+        }
+        flow.poll_time_outs(last_moved, timer, context)
+    })
+    .await
+}
+
+fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
+    let Flow { upstream, request, response, tunnel, .. } = flow;
+    if !request.over() {
+        match poll_pump(client, &mut upstream.peer, request, context) {
+            Poll::Pending => {}
+            // A tunnel has ended when one of its sides has.
+            Poll::Ready(Ok(())) if *tunnel => return Poll::Ready(End::ClientGone),
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(PumpFault::Sink(_))) => request.stop(),
+            Poll::Ready(Err(PumpFault::OverLimit)) => return Poll::Ready(End::Refused(Code::BodyTooLarge)),
+            Poll::Ready(Err(PumpFault::Source(SourceFault::Malformed(_)))) => {
+                return Poll::Ready(End::Refused(Code::BadRequest));
+            }
+            Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(End::ClientGone),
+        }
+    }
+    match poll_pump(&mut upstream.peer, client, response, context) {
+        Poll::Ready(Ok(())) => return Poll::Ready(End::Whole),
+        Poll::Ready(Err(PumpFault::Sink(_))) => return Poll::Ready(End::ClientGone),
+        Poll::Ready(Err(PumpFault::Source(_) | PumpFault::OverLimit)) => return Poll::Ready(End::Truncated),
+        Poll::Pending => {}
+    }
+    flow.learn_from_body(false);
+    if flow.request.over() && !flow.tunnel && client.poll_gone(context).is_ready() {
+        return Poll::Ready(End::ClientGone);
+    }
+    Poll::Pending
+}
+
+impl Flow {
+    /// Gives the endpoint's slot back, and says how the run ended.
+    pub fn give_back(&mut self, outcome: RunOutcome) {
+        if let Some(mut lease) = self.lease.take() {
+            lease.outcome(outcome);
+        }
+    }
+
+    fn learn_from_body(&mut self, at_end: bool) {
+        if let Some(learn) = &mut self.learn
+            && let Some(extractor) = self.response.observer.take_extracted(at_end)
+        {
+            if let Some(lease) = &mut self.lease {
+                learn.from_body(&extractor, lease);
+            }
+            self.learn = None;
+        }
+    }
+
+    fn poll_time_outs(&mut self, last_moved: Instant, timer: &mut Timer, context: &mut Context<'_>) -> Poll<End> {
+        let mut since = last_moved;
+        loop {
+            let idle = since + self.idle;
+            let deadline = self.run_deadline.map_or(idle, |run| run.min(idle));
+            ready!(timer.poll_passed(context, deadline));
+            if self.run_deadline.is_some_and(|run| run <= deadline) {
+                return Poll::Ready(End::TimedOut(Code::RunTimeout));
+            }
+            if !self.response.blocked {
+                return Poll::Ready(End::TimedOut(Code::UpstreamReset));
+            }
+            // The client holds back: that silence is not the endpoint's.
+            since = crate::ids::now();
+        }
+    }
+
+    /// Puts what was counted into the exchange's record.
+    pub fn tell(&self, record: &mut Record) {
+        record.first_event_at = self.response.observer.first_event_at;
+        record.events = self.response.observer.events;
+        record.bytes_in = self.request.observer.bytes;
+        record.bytes_out = self.response.observer.bytes;
+    }
+}
+
+pub fn over_limit() -> ProxyError {
+    ProxyError::new(Code::BodyTooLarge, "the request body exceeds limits.max_body_bytes")
+}
+
+fn run_timeout() -> ProxyError {
+    ProxyError::new(Code::RunTimeout, "the run exceeded runs.max_duration")
+}

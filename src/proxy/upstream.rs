@@ -1,0 +1,304 @@
+//! Upstream: a connection to an endpoint, taken from the pool or opened, and the endpoint's half of an exchange on it.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::ResponseFuture;
+use http::{Method, Request};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+use crate::config::{EndpointHost, EndpointUrl, HttpVersion};
+use crate::error::{Code, ProxyError};
+use crate::http1::{self, HeadLimits};
+use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
+use crate::net::stream::{Plain, Stream};
+use crate::proxy::peer::{HeadFault, Http1, Http2, Peer, fields, header_map};
+use crate::proxy::pool::{Counted, Pool, StreamCount};
+use crate::state::Target;
+
+/// Bounds of an endpoint's answer head.
+const HEAD_LIMITS: HeadLimits = HeadLimits { max_bytes: 256 * 1024, max_fields: 256 };
+
+/// What an endpoint may send ahead on one stream; more waits for the client to read.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+/// The same for all streams of a connection together.
+const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+
+/// The endpoint's half of one exchange: owned, so that it can leave the client's task.
+pub struct Upstream {
+    pub peer: Peer,
+    /// The connection had served another exchange before.
+    pub reused: bool,
+    wire: Wire,
+    method: Method,
+}
+
+enum Wire {
+    Http1 { counted: Counted },
+    Http2 { response: Option<ResponseFuture>, _stream: StreamCount },
+}
+
+/// Why no answer head came.
+pub struct Unanswered {
+    /// No endpoint has seen any of the request: any request may be tried again.
+    pub unsent: bool,
+    pub error: ProxyError,
+}
+
+/// A connection that is ready for a request head.
+pub enum Connected {
+    Http1 { stream: Stream, counted: Counted, reused: bool },
+    Http2 { connection: crate::proxy::pool::Multiplexed, stream: StreamCount },
+}
+
+/// Takes a pooled connection or opens one, within the connect time-out.
+pub async fn connect(pool: &Pool, target: &Arc<Target>, connect_timeout: Duration) -> Result<Connected, ProxyError> {
+    if let Some(connected) = pooled(pool, target) {
+        return Ok(connected);
+    }
+    let limit_reached =
+        || ProxyError::new(Code::Overloaded, format!("pool.max_connections to {} is reached", target.address));
+    let counted = Counted::open(target).ok_or_else(limit_reached)?;
+    let opening = open(pool, target, counted);
+    match timeout(connect_timeout, Box::pin(opening)).await {
+        Ok(result) => result,
+        Err(_) => Err(ProxyError::new(
+            Code::ConnectTimeout,
+            format!("{} did not accept the connection within {connect_timeout:?}", target.address),
+        )),
+    }
+}
+
+/// A connection at hand, without waiting.
+pub fn pooled(pool: &Pool, target: &Arc<Target>) -> Option<Connected> {
+    if target.http != HttpVersion::Http1
+        && let Some((connection, stream)) = pool.share(target)
+    {
+        return Some(Connected::Http2 { connection, stream });
+    }
+    let (stream, counted) = pool.take(target)?;
+    Some(Connected::Http1 { stream, counted, reused: true })
+}
+
+async fn open(pool: &Pool, target: &Arc<Target>, counted: Counted) -> Result<Connected, ProxyError> {
+    let plain = open_plain(&target.url).await.map_err(|error| {
+        ProxyError::new(Code::ConnectFailed, format!("could not connect to {}: {error}", target.address))
+    })?;
+    let stream = match &target.tls {
+        None => Stream::Plain(plain),
+        Some(tls) => {
+            let connector = tokio_rustls::TlsConnector::from(tls.config.clone());
+            let stream = connector.connect(tls.server_name.clone(), plain).await.map_err(|error| {
+                ProxyError::new(Code::TlsFailed, format!("TLS handshake with {} failed: {error}", target.address))
+            })?;
+            Stream::TlsClient(Box::new(stream))
+        }
+    };
+    let http2 = match target.http {
+        HttpVersion::Http1 => false,
+        HttpVersion::Http2 => true,
+        HttpVersion::Auto => stream.negotiated_http2(),
+    };
+    if !http2 {
+        return Ok(Connected::Http1 { stream, counted, reused: false });
+    }
+    let handshake = h2::client::Builder::new()
+        .enable_push(false)
+        .initial_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_header_list_size(HEAD_LIMITS.max_bytes as u32)
+        .handshake::<_, Bytes>(stream);
+    let (sender, connection) = handshake.await.map_err(|error| {
+        ProxyError::new(Code::ConnectFailed, format!("{} does not speak HTTP/2: {error}", target.address))
+    })?;
+    tokio::task::spawn_local(async move {
+        // How it ended shows in the streams that were on it.
+        let _ = connection.await;
+        drop(counted);
+    });
+    let (connection, stream) = pool.add(target, sender);
+    Ok(Connected::Http2 { connection, stream })
+}
+
+async fn open_plain(url: &EndpointUrl) -> io::Result<Plain> {
+    match url {
+        EndpointUrl::Unix(path) => Ok(Plain::Unix(UnixStream::connect(path).await?)),
+        EndpointUrl::Tcp { host: EndpointHost::Ip(ip), port, .. } => open_tcp(SocketAddr::new(*ip, *port)).await,
+        EndpointUrl::Tcp { host: EndpointHost::Name(name), port, .. } => {
+            let mut last = io::Error::new(io::ErrorKind::NotFound, format!("{name} has no address"));
+            for address in tokio::net::lookup_host((name.as_str(), *port)).await? {
+                match open_tcp(address).await {
+                    Ok(plain) => return Ok(plain),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        }
+    }
+}
+
+async fn open_tcp(address: SocketAddr) -> io::Result<Plain> {
+    let stream = TcpStream::connect(address).await?;
+    // Events are small and must not wait for each other.
+    stream.set_nodelay(true)?;
+    Ok(Plain::Tcp(stream))
+}
+
+impl Upstream {
+    /// Begins the exchange: the head is on its way (or waits for the first body bytes to go with it).
+    /// `passes_chunks`: the client's own chunk framing will be passed on.
+    pub async fn begin(
+        connected: Connected,
+        request: &RequestHead,
+        host: &[u8],
+        https: bool,
+        passes_chunks: bool,
+    ) -> Result<Upstream, Unanswered> {
+        match connected {
+            Connected::Http1 { stream, counted, reused } => {
+                let mut peer = Http1::new(stream);
+                http1::write_request(peer.pending_head(), request, host);
+                peer.begin_body(request.framing, passes_chunks);
+                Ok(Upstream {
+                    peer: Peer::Http1(peer),
+                    reused,
+                    wire: Wire::Http1 { counted },
+                    method: request.method.clone(),
+                })
+            }
+            Connected::Http2 { connection, stream } => {
+                let unsent = |error: h2::Error| Unanswered {
+                    unsent: true,
+                    error: ProxyError::new(Code::UpstreamReset, format!("the endpoint took no new stream: {error}")),
+                };
+                let mut sender = connection.sender.clone().ready().await.map_err(unsent)?;
+                let end = matches!(request.framing, Framing::None | Framing::Length(0));
+                let head = http2_request(request, host, https).map_err(|error| Unanswered {
+                    unsent: false,
+                    error: ProxyError::new(Code::BadRequest, format!("HTTP/2 can't carry this request: {error}")),
+                })?;
+                let (response, outgoing) = sender.send_request(head, end).map_err(unsent)?;
+                let mut peer = Http2::client(outgoing);
+                if end {
+                    peer.nothing_to_send();
+                }
+                Ok(Upstream {
+                    peer: Peer::Http2(Box::new(peer)),
+                    reused: true,
+                    wire: Wire::Http2 { response: Some(response), _stream: stream },
+                    method: request.method.clone(),
+                })
+            }
+        }
+    }
+
+    /// The next answer head, interim ones too.
+    pub fn poll_response(&mut self, context: &mut Context<'_>) -> Poll<Result<ResponseHead, Unanswered>> {
+        match (&mut self.peer, &mut self.wire) {
+            (Peer::Http1(peer), _) => {
+                let length = match ready!(peer.poll_head(context, HEAD_LIMITS)) {
+                    Ok(length) => length,
+                    Err(fault) => return Poll::Ready(Err(head_fault(fault))),
+                };
+                Poll::Ready(
+                    peer.take_response(length, HEAD_LIMITS, &self.method)
+                        .map_err(|error| head_fault(HeadFault::Head(error))),
+                )
+            }
+            (Peer::Http2(peer), Wire::Http2 { response, .. }) => {
+                let Some(future) = response else { return Poll::Pending };
+                match ready!(Pin::new(future).poll(context)) {
+                    Ok(answer) => {
+                        *response = None;
+                        let (parts, body) = answer.into_parts();
+                        let head = http2_response(&parts, body.is_end_stream(), &self.method);
+                        peer.receive(body);
+                        Poll::Ready(Ok(head))
+                    }
+                    Err(error) => Poll::Ready(Err(Unanswered {
+                        // RFC 9113 section 8.7: refused streams were not processed.
+                        unsent: error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM),
+                        error: ProxyError::new(
+                            Code::UpstreamReset,
+                            format!("the endpoint ended the stream before it answered: {error}"),
+                        ),
+                    })),
+                }
+            }
+            (Peer::Http2(_), Wire::Http1 { .. }) => Poll::Pending,
+        }
+    }
+
+    /// Gives the connection back to the pool, where the exchange has left it clean and the endpoint keeps it open.
+    pub fn recycle(self, pool: &Pool, keep_alive: bool) {
+        if let (Peer::Http1(peer), Wire::Http1 { counted }) = (self.peer, self.wire)
+            && keep_alive
+            && peer.is_at_rest()
+            && peer.is_flushed()
+        {
+            let (stream, _) = peer.into_parts();
+            pool.put(stream, counted, crate::ids::now());
+        }
+    }
+}
+
+fn head_fault(fault: HeadFault) -> Unanswered {
+    let detail = match fault {
+        HeadFault::Closed { error: Some(error), .. } => format!("the connection broke before the answer: {error}"),
+        HeadFault::Closed { error: None, clean: true } => "the endpoint closed the connection without an answer".into(),
+        HeadFault::Closed { error: None, clean: false } => "the endpoint closed the connection within its head".into(),
+        HeadFault::Head(http1::HeadError::TooLarge) => "the endpoint's answer head is too large".into(),
+        HeadFault::Head(http1::HeadError::Malformed(reason)) => format!("the endpoint's answer is malformed: {reason}"),
+    };
+    Unanswered { unsent: false, error: ProxyError::new(Code::UpstreamReset, detail) }
+}
+
+fn http2_request(request: &RequestHead, host: &[u8], https: bool) -> Result<Request<()>, http::Error> {
+    let target = match &request.query {
+        Some(query) => format!("{}?{query}", request.path),
+        None => request.path.clone(),
+    };
+    let uri = http::Uri::builder()
+        .scheme(if https { "https" } else { "http" })
+        .authority(host)
+        .path_and_query(target)
+        .build()?;
+    let mut head = Request::builder().method(request.method.clone()).uri(uri).body(())?;
+    *head.headers_mut() = header_map(&request.fields);
+    if let Framing::Length(length) = request.framing {
+        head.headers_mut().insert(http::header::CONTENT_LENGTH, length.into());
+    }
+    if request.accepts_trailers {
+        head.headers_mut().insert(http::header::TE, http::HeaderValue::from_static("trailers"));
+    }
+    Ok(head)
+}
+
+fn http2_response(parts: &http::response::Parts, ended: bool, method: &Method) -> ResponseHead {
+    let mut fields: Fields = fields(&parts.headers);
+    let length = parts.headers.get(http::header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    fields.remove("content-length");
+    let bodiless = *method == Method::HEAD || matches!(parts.status.as_u16(), 204 | 304);
+    ResponseHead {
+        status: parts.status,
+        reason: None,
+        version: Version::Http2,
+        fields,
+        framing: match length {
+            _ if bodiless => Framing::None,
+            Some(length) => Framing::Length(length),
+            None if ended => Framing::Length(0),
+            None => Framing::Chunked,
+        },
+        declared_length: if bodiless { length } else { None },
+        keep_alive: true,
+        upgrade: None,
+    }
+}

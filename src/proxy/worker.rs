@@ -1,0 +1,105 @@
+//! Worker: one thread with a runtime of its own; what its connections share without locks.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::drain::Phase;
+use crate::net::listen::Accepted;
+use crate::proxy::connection;
+use crate::proxy::pool::Pool;
+use crate::snapshot::{Listener, Running};
+
+/// Accepted sockets that may wait for a worker before the accept loop waits for it.
+const HANDED_OVER_MAX: usize = 1024;
+
+/// What the connections of one worker share.
+pub struct Worker {
+    pub running: Arc<Running>,
+    pub pool: Pool,
+    pub load: Arc<AtomicUsize>,
+}
+
+/// The accept loop's view of a worker.
+pub struct WorkerHandle {
+    sockets: mpsc::Sender<(Accepted, Arc<Listener>)>,
+    /// Its open connections and exchanges.
+    load: Arc<AtomicUsize>,
+}
+
+/// One connection or exchange of a worker's load, as long as it lives.
+pub struct Load(Arc<AtomicUsize>);
+
+impl Load {
+    pub fn new(load: &Arc<AtomicUsize>) -> Load {
+        load.fetch_add(1, Ordering::Relaxed);
+        Load(load.clone())
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl WorkerHandle {
+    pub fn load(&self) -> usize {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    /// Hands a socket over; waits while the worker has too many to begin with.
+    pub async fn serve(&self, accepted: Accepted, listener: Arc<Listener>) {
+        // Fails only when the worker has ended, and with it the proxy.
+        let _ = self.sockets.send((accepted, listener)).await;
+    }
+}
+
+/// Starts a worker thread. It ends at [`Phase::Forced`].
+pub fn start(index: usize, running: Arc<Running>) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
+    let (sender, receiver) = mpsc::channel(HANDED_OVER_MAX);
+    let load = Arc::new(AtomicUsize::new(0));
+    let handle = WorkerHandle { sockets: sender, load: load.clone() };
+    let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default());
+        match runtime {
+            Ok(runtime) => runtime.block_on(work(running, load, receiver)),
+            Err(error) => tracing::error!("worker {index} could not start: {error}"),
+        }
+    })?;
+    Ok((handle, thread))
+}
+
+async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::Receiver<(Accepted, Arc<Listener>)>) {
+    let worker = Rc::new(Worker { running, pool: Pool::default(), load });
+    let sweeper = worker.clone();
+    tokio::task::spawn_local(async move {
+        let mut interval = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            interval.tick().await;
+            sweeper.pool.sweep(crate::ids::now());
+        }
+    });
+    let drain = worker.running.drain.clone();
+    let forced = drain.reached(Phase::Forced);
+    tokio::pin!(forced);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut forced => return,
+            socket = sockets.recv() => match socket {
+                Some((accepted, listener)) => {
+                    tokio::task::spawn_local(connection::serve(worker.clone(), accepted, listener));
+                }
+                // The accept loop has ended; open connections go on until they are done or forced to end.
+                None => {
+                    forced.as_mut().await;
+                    return;
+                }
+            },
+        }
+    }
+}

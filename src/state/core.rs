@@ -1,0 +1,958 @@
+//! Core: the decisions of the dispatcher as a plain struct that takes `now`: no lock, no clock, no socket.
+//!
+//! Everything that changes an endpoint's load ends in `reindex`, so that the next pick finds the least loaded endpoint
+//! at the top of an ordered set; nothing is ever scanned to place a run.
+
+mod apply;
+mod report;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hashbrown::HashMap;
+
+use crate::balance::{self, Candidate};
+use crate::config;
+use crate::ids::RunId;
+use crate::state::dispatcher::{Ask, PinHint};
+use crate::state::endpoints::{Choice, Endpoint, Endpoints, HealthStanding, Version};
+use crate::state::runs::{NewRun, Runs};
+use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
+use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
+
+/// How long a session that was placed without a run weighs as one.
+const CREDIT_TIME: Duration = Duration::from_secs(10);
+
+/// Expired sessions that one pick cleans up at most.
+const EXPIRED_PER_PICK: usize = 16;
+
+/// One service's live state.
+pub struct Core {
+    name: Arc<str>,
+    rules: Rules,
+    versions: Vec<Version>,
+    /// Credits of the smooth weighted round robin over `versions`.
+    turns: Vec<i64>,
+    endpoints: Endpoints,
+    by_identity: HashMap<Box<str>, u32>,
+    sessions: Sessions,
+    runs: Runs,
+    /// Placement credits in the order in which they end: when, and whose.
+    credits: BTreeMap<u64, (Instant, u32)>,
+    last_credit: u64,
+    /// Endpoints that are ejected now.
+    ejected: Vec<u32>,
+    /// Counts picks: the stamp by which ties rotate.
+    picks: u64,
+    /// The first configuration is there.
+    applied: bool,
+    started: Option<Instant>,
+    /// The latest `now` that was seen: time never goes back, whoever read the clock first.
+    clock: Option<Instant>,
+}
+
+/// What of the configuration decides here.
+struct Rules {
+    affinity: config::Affinity,
+    idle_timeout: Duration,
+    max_sessions: usize,
+    when_draining: config::WhenDraining,
+    when_lost: config::WhenLost,
+    /// There is an active check.
+    checked: bool,
+    /// Endpoints have a limit of runs unless they say otherwise.
+    limited: bool,
+    unhealthy_after: u32,
+    healthy_after: u32,
+    outlier: config::Outlier,
+    balance: config::Balance,
+    slow_start: Duration,
+    drain_timeout: Duration,
+}
+
+/// What an exchange holds: its place at an endpoint, and its part in a session and in a run. Given back by
+/// [`Core::finish`], exactly once.
+#[derive(Debug)]
+pub struct Grant {
+    endpoint: u32,
+    session: Option<u32>,
+    run: Option<u32>,
+    run_id: Option<RunId>,
+    affinity: AffinityOutcome,
+    matched: bool,
+    /// `affinity: hash` chose the endpoint: there is no other.
+    hashed: bool,
+    /// Endpoints tried before this one.
+    tried: Vec<u32>,
+}
+
+/// Why an exchange can't be placed now. The first two are where a place in the service's queue will hang.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unplaced {
+    /// Its own endpoint is full: only a slot there helps.
+    PinnedFull,
+    /// Every endpoint of the version is full: any slot there helps.
+    Full,
+    /// No endpoint is ready.
+    Empty,
+    /// Its endpoint is gone, and `when_lost` is `reject`.
+    Lost,
+}
+
+/// A run that has ended: what is to be recorded, outside the lock.
+pub struct Ended {
+    pub target: Arc<Target>,
+    pub outcome: RunOutcome,
+    pub duration: Duration,
+}
+
+impl Grant {
+    pub fn run_id(&self) -> Option<RunId> {
+        self.run_id
+    }
+
+    pub fn affinity(&self) -> AffinityOutcome {
+        self.affinity
+    }
+}
+
+impl Unplaced {
+    pub fn refusal(self) -> Refusal {
+        match self {
+            Unplaced::PinnedFull | Unplaced::Full => Refusal::QueueFull,
+            Unplaced::Empty => Refusal::NoEndpoint,
+            Unplaced::Lost => Refusal::SessionLost,
+        }
+    }
+}
+
+/// An exchange on its way to a place.
+#[derive(Clone, Copy)]
+struct Request<'a> {
+    key: Option<&'a SessionKey>,
+    run: Option<RunId>,
+    version: Option<&'a str>,
+    now: Instant,
+    rng: u64,
+}
+
+/// What a pinned session can expect of its endpoint.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    Open,
+    Draining,
+    Lost,
+}
+
+impl Core {
+    pub fn new(name: &str) -> Core {
+        Core {
+            name: name.into(),
+            rules: Rules::before_the_first_configuration(),
+            versions: Vec::new(),
+            turns: Vec::new(),
+            endpoints: Endpoints::default(),
+            by_identity: HashMap::new(),
+            sessions: Sessions::new(),
+            runs: Runs::default(),
+            credits: BTreeMap::new(),
+            last_credit: 0,
+            ejected: Vec::new(),
+            picks: 0,
+            applied: false,
+            started: None,
+            clock: None,
+        }
+    }
+
+    /// Chooses an endpoint and reserves it. `run` is the id of the run that a start begins, `None` for other exchanges.
+    pub fn pick(&mut self, ask: Ask<'_>, run: Option<RunId>, now: Instant, rng: u64) -> Result<Grant, Unplaced> {
+        let now = self.advance(now);
+        self.expire(EXPIRED_PER_PICK, now);
+        debug_assert_eq!(run.is_some(), ask.kind == Kind::Start);
+        let request = Request { key: ask.key, run, version: ask.version, now, rng };
+        let (Some(key), true) = (ask.key, self.rules.affinity != config::Affinity::None) else {
+            return self.pick_without_session(request);
+        };
+        if let Some(session) = self.live_session(key, now) {
+            return self.pick_pinned(session, request);
+        }
+        match (self.rules.affinity, ask.hint) {
+            (config::Affinity::Hash, _) => self.pick_hashed(key, request),
+            (_, Some(hint)) => self.pick_hinted(key, hint, request),
+            (_, None) => self.pick_new(key, request),
+        }
+    }
+
+    /// The target of a grant: of the endpoint where it is now.
+    pub fn target(&self, grant: &Grant) -> Arc<Target> {
+        self.endpoints[grant.endpoint].target.clone()
+    }
+
+    /// An exchange of the session was answered with 2xx or 3xx.
+    pub fn confirm(&mut self, grant: &Grant, now: Instant) {
+        self.advance(now);
+        if let Some(session) = grant.session {
+            self.sessions.confirm(session, self.sessions.endpoint(session) == grant.endpoint);
+        }
+    }
+
+    /// The answer named its session: an alias of the request's, or the session that this exchange made.
+    pub fn learn(&mut self, grant: &mut Grant, key: &SessionKey, now: Instant) {
+        let now = self.advance(now);
+        if self.rules.affinity == config::Affinity::None {
+            return;
+        }
+        if let Some(session) = grant.session {
+            self.sessions.add_alias(session, key, self.rules.max_sessions);
+            return;
+        }
+        // What the table knows already stays as it is: the name may be another exchange's.
+        if self.live_session(key, now).is_some() {
+            return;
+        }
+        let Some(session) = self.pin(key, grant.endpoint, grant.matched, now) else { return };
+        self.sessions.open(session);
+        self.sessions.confirm(session, true);
+        grant.session = Some(session);
+        match grant.run {
+            Some(run) => {
+                self.runs.link(run, None);
+                if let Some(run) = self.runs.run_mut(run) {
+                    run.session = Some(session);
+                }
+                self.sessions.set_first_run(session, Some(run));
+            }
+            None => self.give_credit(session, now),
+        }
+    }
+
+    /// Moves a grant to another endpoint, or to the same one where its pin is confirmed.
+    pub fn retry(&mut self, grant: &mut Grant, now: Instant, rng: u64) -> Result<Arc<Target>, Unplaced> {
+        let now = self.advance(now);
+        let from = grant.endpoint;
+        let pinned = grant.session.map(|session| (self.sessions.endpoint(session), self.sessions.settled(session)));
+        let to = match pinned {
+            Some((here, true)) if here == from => from,
+            None if grant.hashed => from,
+            Some((here, settled)) if here != from && (settled || self.may_follow(grant, here)) => {
+                if grant.tried.contains(&here) {
+                    return Err(Unplaced::Empty);
+                }
+                if grant.run.is_some() && !self.endpoints[here].has_slot() {
+                    return Err(Unplaced::PinnedFull);
+                }
+                here
+            }
+            _ => self.choose_another(grant, now, rng)?,
+        };
+        if let Some(run) = grant.run.and_then(|run| self.runs.run_mut(run)) {
+            run.attempts += 1;
+        }
+        if to != from {
+            self.shift(grant, to, now);
+        }
+        Ok(self.target(grant))
+    }
+
+    /// Takes evidence about the endpoint of a grant.
+    pub fn report(&mut self, grant: &Grant, evidence: Evidence, now: Instant) {
+        let now = self.advance(now);
+        let endpoint = &mut self.endpoints[grant.endpoint];
+        match evidence {
+            Evidence::Good => endpoint.failures = 0,
+            Evidence::Bad => {
+                endpoint.failures = endpoint.failures.saturating_add(1);
+                self.judge(grant.endpoint, now);
+            }
+        }
+    }
+
+    /// Gives back what a grant holds.
+    pub fn finish(&mut self, grant: Grant, outcome: RunOutcome, now: Instant) -> Option<Ended> {
+        let now = self.advance(now);
+        let ended = match grant.run {
+            Some(run) => self.drop_carrier(run, outcome, now),
+            None => {
+                self.endpoints[grant.endpoint].open -= 1;
+                None
+            }
+        };
+        if let Some(session) = grant.session
+            && self.sessions.close(session)
+        {
+            if self.sessions.confirmed(session) {
+                let ticks = self.ticks(now);
+                self.sessions.rest(session, ticks);
+            } else {
+                self.unpin(session);
+            }
+        }
+        self.settle(grant.endpoint, now);
+        ended
+    }
+
+    /// The answer of an active health check.
+    pub fn probe_result(&mut self, identity: &str, healthy: bool, now: Instant) {
+        let now = self.advance(now);
+        let Some(number) = self.by_identity.get(identity).copied() else { return };
+        if self.rules.checked {
+            let Rules { unhealthy_after, healthy_after, .. } = self.rules;
+            self.endpoints[number].health.answer(healthy, unhealthy_after, healthy_after);
+            self.refresh(number, now);
+        }
+    }
+
+    /// Starts or ends an operator's drain of all endpoints at an address (or identity). False where there is none.
+    pub fn set_drained(&mut self, address: &str, drained: bool, now: Instant) -> bool {
+        let now = self.advance(now);
+        let mut found = false;
+        for number in self.endpoints.numbers() {
+            let endpoint = &mut self.endpoints[number];
+            if endpoint.configured && (&*endpoint.target.address == address || &*endpoint.identity == address) {
+                endpoint.drained = drained;
+                found = true;
+                self.refresh(number, now);
+            }
+        }
+        found
+    }
+
+    /// Forgets the idle sessions of the slots `from..from + count`. Returns how many, and the next slot as
+    /// [`Core::scan_sessions`].
+    pub fn forget_sessions(&mut self, key: Option<&str>, from: u32, count: u32, now: Instant) -> (usize, Option<u32>) {
+        self.advance(now);
+        let slots = self.sessions.slots();
+        let end = slots.min(from.saturating_add(count));
+        let mut forgotten = 0;
+        for slot in from..end {
+            let Some(view) = self.sessions.view(slot) else { continue };
+            let session = view.id;
+            if !view.busy && key.is_none_or(|key| self.sessions.answers_to(session, key)) {
+                self.unpin(session);
+                forgotten += 1;
+            }
+        }
+        (forgotten, (end < slots).then_some(end))
+    }
+
+    /// What is due with time: slow starts and ejections that are over, removed endpoints past their deadline, credits.
+    pub fn tick(&mut self, now: Instant) {
+        let now = self.advance(now);
+        for version in 0..self.versions.len() {
+            self.graduate(version, now);
+        }
+        for number in self.endpoints.numbers() {
+            self.settle(number, now);
+        }
+    }
+
+    /// Forgets expired sessions, `limit` at most, and says how many those were.
+    pub fn expire(&mut self, limit: usize, now: Instant) -> usize {
+        let ticks = self.ticks(now);
+        for count in 0..limit {
+            match self.sessions.oldest() {
+                Some(oldest) if self.sessions.idle(oldest, ticks) > self.rules.idle_timeout => self.unpin(oldest),
+                _ => return count,
+            }
+        }
+        limit
+    }
+
+    /// A ready endpoint has a free slot.
+    pub fn ready_for_work(&mut self, now: Instant) -> bool {
+        self.advance(now);
+        self.versions.iter().any(|version| version.has_slot())
+    }
+
+    // Picking.
+
+    fn pick_without_session(&mut self, request: Request<'_>) -> Result<Grant, Unplaced> {
+        let (version, matched) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
+        let endpoint = match request.run {
+            Some(_) => self.choose(version, &request, &[]).ok_or(Unplaced::Full)?,
+            None => self.versions[version].next_in_rotation(&[]).ok_or(Unplaced::Empty)?,
+        };
+        Ok(self.reserve(endpoint, None, matched, AffinityOutcome::None, &request))
+    }
+
+    fn pick_new(&mut self, key: &SessionKey, request: Request<'_>) -> Result<Grant, Unplaced> {
+        let (version, matched) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
+        let endpoint = self.place_session(version, &request)?;
+        let session = self.pin(key, endpoint, matched, request.now);
+        // A table full of busy sessions leaves the new one without a pin; its run is counted all the same.
+        let affinity = if session.is_some() { AffinityOutcome::New } else { AffinityOutcome::None };
+        Ok(self.reserve(endpoint, session, matched, affinity, &request))
+    }
+
+    fn pick_pinned(&mut self, session: u32, request: Request<'_>) -> Result<Grant, Unplaced> {
+        let here = self.sessions.endpoint(session);
+        let works_here = self.runs.any_at(self.sessions.first_run(session), here);
+        let standing = self.standing(here);
+        let matched = false;
+        let moved = match self.leaves(standing, works_here, request.run.is_some())? {
+            None => None,
+            Some(outcome) => match self.place_again(self.endpoints[here].version, &request) {
+                Ok(there) => Some((there, outcome)),
+                // Better an endpoint that drains than none.
+                Err(Unplaced::Empty) if standing == Standing::Draining => None,
+                Err(unplaced) => return Err(unplaced),
+            },
+        };
+        if let Some((there, outcome)) = moved {
+            self.move_pin(session, there);
+            return Ok(self.reserve(there, Some(session), matched, outcome, &request));
+        }
+        if request.run.is_some() && !self.endpoints[here].has_slot() {
+            return Err(Unplaced::PinnedFull);
+        }
+        Ok(self.reserve(here, Some(session), matched, AffinityOutcome::Hit, &request))
+    }
+
+    /// The table doesn't know the session, but the proxy's cookie says where it lived.
+    fn pick_hinted(&mut self, key: &SessionKey, hint: &PinHint, request: Request<'_>) -> Result<Grant, Unplaced> {
+        let here = self.by_identity.get(hint.endpoint.as_str()).copied();
+        let standing = here.map_or(Standing::Lost, |here| self.standing(here));
+        let starts = request.run.is_some();
+        let leaves = self.leaves(standing, false, starts)?;
+        if let (Some(here), None) = (here, leaves) {
+            if starts && !self.endpoints[here].has_slot() {
+                return Err(Unplaced::PinnedFull);
+            }
+            let session = self.pin(key, here, false, request.now);
+            if let Some(session) = session {
+                // The cookie was issued on success.
+                self.sessions.confirm(session, true);
+            }
+            return Ok(self.reserve(here, session, false, AffinityOutcome::Hit, &request));
+        }
+        let version = match here {
+            Some(here) => Some(self.endpoints[here].version),
+            None => self.versions.iter().position(|version| *version.name == *hint.version),
+        };
+        let outcome = leaves.unwrap_or(AffinityOutcome::Lost);
+        let there = match version {
+            Some(version) => self.place_again(version, &request),
+            None => self.place_by_weights(&request),
+        };
+        let there = match (there, here) {
+            (Err(Unplaced::Empty), Some(here)) if standing == Standing::Draining => here,
+            (there, _) => there?,
+        };
+        let session = self.pin(key, there, false, request.now);
+        Ok(self.reserve(there, session, false, outcome, &request))
+    }
+
+    fn pick_hashed(&mut self, key: &SessionKey, request: Request<'_>) -> Result<Grant, Unplaced> {
+        let (version, matched) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
+        let endpoint = {
+            let endpoints = &self.endpoints;
+            let candidates = self.versions[version].endpoints.iter().map(|number| (*number, &endpoints[*number]));
+            let candidates = candidates.filter(|(_, endpoint)| endpoint.ready).map(|(index, endpoint)| Candidate {
+                index,
+                hash: endpoint.hash,
+                name: &endpoint.identity,
+                weight: endpoint.weight.max(1),
+            });
+            balance::rendezvous(balance::placement(&key.text), candidates).ok_or(Unplaced::Empty)?
+        };
+        if request.run.is_some() && !self.endpoints[endpoint].has_slot() {
+            return Err(Unplaced::PinnedFull);
+        }
+        let mut grant = self.reserve(endpoint, None, matched, AffinityOutcome::Hit, &request);
+        grant.hashed = true;
+        Ok(grant)
+    }
+
+    /// Whether a session must leave its endpoint, and as what.
+    fn leaves(&self, standing: Standing, works_here: bool, starts: bool) -> Result<Option<AffinityOutcome>, Unplaced> {
+        match standing {
+            _ if works_here => Ok(None),
+            Standing::Draining if starts && self.rules.when_draining == config::WhenDraining::MoveIdle => {
+                Ok(Some(AffinityOutcome::Moved))
+            }
+            Standing::Open | Standing::Draining => Ok(None),
+            Standing::Lost if self.rules.when_lost == config::WhenLost::Reject => Err(Unplaced::Lost),
+            Standing::Lost => Ok(Some(AffinityOutcome::Lost)),
+        }
+    }
+
+    /// A new endpoint for a session that had one: in its version if that has any, else as a new session's.
+    fn place_again(&mut self, version: usize, request: &Request<'_>) -> Result<u32, Unplaced> {
+        if self.versions[version].configured && self.versions[version].ready() > 0 {
+            return self.place_session(version, request);
+        }
+        self.place_by_weights(request)
+    }
+
+    fn place_by_weights(&mut self, request: &Request<'_>) -> Result<u32, Unplaced> {
+        let request = Request { version: None, ..*request };
+        let (version, _) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
+        self.place_session(version, &request)
+    }
+
+    /// An endpoint of the version for a session: the least loaded, for an exchange without a run a full one too.
+    fn place_session(&mut self, version: usize, request: &Request<'_>) -> Result<u32, Unplaced> {
+        match self.choose(version, request, &[]) {
+            Some(endpoint) => Ok(endpoint),
+            None if request.run.is_some() => Err(Unplaced::Full),
+            None => self.versions[version].next_in_rotation(&[]).ok_or(Unplaced::Empty),
+        }
+    }
+
+    /// The version of a new session or of an exchange without one, and whether a match chose it. Versions without a
+    /// ready endpoint outside `tried` are left out.
+    fn choose_version(&mut self, request: &Request<'_>, tried: &[u32]) -> Option<(usize, bool)> {
+        if let Some(name) = request.version {
+            let matched = self.versions.iter().position(|version| version.configured && *version.name == *name);
+            if let Some(version) = matched.filter(|version| self.offers(*version, tried)) {
+                return Some((version, true));
+            }
+        }
+        if let Some(key) = request.key {
+            let candidates = self
+                .versions
+                .iter()
+                .enumerate()
+                .filter(|(index, version)| version.configured && self.offers(*index, tried));
+            let candidates = candidates.map(|(index, version)| Candidate {
+                index: index as u32,
+                hash: version.hash,
+                name: &version.name,
+                weight: version.weight,
+            });
+            let version = balance::rendezvous(balance::cohort(&key.text), candidates)?;
+            return Some((version as usize, false));
+        }
+        // A run without a session waits only where all are full, so versions with a free slot come first.
+        let Core { versions, turns, endpoints, .. } = self;
+        let any_slot = request.run.is_some()
+            && versions.iter().any(|version| version.weight > 0 && version.configured && version.has_slot());
+        let candidates = versions
+            .iter()
+            .enumerate()
+            .filter(|(index, version)| {
+                version.configured && offers(versions, *index, endpoints, tried) && (!any_slot || version.has_slot())
+            })
+            .map(|(index, version)| (index, version.weight));
+        Some((balance::take_turn(turns, candidates)?, false))
+    }
+
+    /// A ready endpoint of the version is left.
+    fn offers(&self, version: usize, tried: &[u32]) -> bool {
+        offers(&self.versions, version, &self.endpoints, tried)
+    }
+
+    /// The endpoint of a version for one run more.
+    fn choose(&mut self, version: usize, request: &Request<'_>, tried: &[u32]) -> Option<u32> {
+        self.graduate(version, request.now);
+        let choice = Choice {
+            balance: self.rules.balance,
+            slow_start: self.rules.slow_start,
+            tried,
+            now: request.now,
+            rng: request.rng,
+        };
+        self.versions[version].choose(&self.endpoints, &choice)
+    }
+
+    fn reserve(
+        &mut self,
+        number: u32,
+        session: Option<u32>,
+        matched: bool,
+        affinity: AffinityOutcome,
+        request: &Request<'_>,
+    ) -> Grant {
+        self.picks += 1;
+        let Rules { slow_start, .. } = self.rules;
+        let endpoint = &mut self.endpoints[number];
+        endpoint.stamp = self.picks;
+        match request.run {
+            Some(_) => endpoint.outstanding += 1,
+            None => endpoint.open += 1,
+        }
+        self.versions[endpoint.version].turn(number, endpoint, slow_start, request.now);
+        let target = endpoint.target.clone();
+        let run = request.run.map(|id| {
+            let first = session.and_then(|session| self.sessions.first_run(session));
+            let new = NewRun { id, target, endpoint: number, session, started: request.now };
+            self.runs.insert(new, first)
+        });
+        if let Some(session) = session {
+            self.sessions.open(session);
+            if run.is_some() {
+                self.sessions.set_first_run(session, run);
+                self.take_credit(session);
+            } else if matches!(affinity, AffinityOutcome::New | AffinityOutcome::Lost | AffinityOutcome::Moved) {
+                self.give_credit(session, request.now);
+            }
+        }
+        self.reindex(number);
+        Grant {
+            endpoint: number,
+            session,
+            run,
+            run_id: request.run,
+            affinity,
+            matched,
+            hashed: false,
+            tried: Vec::new(),
+        }
+    }
+
+    // Retrying.
+
+    /// A tentative pin was moved by another exchange of the session, to where this one may follow.
+    fn may_follow(&self, grant: &Grant, here: u32) -> bool {
+        let endpoint = &self.endpoints[here];
+        endpoint.ready && !grant.tried.contains(&here) && (grant.run.is_none() || endpoint.has_slot())
+    }
+
+    /// Another endpoint than those tried, of the same version if that has one.
+    fn choose_another(&mut self, grant: &Grant, now: Instant, rng: u64) -> Result<u32, Unplaced> {
+        let mut tried = grant.tried.clone();
+        tried.push(grant.endpoint);
+        let version = self.endpoints[grant.endpoint].version;
+        let key = grant.session.map(|session| SessionKey { scope: None, text: self.sessions.key(session).into() });
+        let request = Request { key: key.as_ref(), run: grant.run_id, version: None, now, rng };
+        let version = if self.versions[version].configured && self.offers(version, &tried) {
+            version
+        } else {
+            self.choose_version(&request, &tried).ok_or(Unplaced::Empty)?.0
+        };
+        if request.run.is_none() && grant.session.is_none() {
+            return self.versions[version].next_in_rotation(&tried).ok_or(Unplaced::Empty);
+        }
+        match self.choose(version, &request, &tried) {
+            Some(endpoint) => Ok(endpoint),
+            None if request.run.is_some() => Err(Unplaced::Full),
+            None => self.versions[version].next_in_rotation(&tried).ok_or(Unplaced::Empty),
+        }
+    }
+
+    /// Hands the grant's place over to another endpoint, and its tentative pin with it.
+    fn shift(&mut self, grant: &mut Grant, to: u32, now: Instant) {
+        let from = grant.endpoint;
+        self.picks += 1;
+        match grant.run {
+            Some(_) => {
+                self.endpoints[from].outstanding -= 1;
+                self.endpoints[to].outstanding += 1;
+            }
+            None => {
+                self.endpoints[from].open -= 1;
+                self.endpoints[to].open += 1;
+            }
+        }
+        let Rules { slow_start, .. } = self.rules;
+        let endpoint = &mut self.endpoints[to];
+        endpoint.stamp = self.picks;
+        self.versions[endpoint.version].turn(to, endpoint, slow_start, now);
+        if let Some(run) = grant.run.and_then(|run| self.runs.run_mut(run)) {
+            run.endpoint = to;
+            run.target = endpoint.target.clone();
+        }
+        grant.tried.push(from);
+        grant.endpoint = to;
+        if let Some(session) = grant.session
+            && self.sessions.endpoint(session) == from
+            && !self.sessions.settled(session)
+        {
+            self.move_pin(session, to);
+        }
+        self.reindex(to);
+        self.settle(from, now);
+    }
+
+    // Sessions.
+
+    /// The session of a key, unless its time is over.
+    fn live_session(&mut self, key: &SessionKey, now: Instant) -> Option<u32> {
+        let session = self.sessions.find(key)?;
+        if self.sessions.idle(session, self.ticks(now)) > self.rules.idle_timeout {
+            self.unpin(session);
+            return None;
+        }
+        Some(session)
+    }
+
+    /// Makes a session, in place of the one idle for longest where the table is full. Its first exchange is opened by
+    /// the caller, or here in [`Core::learn`]. `None`: every session is busy.
+    fn pin(&mut self, key: &SessionKey, endpoint: u32, matched: bool, now: Instant) -> Option<u32> {
+        while self.sessions.len() >= self.rules.max_sessions {
+            let oldest = self.sessions.oldest()?;
+            self.unpin(oldest);
+        }
+        let born = self.started.map_or(0, |started| now.saturating_duration_since(started).as_secs());
+        let session = self.sessions.insert(key, endpoint, matched, born as u32);
+        self.endpoints[endpoint].sessions += 1;
+        Some(session)
+    }
+
+    /// Forgets a session that is not busy.
+    fn unpin(&mut self, session: u32) {
+        self.take_credit(session);
+        let endpoint = self.sessions.endpoint(session);
+        self.sessions.remove(session);
+        self.endpoints[endpoint].sessions -= 1;
+        self.release(endpoint);
+    }
+
+    fn move_pin(&mut self, session: u32, to: u32) {
+        let from = self.sessions.endpoint(session);
+        if self.sessions.credit(session) != 0 {
+            self.endpoints[from].credit -= 1;
+            self.endpoints[to].credit += 1;
+        }
+        self.endpoints[from].sessions -= 1;
+        self.endpoints[to].sessions += 1;
+        self.sessions.set_endpoint(session, to);
+        self.reindex(from);
+        self.reindex(to);
+        self.release(from);
+    }
+
+    /// Lets a session weigh as one run until its first.
+    fn give_credit(&mut self, session: u32, now: Instant) {
+        self.take_credit(session);
+        self.last_credit += 1;
+        self.credits.insert(self.last_credit, (now + CREDIT_TIME, session));
+        self.sessions.set_credit(session, self.last_credit);
+        let endpoint = self.sessions.endpoint(session);
+        self.endpoints[endpoint].credit += 1;
+        self.reindex(endpoint);
+    }
+
+    fn take_credit(&mut self, session: u32) {
+        let serial = self.sessions.credit(session);
+        if serial != 0 {
+            self.credits.remove(&serial);
+            self.sessions.set_credit(session, 0);
+            let endpoint = self.sessions.endpoint(session);
+            self.endpoints[endpoint].credit -= 1;
+            self.reindex(endpoint);
+        }
+    }
+
+    // Runs.
+
+    /// One exchange of a run is over; the last one takes the run with it.
+    fn drop_carrier(&mut self, number: u32, outcome: RunOutcome, now: Instant) -> Option<Ended> {
+        let run = self.runs.run_mut(number)?;
+        run.outcome = outcome;
+        run.carriers -= 1;
+        if run.carriers > 0 {
+            return None;
+        }
+        let (run, first) = self.runs.remove(number)?;
+        if let (Some(session), Some(first)) = (run.session, first) {
+            self.sessions.set_first_run(session, first);
+        }
+        self.endpoints[run.endpoint].outstanding -= 1;
+        self.reindex(run.endpoint);
+        let duration = now.saturating_duration_since(run.started);
+        Some(Ended { target: run.target, outcome: run.outcome, duration })
+    }
+
+    // Endpoints.
+
+    fn standing(&self, number: u32) -> Standing {
+        let endpoint = &self.endpoints[number];
+        let unhealthy = self.rules.checked && endpoint.health.standing == HealthStanding::Unhealthy;
+        if endpoint.gone || unhealthy || endpoint.ejected_until.is_some() {
+            Standing::Lost
+        } else if endpoint.draining() {
+            Standing::Draining
+        } else {
+            // Not asked yet is no reason to think that its sessions are lost.
+            Standing::Open
+        }
+    }
+
+    fn is_ready(&self, endpoint: &Endpoint) -> bool {
+        !endpoint.draining()
+            && endpoint.ejected_until.is_none()
+            && (!self.rules.checked || endpoint.health.standing == HealthStanding::Healthy)
+    }
+
+    /// Brings readiness and all orders up to date with what became of an endpoint.
+    fn refresh(&mut self, number: u32, now: Instant) {
+        let ready = self.is_ready(&self.endpoints[number]);
+        let Rules { slow_start, .. } = self.rules;
+        let endpoint = &mut self.endpoints[number];
+        if ready != endpoint.ready {
+            endpoint.ready = ready;
+            endpoint.ramp = (ready && !endpoint.original && !slow_start.is_zero()).then_some(now);
+            if ready {
+                endpoint.original = false;
+            }
+        }
+        self.versions[endpoint.version].place_in_rotation(number, endpoint);
+        self.reindex(number);
+    }
+
+    fn reindex(&mut self, number: u32) {
+        let endpoint = &mut self.endpoints[number];
+        self.versions[endpoint.version].index(number, endpoint);
+    }
+
+    /// Takes endpoints whose slow start is over into the common order.
+    fn graduate(&mut self, version: usize, now: Instant) {
+        let slow_start = self.rules.slow_start;
+        let endpoints = &self.endpoints;
+        let over = |number: &u32| {
+            endpoints[*number].ramp.is_none_or(|since| now.saturating_duration_since(since) >= slow_start)
+        };
+        let done: Vec<u32> = self.versions[version].ramping().iter().copied().filter(over).collect();
+        for number in done {
+            self.endpoints[number].ramp = None;
+            self.reindex(number);
+        }
+    }
+
+    /// Ejects an endpoint that failed too often, where its version can do without.
+    fn judge(&mut self, number: u32, now: Instant) {
+        let config::Outlier { consecutive_failures, eject_for, max_ejected } = self.rules.outlier;
+        let endpoint = &self.endpoints[number];
+        if consecutive_failures == 0 || endpoint.failures < consecutive_failures || !endpoint.ready {
+            return;
+        }
+        let version = &self.versions[endpoint.version];
+        let all = version.endpoints.iter().filter(|number| self.endpoints[**number].configured).count();
+        let share = (all as f64 * max_ejected).floor() as u32;
+        let most = if max_ejected > 0.0 { share.max(1) } else { 0 };
+        // The only one that is ready is as good as alone: ejecting it would help nobody.
+        if version.ready() < 2 || version.ejected >= most {
+            return;
+        }
+        let endpoint = &mut self.endpoints[number];
+        endpoint.ejected_until = Some(now + eject_for);
+        endpoint.failures = 0;
+        self.versions[endpoint.version].ejected += 1;
+        self.ejected.push(number);
+        self.refresh(number, now);
+    }
+
+    fn readmit(&mut self, number: u32, now: Instant) {
+        self.ejected.retain(|other| *other != number);
+        let endpoint = &mut self.endpoints[number];
+        if endpoint.ejected_until.take().is_some() {
+            endpoint.failures = 0;
+            self.versions[endpoint.version].ejected -= 1;
+            self.refresh(number, now);
+        }
+    }
+
+    /// Ends the drain of a removed endpoint that has finished, or whose time is over.
+    fn settle(&mut self, number: u32, now: Instant) {
+        // Forgetting its last session may have released it already.
+        if !self.endpoints.contains(number) {
+            return;
+        }
+        self.reindex(number);
+        let endpoint = &mut self.endpoints[number];
+        if endpoint.configured {
+            return;
+        }
+        if !endpoint.gone && (endpoint.idle() || endpoint.drain_deadline.is_none_or(|deadline| now >= deadline)) {
+            endpoint.gone = true;
+            endpoint.drained = false;
+            endpoint.target.retire();
+        }
+        self.release(number);
+    }
+
+    /// Forgets an endpoint that is gone once nothing refers to it.
+    fn release(&mut self, number: u32) {
+        let endpoint = &self.endpoints[number];
+        if !endpoint.gone || !endpoint.idle() || endpoint.sessions > 0 {
+            return;
+        }
+        self.ejected.retain(|other| *other != number);
+        if let Some(endpoint) = self.endpoints.remove(number) {
+            let version = &mut self.versions[endpoint.version];
+            version.endpoints.retain(|other| *other != number);
+            if endpoint.ejected_until.is_some() {
+                version.ejected -= 1;
+            }
+            self.by_identity.remove(&endpoint.identity);
+        }
+    }
+
+    // Time.
+
+    /// Takes note of the time, and does what is due before any decision.
+    fn advance(&mut self, now: Instant) -> Instant {
+        let now = self.clock.map_or(now, |clock| clock.max(now));
+        self.clock = Some(now);
+        self.started.get_or_insert(now);
+        while let Some(entry) = self.credits.first_entry()
+            && entry.get().0 <= now
+        {
+            let (_, session) = *entry.get();
+            self.take_credit(session);
+        }
+        if !self.ejected.is_empty() {
+            let over = |number: &u32| self.endpoints[*number].ejected_until.is_none_or(|until| until <= now);
+            let over: Vec<u32> = self.ejected.iter().copied().filter(over).collect();
+            for number in over {
+                self.readmit(number, now);
+            }
+        }
+        now
+    }
+
+    fn ticks(&self, now: Instant) -> Ticks {
+        let since = self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
+        (since.as_millis() / TICK.as_millis()) as Ticks
+    }
+}
+
+/// A ready endpoint of the version is not among those tried.
+fn offers(versions: &[Version], version: usize, endpoints: &Endpoints, tried: &[u32]) -> bool {
+    // One tried before may be gone and forgotten by now.
+    let spent = tried.iter().filter(|number| {
+        endpoints.contains(**number) && endpoints[**number].ready && endpoints[**number].version == version
+    });
+    versions[version].ready() > spent.count()
+}
+
+impl Rules {
+    fn of(service: &config::Service) -> Rules {
+        Rules {
+            affinity: service.session.affinity,
+            idle_timeout: service.session.idle_timeout,
+            max_sessions: service.session.max_sessions,
+            when_draining: service.session.when_draining,
+            when_lost: service.session.when_lost,
+            checked: service.health.path.is_some() || service.health.tcp,
+            limited: service.runs.max_per_endpoint.is_some(),
+            unhealthy_after: service.health.unhealthy_after,
+            healthy_after: service.health.healthy_after,
+            outlier: service.outlier.clone(),
+            balance: service.balance,
+            slow_start: service.slow_start,
+            drain_timeout: service.drain_timeout,
+        }
+    }
+
+    fn before_the_first_configuration() -> Rules {
+        Rules {
+            affinity: config::Affinity::None,
+            idle_timeout: Duration::ZERO,
+            max_sessions: 0,
+            when_draining: config::WhenDraining::MoveIdle,
+            when_lost: config::WhenLost::Rebind,
+            checked: false,
+            limited: false,
+            unhealthy_after: 1,
+            healthy_after: 1,
+            outlier: config::Outlier { consecutive_failures: 0, eject_for: Duration::ZERO, max_ejected: 0.0 },
+            balance: config::Balance::LeastOutstandingRuns,
+            slow_start: Duration::ZERO,
+            drain_timeout: Duration::ZERO,
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Report: reads the live state for the admin API and the metrics.
+
+use std::time::{Duration, Instant};
+
+use crate::state::core::Core;
+use crate::state::endpoints::{Endpoint, HealthStanding, Version};
+use crate::state::sessions::{NONE, TICK};
+use crate::state::status::{
+    EndpointState, EndpointStatus, QueueStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus,
+};
+
+impl Core {
+    pub fn status(&mut self, now: Instant) -> ServiceStatus {
+        self.advance(now);
+        let versions: Vec<VersionStatus> = self
+            .versions
+            .iter()
+            .map(|version| self.version_status(version))
+            .filter(|status| !status.endpoints.is_empty() || self.configures(&status.name))
+            .collect();
+        let capacity = self
+            .versions
+            .iter()
+            .filter(|version| version.configured)
+            .try_fold(0, |sum, version| Some(sum + self.capacity(version)?));
+        let endpoints = || self.endpoints.numbers().into_iter().map(|number| &self.endpoints[number]);
+        let outstanding_runs = endpoints().map(|endpoint| u64::from(endpoint.outstanding)).sum();
+        let demand =
+            endpoints().filter(|endpoint| !endpoint.draining()).map(|endpoint| u64::from(endpoint.outstanding)).sum();
+        let saturation = capacity.map(|capacity| match (demand, capacity) {
+            (0, _) => 0.0,
+            (_, 0) => 1.0,
+            (demand, capacity) => demand as f64 / capacity as f64,
+        });
+        ServiceStatus {
+            name: self.name.to_string(),
+            versions,
+            queue: QueueStatus::default(),
+            outstanding_runs,
+            capacity,
+            demand,
+            placeable_demand: 0,
+            saturation,
+        }
+    }
+
+    /// Appends the sessions of the slots `from..from + count` to `found`, at most until that holds `limit`. Returns the
+    /// next slot, or `None` at the end: the caller goes on from there, with the lock released in between.
+    pub fn scan_sessions(
+        &mut self,
+        key: Option<&str>,
+        from: u32,
+        count: u32,
+        limit: usize,
+        found: &mut Vec<SessionInfo>,
+        now: Instant,
+    ) -> Option<u32> {
+        let now = self.advance(now);
+        let slots = self.sessions.slots();
+        let end = slots.min(from.saturating_add(count));
+        for slot in from..end {
+            if found.len() >= limit {
+                return None;
+            }
+            let wanted = |session: u32| key.is_none_or(|key| self.sessions.answers_to(session, key));
+            if self.sessions.view(slot).is_some_and(|view| wanted(view.id)) {
+                found.extend(self.session_info(slot, now));
+            }
+        }
+        (end < slots).then_some(end)
+    }
+
+    pub fn runs(&mut self, session: Option<&str>, limit: usize, now: Instant) -> Vec<RunInfo> {
+        let now = self.advance(now);
+        let wanted = |id: Option<u32>| match (session, id) {
+            (None, _) => true,
+            (Some(key), Some(id)) => self.sessions.answers_to(id, key),
+            (Some(_), None) => false,
+        };
+        let runs = self.runs.iter().filter(|run| wanted(run.session)).take(limit);
+        runs.map(|run| RunInfo {
+            id: run.id.to_string(),
+            version: run.target.version.to_string(),
+            endpoint: run.target.address.to_string(),
+            session: run.session.map(|session| self.sessions.key(session).to_owned()),
+            state: "running",
+            age_ms: milliseconds(now.saturating_duration_since(run.started)),
+            carriers: run.carriers,
+            attempts: run.attempts,
+        })
+        .collect()
+    }
+
+    fn session_info(&self, slot: u32, now: Instant) -> Option<SessionInfo> {
+        let view = self.sessions.view(slot)?;
+        let endpoint = &self.endpoints[view.endpoint];
+        let age = self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
+        let idle = self.ticks(now).wrapping_sub(view.used);
+        debug_assert_ne!(view.id, NONE);
+        Some(SessionInfo {
+            key: view.key.to_owned(),
+            version: self.versions[endpoint.version].name.to_string(),
+            endpoint: endpoint.target.address.to_string(),
+            confirmed: view.confirmed,
+            matched: view.matched,
+            outstanding_runs: self.runs.chain(self.sessions.first_run(slot)).count() as u32,
+            idle_ms: if view.busy { 0 } else { milliseconds(TICK * idle) },
+            age_ms: milliseconds(age.saturating_sub(Duration::from_secs(view.born_seconds.into()))),
+        })
+    }
+
+    fn version_status(&self, version: &Version) -> VersionStatus {
+        let endpoints = || version.endpoints.iter().map(|number| &self.endpoints[*number]);
+        VersionStatus {
+            name: version.name.to_string(),
+            weight: version.weight,
+            effective_weight: version.weight,
+            sessions: endpoints().map(|endpoint| u64::from(endpoint.sessions)).sum(),
+            outstanding_runs: endpoints().map(|endpoint| u64::from(endpoint.outstanding)).sum(),
+            capacity: self.capacity(version),
+            // One that is gone and has nothing left to finish is kept for its pins only.
+            endpoints: endpoints()
+                .filter(|endpoint| !endpoint.gone || !endpoint.idle())
+                .map(|endpoint| self.endpoint_status(endpoint))
+                .collect(),
+        }
+    }
+
+    fn endpoint_status(&self, endpoint: &Endpoint) -> EndpointStatus {
+        EndpointStatus {
+            address: endpoint.target.address.to_string(),
+            state: self.state(endpoint),
+            outstanding_runs: endpoint.outstanding,
+            open_exchanges: endpoint.open,
+            max_runs: endpoint.max_runs,
+            sessions: endpoint.sessions,
+            weight: endpoint.weight,
+            connections: endpoint.target.connections.load(std::sync::atomic::Ordering::Relaxed),
+        }
+    }
+
+    fn state(&self, endpoint: &Endpoint) -> EndpointState {
+        if endpoint.gone {
+            EndpointState::Gone
+        } else if endpoint.draining() {
+            EndpointState::Draining
+        } else if self.rules.checked && endpoint.health.standing != HealthStanding::Healthy {
+            EndpointState::Unhealthy
+        } else if endpoint.ejected_until.is_some() {
+            EndpointState::Ejected
+        } else {
+            EndpointState::Ready
+        }
+    }
+
+    /// Runs that the ready endpoints of a version may have at once; `None` where one of them has no limit.
+    fn capacity(&self, version: &Version) -> Option<u64> {
+        let endpoints = || version.endpoints.iter().map(|number| &self.endpoints[*number]);
+        let configured = || endpoints().filter(|endpoint| endpoint.configured);
+        if configured().any(|endpoint| endpoint.max_runs.is_none())
+            || (configured().next().is_none() && !self.rules.limited)
+        {
+            return None;
+        }
+        Some(
+            endpoints().filter(|endpoint| endpoint.ready).filter_map(|endpoint| endpoint.max_runs).map(u64::from).sum(),
+        )
+    }
+
+    fn configures(&self, version: &str) -> bool {
+        self.versions.iter().any(|known| known.configured && *known.name == *version)
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    duration.as_millis().try_into().unwrap_or(u64::MAX)
+}

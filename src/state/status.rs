@@ -1,0 +1,112 @@
+//! Status: what the live state tells the admin API and the metrics.
+
+use serde::Serialize;
+
+/// One service, in the shape of `GET /api/v1/status`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ServiceStatus {
+    pub name: String,
+    /// In the order of the configuration; removed versions whose endpoints still finish come after.
+    pub versions: Vec<VersionStatus>,
+    pub queue: QueueStatus,
+    pub outstanding_runs: u64,
+    /// Runs that the ready endpoints may have at once; `None` where that is unlimited.
+    pub capacity: Option<u64>,
+    /// Outstanding on endpoints that don't drain, and queued: the number to scale on.
+    pub demand: u64,
+    /// Queued and not pinned: what one more endpoint could take now.
+    pub placeable_demand: u64,
+    /// `demand / capacity`; `None` where capacity is unlimited.
+    pub saturation: Option<f64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct VersionStatus {
+    pub name: String,
+    pub weight: u32,
+    pub effective_weight: u32,
+    pub sessions: u64,
+    pub outstanding_runs: u64,
+    /// As of the service.
+    pub capacity: Option<u64>,
+    pub endpoints: Vec<EndpointStatus>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct EndpointStatus {
+    pub address: String,
+    pub state: EndpointState,
+    pub outstanding_runs: u32,
+    /// Exchanges that are not runs.
+    pub open_exchanges: u32,
+    pub max_runs: Option<u32>,
+    pub sessions: u32,
+    pub weight: u32,
+    /// Open connections to it.
+    pub connections: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EndpointState {
+    Ready,
+    Draining,
+    Unhealthy,
+    Ejected,
+    Gone,
+}
+
+impl EndpointState {
+    pub const ALL: [EndpointState; 5] = [
+        EndpointState::Ready,
+        EndpointState::Draining,
+        EndpointState::Unhealthy,
+        EndpointState::Ejected,
+        EndpointState::Gone,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EndpointState::Ready => "ready",
+            EndpointState::Draining => "draining",
+            EndpointState::Unhealthy => "unhealthy",
+            EndpointState::Ejected => "ejected",
+            EndpointState::Gone => "gone",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct QueueStatus {
+    pub length: u64,
+    pub oldest_ms: u64,
+}
+
+/// One pinned session. `key` is the plain text: whoever shows it hashes it where the reader may not see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SessionInfo {
+    pub key: String,
+    pub version: String,
+    pub endpoint: String,
+    /// An exchange of it was answered with success, so that the pin is kept.
+    pub confirmed: bool,
+    /// A `versions[].match` chose its version.
+    pub matched: bool,
+    pub outstanding_runs: u32,
+    pub idle_ms: u64,
+    pub age_ms: u64,
+}
+
+/// One outstanding run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RunInfo {
+    pub id: String,
+    pub version: String,
+    pub endpoint: String,
+    /// The plain key of its session; as in [`SessionInfo`].
+    pub session: Option<String>,
+    pub state: &'static str,
+    pub age_ms: u64,
+    pub carriers: u32,
+    pub attempts: u32,
+}
