@@ -605,12 +605,31 @@ async fn a_post_that_was_received_is_never_sent_twice_and_a_get_once_more() {
     let answer = post(proxy.address, "/", "", "hi").await;
     assert_eq!((answer.status(), answer.code().as_deref()), (502, Some("upstream_reset")));
     assert_eq!(backend.request_count(), 1);
+
+    let other = Backend::start().await;
+    let both = format!(
+        "services: [{{name: support, versions: [{{name: stable, endpoints: [\"{}\", \"{}\"]}}]}}]\n",
+        backend.url(),
+        other.url()
+    );
+    let proxy = start_proxy(&both).await;
+    for resets in [&backend, &other] {
+        resets.next(Script(vec![Step::ReadBody, Step::Reset]));
+    }
+    // Both reset once: the first try and the second fail, and there is no third.
+    assert_eq!(get(proxy.address, "/", "").await.code().as_deref(), Some("upstream_reset"));
+    assert_eq!((backend.request_count(), other.request_count()), (2, 1));
     backend.next(Script(vec![Step::ReadBody, Step::Reset]));
-    assert_eq!(get(proxy.address, "/", "").await.status(), 200);
-    assert_eq!(backend.request_count(), 3);
+    for _ in 0..2 {
+        assert_eq!(get(proxy.address, "/", "").await.status(), 200, "tried again on the other");
+    }
+    assert_eq!(backend.request_count() + other.request_count(), 6);
+
+    let proxy = start_proxy(&one(&backend)).await;
+    let before = backend.request_count();
     backend.next(Script::status(503));
     assert_eq!(get(proxy.address, "/", "").await.status(), 503, "a status is never retried");
-    assert_eq!(backend.request_count(), 4);
+    assert_eq!(backend.request_count(), before + 1);
 }
 
 #[tokio::test]
@@ -731,7 +750,8 @@ async fn every_small_split_of_a_request_is_read_alike() {
     let backend = Backend::start().await;
     backend.each(|request| Script::ok(&format!("{} {}", request.method, request.target)));
     let proxy = start_proxy(&one(&backend)).await;
-    let request = "POST /a/./b/../c?x=1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n1\r\nd\r\n0\r\n\r\n";
+    let request =
+        "POST /a/./b/../c?x=1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n1\r\nd\r\n0\r\n\r\n";
     for write_size in 1..20 {
         let answer = proxy.connect().await.exchange(request.as_bytes(), write_size).await;
         assert_eq!(answer.text(), "POST /a/c?x=1", "written by {write_size}");
