@@ -45,7 +45,9 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
         Ok(_) => {}
     }
     let Ok(text) = String::from_utf8(bytes) else { return fail("it is not UTF-8".to_owned()) };
-    let base = path.parent().unwrap_or(Path::new(""));
+    // Absolute, so that the files that it names can be watched wherever they are.
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let base = absolute.parent().unwrap_or(Path::new(""));
     check(&text, &file_name, base, &|name| std::env::var(name).ok())
 }
 
@@ -66,6 +68,7 @@ pub fn check(
     substitute::prepare(&mut root, "", environment, &mut context);
     let found = file::file().read(&mut context, &root, "");
     context.problems.sort_by_key(|problem| (problem.line, problem.column));
+    context.warnings.sort_by_key(|problem| (problem.line, problem.column));
     match found {
         Some(read) if context.problems.is_empty() => Ok(Loaded {
             config: read.value,
@@ -324,12 +327,21 @@ pub enum KeySource {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JsonPointer(pub Vec<String>);
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct SessionCookie {
     pub name: String,
     pub ttl: Duration,
     /// The secrets of `secret_file`, one a line: the first seals, all open. Empty: a random one for this process.
     pub secrets: Vec<String>,
+}
+
+impl fmt::Debug for SessionCookie {
+    /// Without the secrets, which must not reach a log.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let SessionCookie { name, ttl, secrets } = self;
+        let shown = format_args!("{} of them", secrets.len());
+        formatter.debug_struct("SessionCookie").field("name", name).field("ttl", ttl).field("secrets", &shown).finish()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,8 +9,8 @@ use super::read::{Block, Kind, Located, block};
 use super::routes::{RouteTarget, routes};
 use super::services::services;
 use super::values::{
-    address, boolean, choice, count, duration, integer, name, network, path, port, positive_duration, ratio, size,
-    small, socket_address, text,
+    address, boolean, choice, count, duration, integer, network, path, port, positive_duration, ratio, size, small,
+    socket_address, text,
 };
 use super::{
     Address, Admin, CertificateFiles, Config, Limits, Listener, ListenerTls, Log, LogFormat, LogLevel, SessionIds,
@@ -104,21 +104,19 @@ fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Adm
         }
     };
     reserve(&admin.address, "`admin.address`".to_owned());
-    if let Some(probes) = admin.probes
-        && let Some(message) = reserve(&Address::Tcp(probes), "`admin.probes`".to_owned())
-    {
-        top.problem("admin", message);
+    if let Some(probes) = admin.probes {
+        reserve(&Address::Tcp(probes), "`admin.probes`".to_owned());
     }
     for listener in listeners {
-        let Located { value, spot, path } = listener;
+        let Located { value, spot, .. } = listener;
         if let Some(message) = reserve(&value.address, format!("the listener in line {}", spot.line)) {
-            top.context().problem(*spot, &format!("{path}.address"), message);
+            listener.problem(top.context(), "address", message);
         } else if let Some(line) = names.get(value.name.as_str()) {
             let message = format!(
                 "the name {} is already that of the listener in line {line}; give each its own `name`",
                 value.name
             );
-            top.context().problem(*spot, &format!("{path}.name"), message);
+            listener.problem(top.context(), "name", message);
         }
         names.entry(&value.name).or_insert(spot.line);
     }
@@ -126,8 +124,12 @@ fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Adm
 
 fn listener() -> Kind<'static, Listener> {
     block("a listener such as {address: 0.0.0.0:8080}", |block| {
-        let name =
-            block.key("name", "What metrics and status call it; its address by default.", name().nullable(), "null");
+        let name = block.key(
+            "name",
+            "What metrics and status call it; its address by default.",
+            listener_name().nullable(),
+            "null",
+        );
         let about = "IP:port ([::]:8080 is dual stack) or unix:/path. HTTP/1.1 and HTTP/2 on one port.";
         let address = block.required("address", about, address());
         let tls = block.optional("tls", "TLS; without it the listener speaks cleartext.", listener_tls());
@@ -151,6 +153,14 @@ fn listener() -> Kind<'static, Listener> {
         let name = name.unwrap_or_else(|| address.to_string());
         block.show("name", serde_json::json!(name));
         Some(Listener { name, address, tls, trusted_proxies, proxy_protocol, keepalive_timeout, limits })
+    })
+}
+
+/// Any text in one line: the default name, an address, may be a path.
+fn listener_name() -> Kind<'static, String> {
+    text().checked(|name| match name.is_empty() || name.len() > 256 || name.contains(char::is_control) {
+        true => Err("a name has 1 to 256 characters in one line".to_owned()),
+        false => Ok(()),
     })
 }
 
@@ -234,6 +244,16 @@ fn admin() -> Kind<'static, Admin> {
         let token_file = block.optional("token_file", about, path().checked(|path| check_token(path)));
         let about = "A second address with only /healthz /readyz /metrics /busy, without token.";
         let probes = block.optional("probes", about, probes());
+        let probes = probes.flatten();
+        if let (Address::Tcp(address), Some(probes)) = (&address, probes)
+            && *address == probes
+            && address.port() != 0
+        {
+            block.problem(
+                "probes",
+                format!("{probes} is already the `address` of the admin API; probes need their own"),
+            );
+        }
         let open = matches!(&address, Address::Tcp(address) if !address.ip().to_canonical().is_loopback());
         if open && token_file.is_none() && !block.has("token_file") {
             let message = format!(
@@ -242,7 +262,7 @@ fn admin() -> Kind<'static, Admin> {
             );
             block.problem("address", message);
         }
-        Some(Admin { address, token_file, probes: probes.flatten() })
+        Some(Admin { address, token_file, probes })
     })
 }
 

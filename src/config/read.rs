@@ -51,7 +51,9 @@ impl<'c> Context<'c> {
 
 pub fn problem(spot: Spot, path: &str, message: impl Into<String>) -> Problem {
     let path = if path.is_empty() { "(file)" } else { path };
-    Problem { line: spot.line, column: spot.column, path: path.to_owned(), message: message.into() }
+    // One line each, whatever text of the file a message repeats.
+    let message = message.into().replace(char::is_control, " ");
+    Problem { line: spot.line, column: spot.column, path: path.to_owned(), message }
 }
 
 /// A value as read, and as the effective configuration shows it.
@@ -103,6 +105,11 @@ impl<'k, T: 'k> Kind<'k, T> {
                     Some(Read { value, shown })
                 }
                 Err(message) => {
+                    let message = if scalar.secret {
+                        format!("expected {expects}; the file holds something else")
+                    } else {
+                        message
+                    };
                     context.problem(node.spot, path, message);
                     None
                 }
@@ -197,7 +204,13 @@ impl<'k, T: 'k> Kind<'k, T> {
             schema: self.schema,
             read: Rc::new(move |context, node, path| {
                 let Read { value, shown } = read(context, node, path)?;
-                Some(Read { value: Located { value, spot: node.spot, path: path.to_owned() }, shown })
+                let keys = match &node.data {
+                    Data::Map(pairs) => {
+                        pairs.iter().filter_map(|(key, value)| Some((key.key()?.to_owned(), value.spot))).collect()
+                    }
+                    _ => Vec::new(),
+                };
+                Some(Read { value: Located { value, spot: node.spot, path: path.to_owned(), keys }, shown })
             }),
         }
     }
@@ -211,7 +224,7 @@ impl<'k, T: 'k> Kind<'k, T> {
         Kind {
             expects,
             empty_is_default: true,
-            schema: Box::new(move || json!({"type": ["array", "null"], "items": schema()})),
+            schema: Box::new(move || json!({"type": "array", "items": schema()})),
             read: Rc::new(move |context, node, path| {
                 let Data::List(items) = &node.data else {
                     context.problem(node.spot, path, format!("expected {message}; found {}", node.describe()));
@@ -219,7 +232,7 @@ impl<'k, T: 'k> Kind<'k, T> {
                 };
                 let mut values = Vec::with_capacity(items.len());
                 let mut shown = Vec::with_capacity(items.len());
-                for (index, item) in items.iter().enumerate() {
+                for (index, item) in items.iter().enumerate().filter(|(_, item)| !item.has_failed()) {
                     if let Some(read) = read(context, item, &format!("{path}[{index}]")) {
                         values.push(read.value);
                         shown.push(read.shown);
@@ -252,6 +265,21 @@ pub struct Located<T> {
     pub value: T,
     pub spot: Spot,
     pub path: String,
+    /// Of a mapping: where the value of each key stands.
+    keys: Vec<(String, Spot)>,
+}
+
+impl<T> Located<T> {
+    /// Another value that stands at the same place.
+    pub fn with<U>(self, change: impl FnOnce(T) -> U) -> Located<U> {
+        Located { value: change(self.value), spot: self.spot, path: self.path, keys: self.keys }
+    }
+
+    /// A problem of the value of `key` of this mapping.
+    pub fn problem(&self, context: &mut Context, key: &str, message: impl Into<String>) {
+        let spot = self.keys.iter().find(|(name, _)| name == key).map_or(self.spot, |(_, spot)| *spot);
+        context.problem(spot, &join(&self.path, key), message);
+    }
 }
 
 /// A mapping whose keys `read` asks for; it gives `None` where a problem leaves nothing to go on with.
@@ -303,6 +331,10 @@ impl Description {
             fields.insert("description".to_owned(), json!(about));
             match default {
                 Some(default) => {
+                    // `key:` with nothing after it means the default.
+                    if let Some(form @ ("object" | "array")) = fields.get("type").and_then(Value::as_str) {
+                        fields.insert("type".to_owned(), json!([form, "null"]));
+                    }
                     fields.insert("default".to_owned(), literal(default));
                 }
                 None => self.required.push(name),
@@ -344,7 +376,7 @@ impl<'b, 'c> Block<'b, 'c> {
             self.shown.insert(name.to_owned(), shown);
             return value;
         };
-        let read = kind.read(self.context, node, &path);
+        let read = if node.has_failed() { None } else { kind.read(self.context, node, &path) };
         if let Some(read) = &read
             && let Some(message) = not_yet::refusal(&path, &read.shown, || read_default(self.context).shown)
         {
@@ -383,6 +415,9 @@ impl<'b, 'c> Block<'b, 'c> {
             self.context.problem(self.node.spot, &path, message);
             return None;
         };
+        if node.has_failed() {
+            return None;
+        }
         let Read { value, shown } = kind.read(self.context, node, &path)?;
         self.shown.insert(name.to_owned(), shown);
         Some(value)
@@ -504,8 +539,8 @@ fn distance(left: &str, right: &str) -> usize {
     for (i, row) in rows.iter_mut().enumerate() {
         row[0] = i;
     }
-    for j in 0..=right.len() {
-        rows[0][j] = j;
+    for (j, cell) in rows[0].iter_mut().enumerate() {
+        *cell = j;
     }
     for i in 1..=left.len() {
         for j in 1..=right.len() {
@@ -528,10 +563,11 @@ fn empty_map() -> Node {
     Node { spot: Spot::START, data: Data::Map(Vec::new()) }
 }
 
-/// A default as JSON.
-fn literal(node: &Node) -> Value {
+/// What is written there, as JSON.
+pub fn literal(node: &Node) -> Value {
     match &node.data {
         Data::Scalar(scalar) if scalar.is_null() => Value::Null,
+        Data::Scalar(scalar) if scalar.secret => json!(REDACTED),
         Data::Scalar(scalar) if scalar.plain => match scalar.text.as_str() {
             "true" => json!(true),
             "false" => json!(false),

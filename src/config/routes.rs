@@ -20,6 +20,13 @@ pub enum RouteTarget {
 }
 
 impl RouteTarget {
+    fn matches_all(&self) -> bool {
+        match self {
+            RouteTarget::Service(route) | RouteTarget::Fixed(route) => route.matches == RouteMatch::default(),
+            RouteTarget::Unknown => false,
+        }
+    }
+
     pub fn into_route(self) -> Route {
         match self {
             RouteTarget::Service(route) | RouteTarget::Fixed(route) => route,
@@ -43,7 +50,16 @@ pub fn everything_to(service: usize) -> Route {
 
 /// The list of routes, for services of these names.
 pub fn routes<'k>(services: &'k [String]) -> Kind<'k, Vec<RouteTarget>> {
-    route(services).list()
+    let routes = route(services).located().list().inspected(|context, routes| {
+        let everything = routes.iter().position(|route| route.value.matches_all());
+        if let Some(index) = everything
+            && let Some(next) = routes.get(index + 1)
+        {
+            let message = format!("never reached: the route in line {} matches everything", routes[index].spot.line);
+            context.warning(next.spot, &next.path, message);
+        }
+    });
+    routes.map(|routes| routes.into_iter().map(|route| route.value).collect())
 }
 
 fn route<'k>(services: &'k [String]) -> Kind<'k, RouteTarget> {
@@ -79,6 +95,15 @@ fn route<'k>(services: &'k [String]) -> Kind<'k, RouteTarget> {
                 }
             }
         }
+        if let (Some(prefix), Some(path)) = (&strip_prefix, &matches.path) {
+            let path = path.to_string();
+            if !path.strip_prefix(prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
+                block.warning(
+                    "strip_prefix",
+                    format!("paths that match {path} don't begin with {prefix}; only those that do lose it"),
+                );
+            }
+        }
         let label = matches.path.as_ref().map(ToString::to_string);
         let label = label.or_else(|| matches.hosts.first().cloned()).unwrap_or_else(|| "default".to_owned());
         let with = |action| Route { label, matches, action, strip_prefix, request_headers, response_headers, timeouts };
@@ -102,7 +127,11 @@ fn service_index(block: &mut Block, services: &[String], name: &str) -> Option<u
         let message = match nearest(name, known.clone()) {
             Some(near) => format!("there is no service {}; did you mean `{near}`?", quote(name)),
             None if services.is_empty() => format!("there is no service {}; add it to `services`", quote(name)),
-            None => format!("there is no service {}; there is {}", quote(name), known.collect::<Vec<_>>().join(", ")),
+            None => format!(
+                "there is no service {}; the services are {}",
+                quote(name),
+                known.collect::<Vec<_>>().join(", ")
+            ),
         };
         block.problem("service", message);
     }

@@ -29,7 +29,7 @@ pub fn services() -> Kind<'static, Vec<Located<Service>>> {
             if let Some(line) = lines.get(name) {
                 let message =
                     format!("the name {name} is already that of the service in line {line}; names are unique");
-                context.problem(service.spot, &format!("{}.name", service.path), message);
+                service.problem(context, "name", message);
             }
             lines.entry(name).or_insert(service.spot.line);
         }
@@ -59,7 +59,7 @@ fn service() -> Kind<'static, Service> {
         let about = "The wire conventions by which sessions and runs are recognised.";
         let agent_protocol = block.key("agent_protocol", about, choice(PROTOCOLS), "auto");
         let session = block.key("session", "How sessions are recognised and kept in their place.", session(), "{}");
-        let runs = block.key("runs", "Which requests are runs, and their limits.", runs(), "{}");
+        let (runs, max_per_principal) = block.key("runs", "Which requests are runs, and their limits.", runs(), "{}");
         let timeouts = block.key("timeouts", "There is no total timeout.", timeouts(), "{}");
         let attempts = block.key("retries", "When an exchange is tried again.", retries(), "{}");
         let health = block.key("health", "Active checks; none where neither path nor tcp is set.", health(), "{}");
@@ -81,6 +81,13 @@ fn service() -> Kind<'static, Service> {
         let rollout = block.optional("rollout", "A rollout in steps, judged by outcomes.", rollout());
         let drain_timeout = block.key("drain", "How endpoints drain.", drain(), "{}");
 
+        if let Some(Located { spot, path, .. }) = max_per_principal
+            && session.scope.is_empty()
+        {
+            let message =
+                "without `session.scope` nothing tells principals apart; add it, such as [{header: authorization}]";
+            block.context().problem(spot, &path, message);
+        }
         let (name, versions) = (name?, versions?);
         if versions.is_empty() && !block.has_items("versions") {
             block.problem("versions", "there is no version; add one, such as {name: stable, endpoints: [..]}");
@@ -118,16 +125,16 @@ struct ReadVersion {
 fn check_versions(block: &mut Block, versions: &[Located<ReadVersion>]) {
     let mut names: HashMap<&str, usize> = HashMap::new();
     let mut identities: HashMap<String, usize> = HashMap::new();
-    for Located { value, spot, path } in versions {
-        let name = value.version.name.as_str();
+    for version in versions {
+        let name = version.value.version.name.as_str();
         if let Some(line) = names.get(name) {
             let message = format!(
                 "the name {name} is already that of the version in line {line}; names are unique within a service"
             );
-            block.context().problem(*spot, &format!("{path}.name"), message);
+            version.problem(block.context(), "name", message);
         }
-        names.entry(name).or_insert(spot.line);
-        for endpoint in &value.endpoints {
+        names.entry(name).or_insert(version.spot.line);
+        for endpoint in &version.value.endpoints {
             let identity = endpoint.value.identity();
             if let Some(line) = identities.get(&identity) {
                 let message = format!(
@@ -270,13 +277,15 @@ fn read_secrets(file: &Path) -> Result<Vec<String>, String> {
     }
 }
 
-fn runs() -> Kind<'static, Runs> {
+/// The runs, and `max_per_principal`.
+fn runs() -> Kind<'static, (Runs, Option<Located<u32>>)> {
     block("a mapping", |block| {
         let about = "Which requests are runs; null: POST, Upgrade, and GET that accepts text/event-stream.";
         let matches = block.optional("match", about, run_match().list());
         let about = "Outstanding runs an endpoint may have; null: no limit.";
         let max_per_endpoint = block.optional("max_per_endpoint", about, small(1, u32::MAX));
-        block.optional("max_per_principal", "Outstanding runs of one session.scope value.", small(1, u32::MAX));
+        let about = "Outstanding runs of one session.scope value.";
+        let max_per_principal = block.optional("max_per_principal", about, small(1, u32::MAX).located());
         let queue_max = block.key("queue", "Where runs wait when all endpoints are full.", queue(), "{}");
         let enqueues = block.key("double_texting", "A run in a session that has one.", double_texting(), "{}");
         block.optional("idempotency", "Runs with the same key are started once.", idempotency());
@@ -290,7 +299,7 @@ fn runs() -> Kind<'static, Runs> {
         if enqueues && queue_max == 0 {
             block.problem("double_texting", "`policy: enqueue` needs a place to wait: set `queue.max` above 0");
         }
-        Some(Runs { matches, max_per_endpoint, max_duration })
+        Some((Runs { matches, max_per_endpoint, max_duration }, max_per_principal))
     })
 }
 
@@ -460,10 +469,10 @@ fn version() -> Kind<'static, ReadVersion> {
 
         let mut list = Vec::new();
         let mut located = Vec::new();
-        for Located { value, spot, path } in endpoints? {
-            if let Some(endpoint) = value {
-                located.push(Located { value: endpoint.url.clone(), spot, path });
-                list.push(endpoint);
+        for endpoint in endpoints? {
+            if let Some(found) = endpoint.value.clone() {
+                located.push(endpoint.with(|_| found.url.clone()));
+                list.push(found);
             }
         }
         let name = name?;

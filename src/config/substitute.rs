@@ -13,7 +13,9 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 pub fn prepare(node: &mut Node, path: &str, environment: &dyn Fn(&str) -> Option<String>, context: &mut Context) {
     match &mut node.data {
         Data::Scalar(scalar) => {
-            for message in replace(scalar, environment, context) {
+            let problems = replace(scalar, environment, context);
+            scalar.failed = !problems.is_empty();
+            for message in problems {
                 context.problem(node.spot, path, message);
             }
         }

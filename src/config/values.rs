@@ -8,7 +8,7 @@ use http::{HeaderName, HeaderValue, Method};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use super::read::{Kind, REDACTED, Read, join, nearest};
+use super::read::{Kind, REDACTED, Read, join, literal, nearest};
 use super::yaml::{Data, Node, Scalar, quote};
 use super::{Address, EndpointHost, EndpointUrl, JsonPointer, PathPattern};
 
@@ -24,7 +24,7 @@ pub fn text<'k>() -> Kind<'k, String> {
 
 /// Whatever is there, for blocks whose keys are still open.
 pub fn anything<'k>() -> Kind<'k, ()> {
-    Kind::new("a value", || json!({}), |_, node, _| Some(Read { value: (), shown: json!(node.describe()) }))
+    Kind::new("a value", || json!({}), |_, node, _| Some(Read { value: (), shown: literal(node) }))
 }
 
 pub fn boolean<'k>() -> Kind<'k, bool> {
@@ -91,6 +91,14 @@ pub fn choice<'k, T: Copy + 'k>(options: &'k [(&'static str, T)]) -> Kind<'k, T>
             };
             match options.iter().find(|(option, _)| *option == word) {
                 Some((word, value)) => Some(Read { value: *value, shown: json!(word) }),
+                None if is_secret_node(node) => {
+                    context.problem(
+                        node.spot,
+                        path,
+                        format!("expected one of {}; the file holds something else", all()),
+                    );
+                    None
+                }
                 None => {
                     let hint =
                         nearest(word, words()).map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
@@ -100,6 +108,10 @@ pub fn choice<'k, T: Copy + 'k>(options: &'k [(&'static str, T)]) -> Kind<'k, T>
             }
         },
     )
+}
+
+fn is_secret_node(node: &Node) -> bool {
+    matches!(&node.data, Data::Scalar(scalar) if scalar.secret)
 }
 
 fn word(node: &Node) -> Option<&str> {
@@ -155,9 +167,9 @@ pub fn show_duration(duration: Duration) -> String {
     let milliseconds = duration.as_millis();
     match milliseconds {
         0 => "0s".to_owned(),
-        _ if milliseconds % 3_600_000 == 0 => format!("{}h", milliseconds / 3_600_000),
-        _ if milliseconds % 60_000 == 0 => format!("{}m", milliseconds / 60_000),
-        _ if milliseconds % 1000 == 0 => format!("{}s", milliseconds / 1000),
+        _ if milliseconds.is_multiple_of(3_600_000) => format!("{}h", milliseconds / 3_600_000),
+        _ if milliseconds.is_multiple_of(60_000) => format!("{}m", milliseconds / 60_000),
+        _ if milliseconds.is_multiple_of(1000) => format!("{}s", milliseconds / 1000),
         _ => format!("{milliseconds}ms"),
     }
 }
@@ -382,7 +394,7 @@ fn parse_header_name(text: &str) -> Result<HeaderName, String> {
 pub fn headers<'k>() -> Kind<'k, Vec<(HeaderName, HeaderValue)>> {
     Kind::new(
         "a mapping of header names to values",
-        || json!({"type": ["object", "null"], "additionalProperties": {"type": "string"}}),
+        || json!({"type": "object", "additionalProperties": {"type": "string"}}),
         |context, node, path| {
             if node.is_null() {
                 return Some(Read { value: Vec::new(), shown: json!({}) });
@@ -412,6 +424,9 @@ pub fn headers<'k>() -> Kind<'k, Vec<(HeaderName, HeaderValue)>> {
                         continue;
                     }
                 };
+                if value.has_failed() {
+                    continue;
+                }
                 let Data::Scalar(scalar) = &value.data else {
                     context.problem(value.spot, &path, format!("expected a text, found {}", value.describe()));
                     continue;
@@ -814,3 +829,78 @@ fn endpoint_host(text: &str) -> Result<EndpointHost, String> {
 
 /// Matches a schema's string that is filled in from the environment or a file.
 const VARIABLE: &str = "\\$\\{";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_and_shown() {
+        for (text, milliseconds, shown) in [
+            ("250ms", 250, "250ms"),
+            ("90s", 90_000, "90s"),
+            ("60s", 60_000, "1m"),
+            ("60m", 3_600_000, "1h"),
+            ("0ms", 0, "0s"),
+        ] {
+            let duration = parse_duration(text).expect(text);
+            assert_eq!(duration, Duration::from_millis(milliseconds));
+            assert_eq!(show_duration(duration), shown);
+        }
+        for text in ["", "s", "1", "-1s", "+1s", "1.5s", "1 s", "1S", "1d", "1h30m", "18446744073709551615h"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_and_shown() {
+        for (text, bytes, shown) in [
+            ("64KiB", 65536, "64KiB"),
+            ("1024", 1024, "1KiB"),
+            ("1000B", 1000, "1000B"),
+            ("0", 0, "0B"),
+            ("1TiB", 1 << 40, "1TiB"),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes));
+            assert_eq!(show_size(bytes), shown);
+        }
+        for text in ["", "KiB", "1KB", "1k", "-1", "1.5MiB", "99999999999TiB"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn endpoints_are_told_apart_by_scheme_host_and_port() {
+        for (text, identity, address) in [
+            ("http://h", "http://h:80", "h:80"),
+            ("https://H.example.com/", "https://h.example.com:443", "h.example.com:443"),
+            ("HTTP://10.0.0.1:8000", "http://10.0.0.1:8000", "10.0.0.1:8000"),
+            ("http://[::1]:8000", "http://[::1]:8000", "[::1]:8000"),
+            ("https://[0:0::1]", "https://[::1]:443", "[::1]:443"),
+        ] {
+            let url = parse_endpoint_url(text).expect(text);
+            assert_eq!(url.identity(), identity);
+            assert_eq!(url.address(), address);
+        }
+    }
+
+    #[test]
+    fn paths_are_normalised() {
+        for (path, normal) in [
+            ("/", "/"),
+            ("/a/./b/../c", "/a/c"),
+            ("/../a", "/a"),
+            ("/a/..", "/"),
+            ("/a/.", "/a/"),
+            ("/%7euser/%2f", "/~user/%2F"),
+            ("/a b/\u{e9}", "/a%20b/%C3%A9"),
+            ("/a//b", "/a//b"),
+        ] {
+            assert_eq!(normalise(path).as_deref(), Ok(normal));
+            assert_eq!(check_normalised(normal), Ok(()), "{normal}");
+        }
+        for path in ["/%", "/%4", "/%+1", "/%zz", "a", ""] {
+            assert!(check_normalised(path).is_err(), "{path}");
+        }
+    }
+}

@@ -40,6 +40,8 @@ pub struct Scalar {
     pub substituted: bool,
     /// Some of the text came from a file: never shown.
     pub secret: bool,
+    /// The text could not be completed, which is already a problem.
+    pub failed: bool,
 }
 
 /// What is wrong with the text as YAML.
@@ -75,12 +77,17 @@ impl Spot {
 
 impl Node {
     fn null(spot: Spot) -> Node {
-        let scalar = Scalar { text: String::new(), plain: true, substituted: false, secret: false };
+        let scalar = Scalar::new(String::new(), true);
         Node { spot, data: Data::Scalar(scalar) }
     }
 
     pub fn is_null(&self) -> bool {
         matches!(&self.data, Data::Scalar(scalar) if scalar.is_null())
+    }
+
+    /// Whether there is no value to read because a substitution in it failed.
+    pub fn has_failed(&self) -> bool {
+        matches!(&self.data, Data::Scalar(scalar) if scalar.failed)
     }
 
     /// The value of `key` in a mapping.
@@ -126,8 +133,13 @@ impl Node {
 }
 
 impl Scalar {
+    fn new(text: String, plain: bool) -> Scalar {
+        Scalar { text, plain, substituted: false, secret: false, failed: false }
+    }
+
+    /// An empty environment variable is an empty text, not nothing.
     pub fn is_null(&self) -> bool {
-        self.plain && matches!(self.text.as_str(), "" | "~" | "null" | "Null" | "NULL")
+        self.plain && !self.substituted && matches!(self.text.as_str(), "" | "~" | "null" | "Null" | "NULL")
     }
 }
 
@@ -167,7 +179,7 @@ impl Builder {
             Event::Scalar(text, style, anchor, tag) => {
                 let is_text = refuse_tag(tag.as_deref(), spot)?;
                 let plain = style == ScalarStyle::Plain && !is_text;
-                let scalar = Scalar { text: text.into_owned(), plain, substituted: false, secret: false };
+                let scalar = Scalar::new(text.into_owned(), plain);
                 self.add(Node { spot, data: Data::Scalar(scalar) }, anchor)
             }
             Event::SequenceStart(anchor, tag) => {

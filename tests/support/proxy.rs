@@ -36,9 +36,7 @@ pub async fn start_proxy(config: &str) -> Proxy {
         app,
         directory,
     };
-        eventually_async("the proxy is ready", || async { get(proxy.admin, "/readyz", "").await.status() == 200 })
-            .await;
-    }
+    eventually_async("the proxy is ready", || async { get(proxy.admin, "/readyz", "").await.status() == 200 }).await;
     proxy
 }
 
