@@ -21,7 +21,11 @@ impl PathPattern {
     /// `None`: no match; else what `{session}` captured.
     fn walk<'p>(&self, path: &'p str) -> Option<Option<&'p str>> {
         let mut captured = None;
-        let mut rest = path.strip_prefix('/')?.split('/');
+        let Some(rest) = path.strip_prefix('/') else {
+            // The `*` of OPTIONS is below nothing, so only what matches everything matches it.
+            return (self.open && self.segments.is_empty()).then_some(None);
+        };
+        let mut rest = rest.split('/');
         for segment in &self.segments {
             let found = rest.next()?;
             match segment {

@@ -73,8 +73,8 @@ const fn classes() -> [u8; 256] {
     table = add(table, b"-._~", PATH | QUERY | HOST | UNRESERVED);
     table = add(table, b"!$&'()*+,;=:@/", PATH | QUERY);
     // No backslash in a path: some servers read it as a slash.
-    table = add(table, b"\"<>[]^`{|}", PATH | QUERY);
-    table = add(table, b"?%\\", QUERY);
+    table = add(table, b"\"[]^{|}", PATH | QUERY);
+    table = add(table, b"?%\\<>`", QUERY);
     table = add(table, b"!$&'()*+;=", HOST);
     table
 }

@@ -6,8 +6,10 @@ use super::octets::{self, HOST, PATH, QUERY, UNRESERVED};
 /// Splits an origin-form target into its normalised path and its query (without the `?`, as sent).
 ///
 /// The path must begin with `/` (`*` is for the caller to tell). Dot segments are removed (RFC 3986 section 5.2.4),
-/// percent-encoded unreserved characters decoded, other percent-encodings upper-cased; slashes are not merged.
-/// Also for the `:path` of HTTP/2.
+/// percent-encoded unreserved characters decoded, other percent-encodings upper-cased, `<`, `>` and the backtick
+/// encoded; slashes are not merged. Also for the `:path` of HTTP/2.
+///
+/// A query may hold `"`, `<` and `>`, which some clients send and `http::Uri` refuses.
 pub fn normalise_target(text: &str) -> Result<(String, Option<String>), HeadError> {
     normalise(text.as_bytes())
 }
@@ -39,8 +41,10 @@ pub(super) fn normalise(target: &[u8]) -> Result<(String, Option<String>), HeadE
         return Err(HeadError::Malformed("The target does not begin with a slash."));
     }
     // Nothing to change is by far the most frequent case.
-    if memchr::memchr(b'%', path).is_none() && !has_dot_segment(path) {
-        return Ok((checked(path, PATH)?.to_owned(), query));
+    if !has_dot_segment(path)
+        && let Ok(path) = checked(path, PATH)
+    {
+        return Ok((path.to_owned(), query));
     }
     let decoded = decode(path)?;
     Ok((remove_dot_segments(&decoded), query))
@@ -82,12 +86,16 @@ fn decode(path: &[u8]) -> Result<String, HeadError> {
     let mut decoded = String::with_capacity(path.len());
     let mut bytes = path.iter();
     while let Some(&byte) = bytes.next() {
-        if byte != b'%' {
-            if !octets::is(byte, PATH) {
-                return Err(refused(byte));
-            }
+        if octets::is(byte, PATH) {
             decoded.push(char::from(byte));
             continue;
+        }
+        if matches!(byte, b'<' | b'>' | b'`') {
+            push_encoded(&mut decoded, byte);
+            continue;
+        }
+        if byte != b'%' {
+            return Err(refused(byte));
         }
         let digits = (
             bytes.next().and_then(|&digit| octets::hex_digit(digit)),
@@ -103,13 +111,17 @@ fn decode(path: &[u8]) -> Result<String, HeadError> {
         if octets::is(value, UNRESERVED) {
             decoded.push(char::from(value));
         } else {
-            const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
-            decoded.push('%');
-            decoded.push(char::from(DIGITS[usize::from(high)]));
-            decoded.push(char::from(DIGITS[usize::from(low)]));
+            push_encoded(&mut decoded, value);
         }
     }
     Ok(decoded)
+}
+
+fn push_encoded(text: &mut String, value: u8) {
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    text.push('%');
+    text.push(char::from(DIGITS[usize::from(value >> 4)]));
+    text.push(char::from(DIGITS[usize::from(value & 0xf)]));
 }
 
 /// RFC 3986 section 5.2.4, for a path that begins with a slash.
@@ -198,6 +210,7 @@ mod tests {
             ("/%e2%82%ac", "/%E2%82%AC"),
             ("/a%25b", "/a%25b"),
             ("/a|b[0]{x}", "/a|b[0]{x}"),
+            ("/<a>/../`", "/%60"),
         ] {
             assert_eq!(normalise_target(sent), Ok((path.to_owned(), None)), "{sent}");
             let (once, _) = normalise_target(sent).expect("it is valid");

@@ -120,7 +120,10 @@ fn request_head(parts: http::request::Parts, ended: bool) -> Result<RequestHead,
         return Err("CONNECT asks for a forward proxy");
     }
     let target = parts.uri.path_and_query().map_or("", |target| target.as_str());
-    let (path, query) = http1::normalise_target(target).map_err(|_| "the path is malformed")?;
+    let (path, query) = match target {
+        "*" if parts.method == Method::OPTIONS => ("*".to_owned(), None),
+        target => http1::normalise_target(target).map_err(|_| "the path is malformed")?,
+    };
     let mut fields = Fields::with_capacity(512, parts.headers.len());
     let mut host = None;
     let mut framing = if ended { Framing::None } else { Framing::Chunked };

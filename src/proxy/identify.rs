@@ -14,7 +14,6 @@ use crate::message::{RequestHead, ResponseHead};
 use crate::net::cookie::CookieSession;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
-use crate::proxy::route;
 use crate::proxy::timer::Timer;
 use crate::snapshot::Service;
 use crate::state::Kind;
@@ -46,7 +45,7 @@ pub fn kind(service: &config::Service, request: &RequestHead) -> Kind {
     let start = match &service.runs.matches {
         Some(matches) => matches.iter().any(|condition| {
             (condition.methods.is_empty() || condition.methods.contains(&request.method))
-                && condition.path.as_ref().is_none_or(|path| route::matches_path(path, &request.path).is_some())
+                && condition.path.as_ref().is_none_or(|path| path.matches(&request.path))
         }),
         None => {
             request.method == Method::POST
@@ -166,7 +165,7 @@ fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
         KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name)),
         KeySource::Query(name) => query_value(request.query.as_deref()?, name),
         KeySource::Path(pattern) => {
-            let captured = route::matches_path(pattern, &request.path)?.session?;
+            let captured = pattern.capture(&request.path)?;
             text_of(&percent_encoding::percent_decode_str(captured).collect::<Vec<u8>>())
         }
         KeySource::Json(_) | KeySource::ResponseHeader(_) | KeySource::ResponseJson(_) => None,

@@ -2,46 +2,14 @@
 
 use http::{HeaderName, HeaderValue, Method};
 
-use crate::config::{PathPattern, Route, RouteMatch, Segment};
+use crate::config::{Route, RouteMatch};
 use crate::message::Fields;
-
-/// What a path pattern captured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Captures<'a> {
-    /// The segment at `{session}`.
-    pub session: Option<&'a str>,
-}
 
 /// The index of the first route whose conditions all hold. `host` is the request's authority, its port is ignored;
 /// `path` is the normalised path without query.
 pub fn find(routes: &[Route], method: &Method, host: &str, path: &str, fields: &Fields) -> Option<usize> {
     let host = host_without_port(host);
     routes.iter().position(|route| matches(&route.matches, method, host, path, fields))
-}
-
-/// Matches a whole path. `*` and `{session}` take one segment that is not empty; an open pattern (`/x/**`) also takes
-/// `/x` itself. Case-sensitive.
-pub fn matches_path<'a>(pattern: &PathPattern, path: &'a str) -> Option<Captures<'a>> {
-    let mut captures = Captures::default();
-    // `*` (of OPTIONS) has no leading slash and only matches what matches everything.
-    let mut rest = path.strip_prefix('/');
-    for segment in &pattern.segments {
-        let (found, after) = match rest?.split_once('/') {
-            Some((found, after)) => (found, Some(after)),
-            None => (rest?, None),
-        };
-        match segment {
-            Segment::Literal(literal) if literal != found => return None,
-            Segment::Literal(_) => {}
-            Segment::Any | Segment::Session if found.is_empty() => return None,
-            Segment::Any => {}
-            Segment::Session => captures.session = Some(found),
-        }
-        rest = after;
-    }
-    // A pattern without segments that is not open is `/`: nothing may follow its slash.
-    let is_whole = if pattern.segments.is_empty() { rest == Some("") } else { rest.is_none() };
-    (pattern.open || is_whole).then_some(captures)
 }
 
 /// True if for every condition one of the request's fields of that name has that value.
@@ -51,7 +19,7 @@ pub fn matches_headers(conditions: &[(HeaderName, HeaderValue)], fields: &Fields
 
 fn matches(conditions: &RouteMatch, method: &Method, host: &str, path: &str, fields: &Fields) -> bool {
     (conditions.methods.is_empty() || conditions.methods.contains(method))
-        && conditions.path.as_ref().is_none_or(|pattern| matches_path(pattern, path).is_some())
+        && conditions.path.as_ref().is_none_or(|pattern| pattern.matches(path))
         && (conditions.hosts.is_empty() || conditions.hosts.iter().any(|pattern| matches_host(pattern, host)))
         && matches_headers(&conditions.headers, fields)
 }
@@ -84,19 +52,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::{HeaderEdits, RouteAction, TimeoutOverrides};
+    use crate::config::{HeaderEdits, PathPattern, RouteAction, TimeoutOverrides};
 
     fn pattern(text: &str) -> PathPattern {
-        let (text, open) = match text.strip_suffix("/**") {
-            Some(text) => (text, true),
-            None => (text, false),
-        };
-        let segments = text.split('/').skip(1).filter(|_| text != "/").map(|segment| match segment {
-            "*" => Segment::Any,
-            "{session}" => Segment::Session,
-            literal => Segment::Literal(literal.to_owned()),
-        });
-        PathPattern { segments: segments.collect(), open }
+        text.parse().expect("a pattern")
     }
 
     fn route(matches: RouteMatch) -> Route {
@@ -141,17 +100,17 @@ mod tests {
             ("/*/b/**", "/a/c", false),
             ("/a%20b", "/a%20b", true),
         ] {
-            assert_eq!(matches_path(&pattern(text), path).is_some(), expected, "{text} and {path}");
+            assert_eq!(pattern(text).matches(path), expected, "{text} and {path}");
         }
     }
 
     #[test]
     fn the_session_is_captured() {
-        let threads = pattern("/threads/{session}/**");
-        assert_eq!(matches_path(&threads, "/threads/t1/runs"), Some(Captures { session: Some("t1") }));
-        assert_eq!(matches_path(&threads, "/threads/t1"), Some(Captures { session: Some("t1") }));
-        assert_eq!(matches_path(&threads, "/threads/"), None);
-        assert_eq!(matches_path(&pattern("/**"), "/threads/t1"), Some(Captures { session: None }));
+        let threads: PathPattern = "/threads/{session}/**".parse().expect("a pattern");
+        assert_eq!(threads.capture("/threads/t1/runs"), Some("t1"));
+        assert_eq!(threads.capture("/threads/t1"), Some("t1"));
+        assert_eq!(threads.capture("/threads/"), None);
+        assert_eq!(pattern("/**").capture("/threads/t1"), None);
     }
 
     #[test]
@@ -204,32 +163,7 @@ mod tests {
         assert_eq!(find(&routes[..2], &Method::POST, "a", "/other", &gold), None);
     }
 
-    /// The same by a way that is slow and obvious: both as lists.
-    fn matches_by_lists(pattern: &PathPattern, path: &str) -> bool {
-        let Some(path) = path.strip_prefix('/') else { return pattern.segments.is_empty() && pattern.open };
-        let found: Vec<&str> =
-            if path.is_empty() && pattern.segments.is_empty() { vec![] } else { path.split('/').collect() };
-        let long_enough = found.len() >= pattern.segments.len();
-        let short_enough = pattern.open || found.len() == pattern.segments.len();
-        long_enough
-            && short_enough
-            && pattern.segments.iter().zip(&found).all(|(segment, found)| match segment {
-                Segment::Literal(literal) => literal == found,
-                Segment::Any | Segment::Session => !found.is_empty(),
-            })
-    }
-
     proptest! {
-        #[test]
-        fn paths_match_as_lists_of_segments_do(
-            segments in proptest::collection::vec(prop_oneof!["[ab]{0,2}".prop_map(Segment::Literal), Just(Segment::Any)], 0..4),
-            open: bool,
-            path in "(/[ab]{0,2}){1,5}|\\*",
-        ) {
-            let pattern = PathPattern { segments, open };
-            prop_assert_eq!(matches_path(&pattern, &path).is_some(), matches_by_lists(&pattern, &path));
-        }
-
         #[test]
         fn no_input_panics(host in ".{0,20}", path in ".{0,20}") {
             let routes = [route(RouteMatch {
