@@ -6,10 +6,16 @@
 mod agent;
 mod tour;
 
+use std::fmt::Display;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
 
-use crate::app::{self, Options};
+use tracing::info;
+
+use crate::app::{self, App, Options};
 use crate::config::{self, Address};
+use crate::ids;
+use crate::logging;
 use agent::Agent;
 use tour::Tour;
 
@@ -26,6 +32,8 @@ pub enum DemoError {
     Port { port: u16, source: std::io::Error },
     #[error("the built-in agents could not be started: {0}")]
     Agents(std::io::Error),
+    #[error("no directory for the demo's configuration: {0}")]
+    Directory(std::io::Error),
     #[error("the proxy could not be started: {0}")]
     Proxy(String),
 }
@@ -39,14 +47,26 @@ pub fn run(port: u16) -> Result<(), DemoError> {
         Err(_) => (0, Some(format!("127.0.0.1:{ADMIN_PORT} is taken, so the admin API is on another port."))),
     };
     let agents = agent::start(&AGENTS).map_err(DemoError::Agents)?;
-    let proxy = start_proxy(config(port, admin_port, &agents))?;
-    let tour = Tour { proxy: proxy.listener, admin: proxy.admin, agents: &agents, program: program(), note };
+    let directory = Directory::create().map_err(DemoError::Directory)?;
+    let file = directory.0.join("longhaul.yaml");
+    let app = start_proxy(&file, &configuration(port, admin_port, &agents))?;
+    let proxy = app.listener("demo").unwrap_or(Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
+    let tour = Tour {
+        proxy: proxy.to_string(),
+        admin: app.bound.admin.to_string(),
+        config_file: file.display().to_string(),
+        agents: &agents,
+        program: program(),
+        note,
+    };
     print!("{tour}");
-    (proxy.wait)()
+    let ended = app.wait();
+    info!(cut = ended.cut, "the demo has ended");
+    Ok(())
 }
 
 /// The demo's configuration: what a person would write for these agents.
-fn config(port: u16, admin_port: u16, agents: &[Agent]) -> String {
+fn configuration(port: u16, admin_port: u16, agents: &[Agent]) -> String {
     let endpoints = |version: &str| {
         let urls: Vec<String> = agents
             .iter()
@@ -78,39 +98,31 @@ services:
     )
 }
 
-/// The running proxy, as much of it as the demo needs.
-struct Proxy {
-    listener: SocketAddr,
-    admin: SocketAddr,
-    /// Blocks until a signal has ended the proxy.
-    wait: Box<dyn FnOnce() -> Result<(), DemoError>>,
+/// The one call into the rest of the product. The file is a real one, so that a person can edit it and see it reload.
+fn start_proxy(file: &Path, text: &str) -> Result<App, DemoError> {
+    let failed = |problem: &dyn Display| DemoError::Proxy(problem.to_string());
+    std::fs::write(file, text).map_err(|error| failed(&error))?;
+    let loaded = config::load(file).map_err(|problems| failed(&problems))?;
+    logging::init(&loaded.config.log);
+    let options = Options { signals: true, watch: true, ..Options::new(file.to_owned(), loaded) };
+    app::build(options).map_err(|error| failed(&error))
 }
 
-/// The one call into the rest of the product.
-fn start_proxy(config: String) -> Result<Proxy, DemoError> {
-    let base = std::env::current_dir().unwrap_or_default();
-    let loaded = config::check(&config, "demo.yaml", &base, &|_| None)
-        .map_err(|problems| DemoError::Proxy(problems.to_string()))?;
-    // There is no file to reload from; nothing watches for one.
-    let mut options = Options::new(base.join("demo.yaml"), loaded);
-    options.signals = true;
-    let app = app::build(options).map_err(|failure| DemoError::Proxy(failure.to_string()))?;
-    let listener = app.bound.listeners.first().and_then(|(_, address)| tcp(address));
-    let admin = tcp(&app.bound.admin);
-    let (Some(listener), Some(admin)) = (listener, admin) else {
-        return Err(DemoError::Proxy("it listens on no TCP address".to_owned()));
-    };
-    let wait = Box::new(move || {
-        app.wait();
-        Ok(())
-    });
-    Ok(Proxy { listener, admin, wait })
+/// A directory for the demo's configuration, removed when dropped.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn create() -> std::io::Result<Directory> {
+        let path = std::env::temp_dir().join(format!("longhaul-demo-{:016x}", ids::random_u64()));
+        std::fs::create_dir(&path)?;
+        Ok(Directory(path))
+    }
 }
 
-fn tcp(address: &Address) -> Option<SocketAddr> {
-    match address {
-        Address::Tcp(address) => Some(*address),
-        Address::Unix(_) => None,
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // What is left behind in a directory for temporary files does no harm.
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -139,7 +151,7 @@ mod tests {
             .zip(4001..)
             .map(|((name, version), port)| Agent { name, version, address: SocketAddr::from(([127, 0, 0, 1], port)) })
             .collect();
-        let text = config(8080, 9901, &agents);
+        let text = configuration(8080, 9901, &agents);
         assert!(text.contains("endpoints: [http://127.0.0.1:4001, http://127.0.0.1:4002]"), "{text}");
         assert!(text.contains("endpoints: [http://127.0.0.1:4003]"), "{text}");
         assert!(text.contains("address: \"127.0.0.1:8080\""), "{text}");

@@ -1,7 +1,6 @@
 //! Tour: what the demo prints, every line of it made to be pasted.
 
 use std::fmt;
-use std::net::SocketAddr;
 
 use super::agent::Agent;
 
@@ -10,8 +9,11 @@ pub const SERVICE: &str = "agents";
 
 /// Everything that the printed lines name.
 pub struct Tour<'a> {
-    pub proxy: SocketAddr,
-    pub admin: SocketAddr,
+    /// `host:port`.
+    pub proxy: String,
+    /// `host:port`.
+    pub admin: String,
+    pub config_file: String,
     pub agents: &'a [Agent],
     /// How to call this program in a shell.
     pub program: String,
@@ -31,6 +33,7 @@ impl fmt::Display for Tour<'_> {
         for agent in self.agents {
             writeln!(out, "  agent      http://{}  {} (version {})", agent.address, agent.name, agent.version)?;
         }
+        writeln!(out, "  config     {}  (edit it: it is reloaded)", self.config_file)?;
         writeln!(out, "\nPaste the indented lines into another terminal, in this order.")?;
         for (index, step) in self.steps().iter().enumerate() {
             writeln!(out, "\n{}. {}", index + 1, step.text)?;
@@ -55,8 +58,11 @@ impl Tour<'_> {
         let drained = self.agents.first().map(|agent| agent.address.to_string().replace(':', "%3A"));
         let drained = drained.unwrap_or_default();
         let endpoint = format!("http://{admin}/api/v1/services/{SERVICE}/endpoints/{drained}");
-        let admin_option =
-            if admin.port() == super::ADMIN_PORT { String::new() } else { format!(" --admin http://{admin}") };
+        let admin_option = if admin.ends_with(&format!(":{}", super::ADMIN_PORT)) {
+            String::new()
+        } else {
+            format!(" --admin http://{admin}")
+        };
         vec![
             Step {
                 text: "An agent streams its answer, token by token, for about four seconds.",
@@ -122,8 +128,9 @@ mod tests {
     fn tour(admin_port: u16) -> String {
         let agents = [Agent { name: "stable-1", version: "stable", address: ([127, 0, 0, 1], 4001).into() }];
         Tour {
-            proxy: ([127, 0, 0, 1], 8080).into(),
-            admin: ([127, 0, 0, 1], admin_port).into(),
+            proxy: "127.0.0.1:8080".to_owned(),
+            admin: format!("127.0.0.1:{admin_port}"),
+            config_file: "longhaul.yaml".to_owned(),
             agents: &agents,
             program: "longhaul".to_owned(),
             note: None,

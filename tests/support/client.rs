@@ -181,6 +181,34 @@ impl RawClient {
         response
     }
 
+    /// Writes `wire` in pieces of `write_size` while it reads, and reads one response.
+    pub async fn exchange(&mut self, wire: &[u8], write_size: usize) -> Response {
+        let (mut reader, mut writer) = tokio::io::split(&mut self.io);
+        let writing = async {
+            for piece in wire.chunks(write_size) {
+                // The peer may have answered and closed; what it said is looked at.
+                if writer.write_all(piece).await.is_err() || writer.flush().await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::pin!(writing);
+        let mut bytes = [0; 16 * 1024];
+        loop {
+            let progress = within("an exchange goes on", async {
+                tokio::select! {
+                    () = &mut writing => None,
+                    count = reader.read(&mut bytes) => Some(count),
+                }
+            });
+            match progress.await {
+                None | Some(Ok(0) | Err(_)) => break,
+                Some(Ok(count)) => self.buffer.extend_from_slice(&bytes[..count]),
+            }
+        }
+        self.read_response().await
+    }
+
     /// Waits until the peer has closed; what it still sent is returned.
     pub async fn closed(&mut self) -> Vec<u8> {
         self.read_to_end().await

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use longhaul::app::{self, App, Options};
-use longhaul::config::{self, Address};
+use longhaul::config::Address;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -18,46 +18,35 @@ pub struct Proxy {
     /// Every TCP listener, in the order of the file.
     pub listeners: Vec<SocketAddr>,
     pub admin: SocketAddr,
-    running: Running,
+    pub app: App,
     directory: TempDir,
 }
 
-/// Starts the product with this configuration. Where the text has no `listeners` or `admin`, they are added, on port 0.
+/// Starts the product with this configuration. Where the text has no `listeners` or `admin`, they are added, on port 0;
+/// without `log` there is no access log.
 pub async fn start_proxy(config: &str) -> Proxy {
     let directory = tempfile::tempdir().expect("a directory");
     let file = write_config(directory.path(), config);
-    let running = launch(&file).await.unwrap_or_else(|problem| panic!("{problem}\n{config}"));
+    let app = launch(&file).unwrap_or_else(|problem| panic!("{problem}\n{config}"));
+    let listeners: Vec<SocketAddr> = app.bound.listeners.iter().filter_map(|(_, address)| tcp(address)).collect();
     let proxy = Proxy {
-        address: running.listeners.first().copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
-        listeners: running.listeners.clone(),
-        admin: running.admin,
-        running,
+        address: listeners.first().copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
+        listeners,
+        admin: tcp(&app.bound.admin).expect("the admin API of tests listens on TCP"),
+        app,
         directory,
     };
-    //eventually_async("the proxy is ready", || async { get(proxy.admin, "/readyz", "").await.status() == 200 }).await;
+    eventually_async("the proxy is ready", || async { get(proxy.admin, "/readyz", "").await.status() == 200 }).await;
     proxy
 }
 
-/// What is left of the product once it runs.
-struct Running {
-    listeners: Vec<SocketAddr>,
-    admin: SocketAddr,
-    /// Ends it when dropped.
-    app: App,
+/// The one call into the product.
+fn launch(file: &Path) -> Result<App, String> {
+    let loaded = longhaul::config::load(file).map_err(|problems| problems.to_string())?;
+    app::build(Options::new(file.to_owned(), loaded)).map_err(|error| error.to_string())
 }
 
-/// The one call into the product: app::build with this file, in this process.
-async fn launch(file: &Path) -> Result<Running, String> {
-    let loaded = config::load(file).map_err(|problems| problems.to_string())?;
-    // It blocks until both planes have begun.
-    let options = Options::new(file.to_owned(), loaded);
-    let app = tokio::task::spawn_blocking(|| app::build(options)).await.map_err(|failure| failure.to_string())?;
-    let app = app.map_err(|failure| failure.to_string())?;
-    let listeners = app.bound.listeners.iter().filter_map(|(_, address)| tcp(address)).collect();
-    let admin = tcp(&app.bound.admin).ok_or("the admin address is no TCP address")?;
-    Ok(Running { listeners, admin, app })
-}
-
+/// The socket address of a TCP listener.
 fn tcp(address: &Address) -> Option<SocketAddr> {
     match address {
         Address::Tcp(address) => Some(*address),
@@ -137,6 +126,9 @@ fn write_config(directory: &Path, config: &str) -> PathBuf {
     }
     if !config.lines().any(|line| line.starts_with("admin:")) {
         text.push_str("admin: {address: \"127.0.0.1:0\"}\n");
+    }
+    if !config.lines().any(|line| line.starts_with("log:")) {
+        text.push_str("log: {access: false}\n");
     }
     if !config.lines().any(|line| line.starts_with("shutdown:")) {
         text.push_str("shutdown: {delay: 0s, timeout: 10s}\n");
