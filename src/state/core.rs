@@ -632,7 +632,8 @@ impl Core {
         }
     }
 
-    /// Hands the grant's place over to another endpoint, and its tentative pin with it.
+    /// Hands the grant's place over to another endpoint, and its tentative pin with it. (One that is confirmed at the
+    /// old endpoint never comes here: it retries there.)
     fn shift(&mut self, grant: &mut Grant, to: u32, now: Instant) {
         let from = grant.endpoint;
         self.picks += 1;
@@ -658,7 +659,6 @@ impl Core {
         grant.endpoint = to;
         if let Some(session) = grant.session
             && self.sessions.endpoint(session) == from
-            && !self.sessions.settled(session)
         {
             self.move_pin(session, to);
         }
