@@ -168,7 +168,7 @@ async fn serve_http1(connection: Connection, stream: Stream) {
         let Peer::Http1(http1) = &mut client else { return };
         match after {
             // Bytes behind a refused upgrade could be meant for the protocol that did not come about.
-            proxy::After::KeepAlive if !(upgrade && !http1.unread().is_empty()) => {}
+            proxy::After::KeepAlive if !upgrade || http1.unread().is_empty() => {}
             proxy::After::KeepAlive | proxy::After::Linger => return Box::pin(linger(client, &mut timer)).await,
             proxy::After::Close => return,
         }
@@ -245,7 +245,7 @@ mod tests {
     #[test]
     fn a_silent_stream_is_small() {
         let task = size(serve);
-        let flow = size_of::<crate::proxy::relay::Flow>();
+        let flow = size_of::<proxy::relay::Flow>();
         assert!(task < 1200, "{task}");
         assert!(flow < 800, "{flow}");
     }
