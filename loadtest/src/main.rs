@@ -5,6 +5,7 @@ mod balance;
 mod client;
 mod clock;
 mod command;
+mod compare;
 mod event;
 mod floor;
 mod plan;
@@ -35,6 +36,8 @@ struct Arguments {
 enum Command {
     /// Serve as a mock agent: streams, runs, jobs, WebSockets
     Agent(agent::AgentOptions),
+    /// Measure longhaul, other proxies, the floor and no proxy side by side
+    Compare(compare::CompareOptions),
     /// Copy bytes between sockets: the least that a proxy can cost
     Floor(floor::FloorOptions),
     /// Send load to a target, check every event, report
@@ -44,6 +47,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Agent(options) => agent::main(&options).map(|()| true),
+        Command::Compare(options) => compare::main(&options),
         Command::Floor(options) => floor::main(&options).map(|()| true),
         Command::Run(options) => command::main(&options),
     };

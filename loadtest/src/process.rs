@@ -45,6 +45,11 @@ pub fn usage(roots: &[u32]) -> Usage {
     usage
 }
 
+/// The living processes of `roots` and all their descendants.
+pub fn tree_ids(roots: &[u32]) -> Vec<u32> {
+    tree(roots).iter().filter(|stat| !stat.ended).map(|stat| stat.pid).collect()
+}
+
 /// Busy seconds of the whole machine since it started, over all cores.
 pub fn machine_busy_seconds() -> f64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
@@ -59,6 +64,8 @@ pub fn machine_busy_seconds() -> f64 {
 struct Stat {
     pid: u32,
     parent: u32,
+    /// A zombie, which waits for its parent to take notice.
+    ended: bool,
     user_ticks: u64,
     system_ticks: u64,
 }
@@ -97,6 +104,7 @@ fn parse_stat(line: &str) -> Option<Stat> {
     Some(Stat {
         pid: pid.parse().ok()?,
         parent: u32::try_from(number(4)?).ok()?,
+        ended: fields.first() == Some(&"Z"),
         user_ticks: number(14)? + number(16)?,
         system_ticks: number(15)? + number(17)?,
     })
@@ -118,7 +126,7 @@ mod tests {
     #[test]
     fn a_stat_line_with_an_odd_name_is_read() {
         let line = "42 (a (b) c) S 7 42 42 0 -1 4194304 100 0 0 0 11 12 3 4 20 0 1 0 100 1000 200 18446744073709551615";
-        assert_eq!(parse_stat(line), Some(Stat { pid: 42, parent: 7, user_ticks: 14, system_ticks: 16 }));
+        assert_eq!(parse_stat(line), Some(Stat { pid: 42, parent: 7, ended: false, user_ticks: 14, system_ticks: 16 }));
         assert_eq!(parse_stat("nonsense"), None);
     }
 
