@@ -377,7 +377,9 @@ fn begin_answer(
         answer.fields.append("longhaul-version", target.version.as_bytes());
         answer.fields.append("longhaul-endpoint", target.address.as_bytes());
     }
-    if success && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.tls) {
+    if success
+        && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.peer.tls)
+    {
         answer.fields.append("set-cookie", cookie.as_bytes());
     }
     record.status = status;

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hashbrown::HashMap;
+use std::collections::HashMap;
 
 use crate::balance::{self, Candidate};
 use crate::config;
@@ -35,7 +35,7 @@ pub struct Core {
     /// Credits of the smooth weighted round robin over `versions`.
     turns: Vec<i64>,
     endpoints: Endpoints,
-    by_identity: HashMap<Box<str>, u32>,
+    by_identity: HashMap<Box<str>, u32, foldhash::fast::RandomState>,
     sessions: Sessions,
     runs: Runs,
     /// Placement credits in the order in which they end: when, and whose.
@@ -154,7 +154,7 @@ impl Core {
             versions: Vec::new(),
             turns: Vec::new(),
             endpoints: Endpoints::default(),
-            by_identity: HashMap::new(),
+            by_identity: HashMap::default(),
             sessions: Sessions::new(),
             runs: Runs::default(),
             credits: BTreeMap::new(),
