@@ -217,6 +217,7 @@ fn an_endpoint_that_joins_later_starts_slowly() {
     assert_eq!(world.outstanding(3), 1);
     world.keyless(Kind::Start).expect("a place");
     assert_eq!(world.outstanding(3), 1);
+    world.apply(&slow(1..=3).with(|config| config.attempts = 3));
     world.wait(Duration::from_secs(5));
     for _ in 0..6 {
         world.keyless(Kind::Start).expect("a place");
@@ -342,6 +343,18 @@ fn sessions_expire_when_idle_but_never_under_a_run() {
     world.finish(run);
     world.wait(Duration::from_secs(59));
     assert_eq!(world.serve("busy").1, AffinityOutcome::Hit);
+}
+
+#[test]
+fn a_session_past_its_time_is_new_although_others_expire_first() {
+    let fleet = fleet(1..=2).with(|config| config.session.idle_timeout = Duration::from_secs(60));
+    let mut world = World::new(&fleet);
+    for n in 0..100 {
+        world.serve(&n.to_string());
+    }
+    world.wait(Duration::from_secs(61));
+    assert_eq!(world.serve("99").1, AffinityOutcome::New);
+    assert_eq!(world.core.expire(1_000, world.now), 100 - 16 - 1, "one pick cleans up a few");
 }
 
 #[test]
@@ -794,6 +807,42 @@ fn a_hashed_session_never_spills() {
 }
 
 // Reload.
+
+#[test]
+fn the_rotation_goes_on_evenly_when_endpoints_join_or_change_their_version() {
+    let mut world = World::new(&split(1, 1));
+    let turns = |world: &mut World, count: usize| {
+        let mut counts = BTreeMap::new();
+        for _ in 0..count {
+            let grant = world.keyless(Kind::Other).expect("a place");
+            *counts.entry(world.port(&grant)).or_insert(0) += 1;
+            world.finish(grant);
+        }
+        counts
+    };
+    turns(&mut world, 400);
+    world.apply(&fleet([1, 2, 5]));
+    assert_eq!(
+        turns(&mut world, 30),
+        BTreeMap::from([(1, 10), (2, 10), (5, 10)]),
+        "the new one has nothing to catch up"
+    );
+    world.apply(&Fleet::new().version("stable", 0, [place(1)]).version("fresh", 1, [2, 6].map(place)));
+    assert_eq!(turns(&mut world, 20), BTreeMap::from([(2, 10), (6, 10)]), "nor has the old one anything to pay for");
+}
+
+#[test]
+fn reloads_between_exchanges_don_t_change_the_split() {
+    let mut world = World::new(&split(95, 5));
+    let mut hits = 0;
+    for _ in 0..1_000 {
+        world.apply(&split(95, 5));
+        let grant = world.keyless(Kind::Other).expect("a place");
+        hits += u32::from(world.version(&grant) == "canary");
+        world.finish(grant);
+    }
+    assert_eq!(hits, 50);
+}
 
 #[test]
 fn a_reload_keeps_targets_that_did_not_change() {

@@ -84,7 +84,7 @@ pub async fn serve(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listene
     let _counted = Counted(listener.clone());
     match Box::pin(open(worker, accepted, listener)).await {
         Ok((connection, stream)) if stream.negotiated_http2() => {
-            http2_server::serve(Rc::new(connection), stream, Vec::new()).await;
+            Box::pin(http2_server::serve(Rc::new(connection), stream, Vec::new())).await;
         }
         Ok((connection, stream)) => serve_http1(connection, stream).await,
         // Nobody is there to be told; a scan or a health check of a TCP balancer looks like this.
@@ -149,27 +149,27 @@ async fn serve_http1(connection: Connection, stream: Stream) {
         };
         let length = match next_head(http1, &mut timer, limits, &listener, first).await {
             Ok(length) => length,
-            Err(HeadFault::Head(error)) => return refuse(&connection, client, &mut timer, error).await,
+            Err(HeadFault::Head(error)) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
             Err(HeadFault::Closed { .. }) => return,
         };
         if first && !connection.tls && http1.unread().starts_with(HTTP2_PREFACE_HEAD) {
             let Peer::Http1(http1) = client else { return };
             drop(timer);
             let (stream, unread) = http1.into_parts();
-            return http2_server::serve(Rc::new(connection), stream, unread).await;
+            return Box::pin(http2_server::serve(Rc::new(connection), stream, unread)).await;
         }
         first = false;
         let request = match http1.take_request(length, limits) {
             Ok(request) => request,
-            Err(error) => return refuse(&connection, client, &mut timer, error).await,
+            Err(error) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
         };
         let upgrade = request.upgrade.is_some();
         let after = Box::pin(proxy::exchange(&connection, &mut client, request, &mut timer)).await;
         let Peer::Http1(http1) = &mut client else { return };
         match after {
             // Bytes behind a refused upgrade could be meant for the protocol that did not come about.
-            proxy::After::KeepAlive if !(upgrade && !http1.unread().is_empty()) => {}
-            proxy::After::KeepAlive | proxy::After::Linger => return linger(client, &mut timer).await,
+            proxy::After::KeepAlive if !upgrade || http1.unread().is_empty() => {}
+            proxy::After::KeepAlive | proxy::After::Linger => return Box::pin(linger(client, &mut timer)).await,
             proxy::After::Close => return,
         }
     }
@@ -231,4 +231,22 @@ async fn linger(client: Peer, timer: &mut Timer) {
         Poll::Pending => timer.poll_passed(context, deadline),
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, C, F: Future>(_: impl FnOnce(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// What one connection costs while its stream is silent, beside the sockets: its task, and the boxes it holds.
+    #[test]
+    fn a_silent_stream_is_small() {
+        let task = size(serve);
+        let flow = size_of::<proxy::relay::Flow>();
+        assert!(task < 1200, "{task}");
+        assert!(flow < 800, "{flow}");
+    }
 }

@@ -225,6 +225,7 @@ struct Attempt<'a> {
     ahead: bool,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one at a time, and the large one is the usual one")]
 enum Tried {
     Answered(Upstream, ResponseHead),
     Unanswered(Unanswered),

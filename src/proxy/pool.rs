@@ -135,7 +135,8 @@ impl Pool {
         self.http2.borrow_mut().retain(|_, connections| {
             connections.retain_mut(|connection| {
                 let unused = connection.streams.get() == 0;
-                !matches!(poll_sender(connection), Poll::Ready(Err(_))) && !(unused && connection.target.retired())
+                let broken = matches!(poll_sender(connection), Poll::Ready(Err(_)));
+                !broken && (!unused || !connection.target.retired())
             });
             !connections.is_empty()
         });

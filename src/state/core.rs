@@ -144,6 +144,7 @@ enum Standing {
 }
 
 impl Core {
+    /// A service that no configuration has described yet: nothing can be placed.
     pub fn new(name: &str) -> Core {
         Core {
             name: name.into(),
@@ -388,7 +389,6 @@ impl Core {
         let here = self.sessions.endpoint(session);
         let works_here = self.runs.any_at(self.sessions.first_run(session), here);
         let standing = self.standing(here);
-        let matched = false;
         let moved = match self.leaves(standing, works_here, request.run.is_some())? {
             None => None,
             Some(outcome) => match self.place_again(self.endpoints[here].version, &request) {
@@ -400,12 +400,12 @@ impl Core {
         };
         if let Some((there, outcome)) = moved {
             self.move_pin(session, there);
-            return Ok(self.reserve(there, Some(session), matched, outcome, &request));
+            return Ok(self.reserve(there, Some(session), false, outcome, &request));
         }
         if request.run.is_some() && !self.endpoints[here].has_slot() {
             return Err(Unplaced::PinnedFull);
         }
-        Ok(self.reserve(here, Some(session), matched, AffinityOutcome::Hit, &request))
+        Ok(self.reserve(here, Some(session), false, AffinityOutcome::Hit, &request))
     }
 
     /// The table doesn't know the session, but the proxy's cookie says where it lived.
@@ -630,7 +630,8 @@ impl Core {
         }
     }
 
-    /// Hands the grant's place over to another endpoint, and its tentative pin with it.
+    /// Hands the grant's place over to another endpoint, and its tentative pin with it. (One that is confirmed at the
+    /// old endpoint never comes here: it retries there.)
     fn shift(&mut self, grant: &mut Grant, to: u32, now: Instant) {
         let from = grant.endpoint;
         self.picks += 1;
@@ -656,7 +657,6 @@ impl Core {
         grant.endpoint = to;
         if let Some(session) = grant.session
             && self.sessions.endpoint(session) == from
-            && !self.sessions.settled(session)
         {
             self.move_pin(session, to);
         }

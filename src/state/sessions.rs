@@ -17,8 +17,8 @@ pub struct SessionKey {
     pub text: Box<str>,
 }
 
-/// No record, no run, no credit.
-pub(crate) const NONE: u32 = u32::MAX;
+/// No record.
+const NONE: u32 = u32::MAX;
 
 /// Aliases that one session may have.
 const ALIASES_MAX: usize = 8;

@@ -4,12 +4,13 @@ use std::time::{Duration, Instant};
 
 use crate::state::core::Core;
 use crate::state::endpoints::{Endpoint, HealthStanding, Version};
-use crate::state::sessions::{NONE, TICK};
+use crate::state::sessions::TICK;
 use crate::state::status::{
     EndpointState, EndpointStatus, QueueStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus,
 };
 
 impl Core {
+    /// The service as it is now, in the shape of the admin API.
     pub fn status(&mut self, now: Instant) -> ServiceStatus {
         self.advance(now);
         let versions: Vec<VersionStatus> = self
@@ -70,6 +71,7 @@ impl Core {
         (end < slots).then_some(end)
     }
 
+    /// Outstanding runs, those of one session only where its key (or alias) is given.
     pub fn runs(&mut self, session: Option<&str>, limit: usize, now: Instant) -> Vec<RunInfo> {
         let now = self.advance(now);
         let wanted = |id: Option<u32>| match (session, id) {
@@ -96,7 +98,6 @@ impl Core {
         let endpoint = &self.endpoints[view.endpoint];
         let age = self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
         let idle = self.ticks(now).wrapping_sub(view.used);
-        debug_assert_ne!(view.id, NONE);
         Some(SessionInfo {
             key: view.key.to_owned(),
             version: self.versions[endpoint.version].name.to_string(),
