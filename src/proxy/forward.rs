@@ -73,7 +73,10 @@ pub async fn forward(
     record.session = identity.key.clone();
 
     // 7 pick
-    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).inspect_err(|_| {
+    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).inspect_err(|error| {
+        if error.code == Code::SessionLost {
+            record.affinity = AffinityOutcome::Lost;
+        }
         if identity.kind == Kind::Start {
             record.outcome = Some(RunOutcome::Rejected);
         }
@@ -331,6 +334,7 @@ fn begin_answer(
     if tunnel {
         websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
             lease.outcome(RunOutcome::Failed);
+            record.outcome = record.run.map(|_| RunOutcome::Failed);
             ProxyError::new(Code::UpstreamReset, reason)
         })?;
     }

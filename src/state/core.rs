@@ -6,11 +6,9 @@
 mod apply;
 mod report;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use std::collections::HashMap;
 
 use crate::balance::{self, Candidate};
 use crate::config;
@@ -35,7 +33,7 @@ pub struct Core {
     /// Credits of the smooth weighted round robin over `versions`.
     turns: Vec<i64>,
     endpoints: Endpoints,
-    by_identity: HashMap<Box<str>, u32, foldhash::fast::RandomState>,
+    by_identity: HashMap<Box<str>, u32>,
     sessions: Sessions,
     runs: Runs,
     /// Placement credits in the order in which they end: when, and whose.
@@ -154,7 +152,7 @@ impl Core {
             versions: Vec::new(),
             turns: Vec::new(),
             endpoints: Endpoints::default(),
-            by_identity: HashMap::default(),
+            by_identity: HashMap::new(),
             sessions: Sessions::new(),
             runs: Runs::default(),
             credits: BTreeMap::new(),
