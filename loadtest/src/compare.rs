@@ -210,19 +210,21 @@ impl Comparison<'_> {
             let reloads = async {
                 match item {
                     Item::Reloads => reload_each_second(&running, workload.window_end()).await,
-                    _ => Ok(()),
+                    _ => Vec::new(),
                 }
             };
-            let (report, board, reloaded) = tokio::join!(execute(workload.clone(), title), board, reloads);
-            reloaded.context("reloading")?;
-            anyhow::Ok((report?, board?))
+            let (report, board, failed) = tokio::join!(execute(workload.clone(), title), board, reloads);
+            anyhow::Ok((report?, board?, failed))
         };
-        let (report, board) = runtime(1)?.block_on(async {
+        let (report, board, failed_reloads) = runtime(1)?.block_on(async {
             tokio::select! {
                 measured = measured => measured,
                 () = stopped() => anyhow::bail!("stopped by a signal"),
             }
         })?;
+        for failure in failed_reloads {
+            self.outcome.add_failure(&item.title(), peer.name(), failure);
+        }
         let agent_seconds = usage(&[agent.pid()]).since(&agent_before).cpu_seconds();
         let seconds = (monotonic_ns() - began_ns) as f64 / 1e9;
         self.agent_cores_max = self.agent_cores_max.max(agent_seconds / seconds);
@@ -326,18 +328,23 @@ async fn warm_up(workload: &Workload) -> anyhow::Result<()> {
     }
 }
 
-/// A reload each second until `end` from now.
-async fn reload_each_second(running: &Running, end: Duration) -> anyhow::Result<()> {
+/// A reload each second until `end` from now; what failed.
+async fn reload_each_second(running: &Running, end: Duration) -> Vec<String> {
+    let mut failed = Vec::new();
     let (reload, pid) = (running.reload.clone(), running.pid());
     if matches!(reload, Reload::None) {
-        return Ok(());
+        return failed;
     }
     for number in 0..end.as_secs() as usize {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let reload = reload.clone();
-        tokio::task::spawn_blocking(move || reload.perform(pid, number)).await??;
+        match tokio::task::spawn_blocking(move || reload.perform(pid, number)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => failed.push(format!("reload {number}: {error:#}")),
+            Err(error) => failed.push(format!("reload {number}: {error}")),
+        }
     }
-    Ok(())
+    failed
 }
 
 /// The spread of outstanding runs over the agent's backends within the window.
