@@ -106,7 +106,20 @@ fn sessions_think_between_turns_and_clients_abort() {
     assert!(well && report["counts"]["completed"] == 15, "{report}");
     assert!(report["seconds"].as_f64().unwrap() >= 0.1, "two pauses of 50 ms");
 
-    let stream = ["--kind", "stream", "--rate", "100", "--limit", "20", "--duration", "1s", "--interval", "50ms"];
+    let stream = [
+        "--kind",
+        "stream",
+        "--rate",
+        "100",
+        "--limit",
+        "20",
+        "--duration",
+        "1s",
+        "--interval",
+        "50ms",
+        "--events",
+        "20",
+    ];
     let (report, well) = run(&target, &[&stream[..], &["--abort", "1"]].concat());
     assert!(well && report["counts"]["aborted"] == 20, "who leaves on purpose is no fault: {report}");
 }
