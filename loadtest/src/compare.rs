@@ -169,7 +169,7 @@ impl Comparison<'_> {
     /// Measures one contestant at one item; what fails is noted and the comparison goes on.
     fn measure(&mut self, item: Item, peer: Peer, round: u32, title: &str) {
         let name = peer.name();
-        match self.try_measure(item, peer, title) {
+        match self.try_measure(item, peer, round, title) {
             Ok((report, board)) => {
                 for figure in item.figures(&report) {
                     self.outcome.add(&item.title(), name, round, figure.name, figure.value);
@@ -191,12 +191,20 @@ impl Comparison<'_> {
         }
     }
 
-    fn try_measure(&mut self, item: Item, peer: Peer, title: &str) -> anyhow::Result<(Report, Option<BoardReport>)> {
+    fn try_measure(
+        &mut self,
+        item: Item,
+        peer: Peer,
+        round: u32,
+        title: &str,
+    ) -> anyhow::Result<(Report, Option<BoardReport>)> {
         let balance = item == Item::Balance;
         let agent = AgentProcess::start(BACKENDS, balance.then_some(SLOTS))?;
         let running = self.start(peer, item, &agent)?;
         let mut workload = item.workload(&running.target, &self.scale, self.half_load);
         workload.pids = running.pid().into_iter().collect();
+        // All contestants of a round meet the same arrivals and lengths.
+        workload.seed = round.into();
         let (agent_before, began_ns) = (usage(&[agent.pid()]), monotonic_ns());
         let measured = async {
             warm_up(&workload).await?;
@@ -263,7 +271,8 @@ impl Comparison<'_> {
 
     /// What ideal policies would have made of the same arrivals and lengths.
     fn simulate_balance(&mut self, round: u32) {
-        let workload = Item::Balance.workload("simulated", &self.scale, 0.0);
+        let mut workload = Item::Balance.workload("simulated", &self.scale, 0.0);
+        workload.seed = round.into();
         let runs = trace(&workload);
         let nanoseconds = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let window = nanoseconds(workload.window.from.0)..nanoseconds(workload.window_end());
