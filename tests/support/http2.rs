@@ -113,6 +113,11 @@ impl Http2Stream {
         (Head { status: parts.status.as_u16(), headers: pairs(&parts.headers), raw: Vec::new() }, receive)
     }
 
+    /// Both halves: what is sent, and the response to come.
+    pub fn split(self) -> (SendStream<Bytes>, h2::client::ResponseFuture) {
+        (self.send, self.response)
+    }
+
     /// The response's head, and where its body comes from.
     pub async fn head(self) -> (Head, RecvStream) {
         self.try_head().await.expect("a response")
