@@ -68,6 +68,13 @@ impl Http2Client {
         self.open(request, false).await
     }
 
+    /// As [`Http2Client::open`] without a body, for a connection that may take no more streams.
+    pub async fn try_open(&self, request: HttpRequest<()>) -> Result<Http2Stream, h2::Error> {
+        let mut sender = within("room for a stream", self.sender.clone().ready()).await?;
+        let (response, send) = sender.send_request(request, true)?;
+        Ok(Http2Stream { send, response })
+    }
+
     /// One whole exchange.
     pub async fn fetch(&self, request: HttpRequest<()>, body: &[u8]) -> Response {
         let Http2Stream { mut send, response } = self.open(request, body.is_empty()).await;
