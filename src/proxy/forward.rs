@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Method;
 
-use crate::config::{self, Affinity};
+use crate::config::{self, Affinity, HttpVersion};
 use crate::error::{Code, ProxyError};
 use crate::ids;
 use crate::json::Extractor;
@@ -91,7 +91,17 @@ pub async fn forward(
     let mut direction = Direction::new(false, observer);
     let idempotent =
         matches!(request.method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE);
-    if idempotent && service.config.attempts > 1 && request.framing != Framing::None && request.upgrade.is_none() {
+    // An HTTP/2 endpoint can leave any request unprocessed after it was sent, and says so.
+    let may_be_refused = match target.http {
+        HttpVersion::Http1 => false,
+        HttpVersion::Http2 => true,
+        HttpVersion::Auto => target.tls.is_some(),
+    };
+    if (idempotent || may_be_refused)
+        && service.config.attempts > 1
+        && request.framing != Framing::None
+        && request.upgrade.is_none()
+    {
         direction.replay = Some(Vec::new());
     }
     let dispatched = ids::now();
@@ -128,14 +138,23 @@ pub async fn forward(
             }
             Tried::Unanswered(unanswered) => unanswered,
         };
-        lease.report(Evidence::Bad, ids::now());
+        if !unanswered.connection_spent {
+            lease.report(Evidence::Bad, ids::now());
+        }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
         let whole = direction.observer.bytes == 0 || ahead_only(client, &direction) || direction.replay.is_some();
         let may_retry = attempt < service.config.attempts
             && !timed_out
             && whole
             && (unanswered.unsent || (idempotent && unanswered.error.code == Code::UpstreamReset));
-        if may_retry && let Ok(next) = lease.retry(ids::now(), ids::random_u64()) {
+        let next = if !may_retry {
+            None
+        } else if unanswered.connection_spent {
+            Some(target.clone())
+        } else {
+            lease.retry(ids::now(), ids::random_u64()).ok()
+        };
+        if let Some(next) = next {
             attempt += 1;
             if let Some(replay) = &mut direction.replay
                 && !replay.is_empty()
@@ -252,7 +271,9 @@ async fn try_once(
             match unless_gone(client, direction, connecting).await {
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
-                Some(Err(error)) => return Tried::Unanswered(Unanswered { unsent: true, error }),
+                Some(Err(error)) => {
+                    return Tried::Unanswered(Unanswered { unsent: true, connection_spent: false, error });
+                }
             }
         }
     };
@@ -261,7 +282,7 @@ async fn try_once(
         http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
     if !http1 && request.upgrade.is_some() {
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
-        return Tried::Unanswered(Unanswered { unsent: false, error });
+        return Tried::Unanswered(Unanswered { unsent: false, connection_spent: false, error });
     }
     let interim_passes = asked.caller.version != Version::Http10;
     if !http1 && request.expect_continue {

@@ -43,8 +43,10 @@ impl Http2Client {
     }
 
     pub async fn over(io: impl Io + 'static) -> Http2Client {
-        let (sender, connection) =
-            within("HTTP/2 handshake", h2::client::handshake(io)).await.expect("a peer of HTTP/2");
+        let mut builder = h2::client::Builder::new();
+        // So that a stream that a test leaves unread does not use up what is meant for all.
+        builder.initial_connection_window_size(16 * 1024 * 1024);
+        let (sender, connection) = within("HTTP/2 handshake", builder.handshake(io)).await.expect("a peer of HTTP/2");
         let connection = tokio::spawn(async move {
             // Its errors show at the streams.
             let _ = connection.await;
@@ -64,6 +66,13 @@ impl Http2Client {
         eventually("the peer's settings allow extended CONNECT", || self.sender.is_extended_connect_protocol_enabled())
             .await;
         self.open(request, false).await
+    }
+
+    /// As [`Http2Client::open`] without a body, for a connection that may take no more streams.
+    pub async fn try_open(&self, request: HttpRequest<()>) -> Result<Http2Stream, h2::Error> {
+        let mut sender = within("room for a stream", self.sender.clone().ready()).await?;
+        let (response, send) = sender.send_request(request, true)?;
+        Ok(Http2Stream { send, response })
     }
 
     /// One whole exchange.
@@ -111,6 +120,11 @@ impl Http2Stream {
         (Head { status: parts.status.as_u16(), headers: pairs(&parts.headers), raw: Vec::new() }, receive)
     }
 
+    /// Both halves: what is sent, and the response to come.
+    pub fn split(self) -> (SendStream<Bytes>, h2::client::ResponseFuture) {
+        (self.send, self.response)
+    }
+
     /// The response's head, and where its body comes from.
     pub async fn head(self) -> (Head, RecvStream) {
         self.try_head().await.expect("a response")
@@ -151,7 +165,8 @@ pub(super) async fn serve(io: Box<dyn Io>, shared: Arc<Shared>) {
     let (number, _counted) = shared.connected();
     let work = async {
         let mut builder = h2::server::Builder::new();
-        builder.enable_connect_protocol();
+        // So that a stream that a script leaves unread does not use up what is meant for all.
+        builder.enable_connect_protocol().initial_connection_window_size(16 * 1024 * 1024);
         let Ok(mut connection) = builder.handshake::<_, Bytes>(io).await else { return };
         let mut exchanges = tokio::task::JoinSet::new();
         while let Some(Ok((request, respond))) = connection.accept().await {

@@ -1,0 +1,307 @@
+//! Drain: the proxy ends, by call and by SIGTERM, and no stream is lost.
+
+mod support;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use longhaul::app::App;
+use longhaul::control::shutdown::Ended;
+use longhaul::drain::Phase;
+use support::*;
+use tokio::net::TcpStream;
+
+const GET: &str = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+
+fn config(endpoint: &str, shutdown: &str) -> String {
+    format!(
+        "shutdown: {shutdown}\nservices:\n  - name: support\n    versions:\n      - {{name: stable, endpoints: [\"{endpoint}\"]}}\n"
+    )
+}
+
+async fn ended(app: App) -> Ended {
+    let wait = tokio::task::spawn_blocking(move || app.wait());
+    tokio::time::timeout(Duration::from_secs(20), wait).await.expect("the end").expect("no panic")
+}
+
+async fn refuses(address: SocketAddr) {
+    eventually_async("new connections are refused", || async { TcpStream::connect(address).await.is_err() }).await;
+}
+
+/// Opens an event stream and reads its first event.
+async fn open_stream(address: SocketAddr, backend: &Backend) -> (RawClient, Head, Drip) {
+    let mut client = RawClient::connect(address).await;
+    client.send(GET).await;
+    let drip = backend.drip().await;
+    drip.event("first").await;
+    let head = client.read_head().await;
+    client.read_chunks_until("first").await;
+    (client, head, drip)
+}
+
+async fn next_data(body: &mut h2::RecvStream) -> Option<Result<bytes::Bytes, h2::Error>> {
+    let data = within("data", body.data()).await;
+    if let Some(Ok(data)) = &data {
+        let _ = body.flow_control().release_capacity(data.len());
+    }
+    data
+}
+
+#[tokio::test]
+async fn a_drain_goes_through_its_stages() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let proxy = start_proxy(&config(backend.url(), "{delay: 2s, timeout: 20s}")).await;
+    let (mut streaming, head, drip) = open_stream(proxy.address, &backend).await;
+    assert_eq!(head.header("connection"), None);
+    let mut idle = proxy.connect().await;
+    let mut second_idle = proxy.connect().await;
+    for client in [&mut idle, &mut second_idle] {
+        backend.next(Script::ok("before"));
+        client.send(GET).await;
+        assert_eq!(client.read_response().await.text(), "before");
+    }
+
+    // Announced: not ready, everything served, on new connections too.
+    proxy.app.drain.drain();
+    eventually_async("not ready", || async { proxy.admin("GET", "/readyz").await.status() == 503 }).await;
+    backend.next(Script::ok("meanwhile"));
+    let meanwhile = get(proxy.address, "/", "").await;
+    assert_eq!((meanwhile.text().as_str(), meanwhile.header("connection")), ("meanwhile", None));
+    assert_eq!(proxy.app.running.drain.phase(), Phase::Announced, "the delay was too short for this machine");
+
+    // Draining: listeners closed; a connection that was not told yet is served once more, and told.
+    refuses(proxy.address).await;
+    backend.next(Script::ok("last"));
+    idle.send(GET).await;
+    let last = idle.read_response().await;
+    assert_eq!((last.text().as_str(), last.header("connection")), ("last", Some("close")));
+    assert_eq!(idle.closed().await, b"");
+    assert_eq!(proxy.admin("GET", "/readyz").await.status(), 503);
+
+    // The open stream goes on to its own end.
+    drip.event("second").await;
+    streaming.read_chunks_until("second").await;
+    drip.finish().await;
+    assert_eq!(streaming.read_chunk().await, None);
+    assert_eq!(ended(proxy.app).await, Ended { cut: 0, forced: false });
+    assert_eq!(second_idle.closed().await, b"");
+}
+
+#[tokio::test]
+async fn http2_streams_finish_after_the_goaway() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let proxy = start_proxy(&config(backend.url(), "{delay: 0s, timeout: 20s}")).await;
+    let client = Http2Client::connect(proxy.address).await;
+    let stream = client.open(http2_request("GET", proxy.address, "/"), true).await;
+    let drip = backend.drip().await;
+    drip.event("first").await;
+    let (_, mut body) = stream.head().await;
+    assert!(next_data(&mut body).await.is_some_and(|data| data.is_ok()));
+
+    // These race with the GOAWAY, which allows for it.
+    backend.each(|_| Script::ok("raced"));
+    proxy.app.drain.drain();
+    for _ in 0..3 {
+        let Ok(stream) = client.try_open(http2_request("GET", proxy.address, "/")).await else { break };
+        let (head, mut body) = stream.head().await;
+        assert_eq!(head.status, 200);
+        assert_eq!(next_data(&mut body).await.expect("a body").expect("no reset"), "raced");
+    }
+    refuses(proxy.address).await;
+    eventually_async("the client is told", || async {
+        client.try_open(http2_request("GET", proxy.address, "/")).await.is_err()
+    })
+    .await;
+
+    drip.event("second").await;
+    assert!(next_data(&mut body).await.is_some_and(|data| data.is_ok()));
+    drip.finish().await;
+    while let Some(data) = next_data(&mut body).await {
+        assert_eq!(data.expect("no reset"), "", "nothing but the end was left");
+    }
+    assert_eq!(ended(proxy.app).await, Ended { cut: 0, forced: false });
+}
+
+#[tokio::test]
+async fn a_slow_http2_reader_gets_the_last_byte() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&config(backend.url(), "{delay: 0s, timeout: 20s}")).await;
+    let client = Http2Client::connect(proxy.address).await;
+    // More than the client's window, less than the proxy may keep for it: the exchange is over, its bytes are not.
+    let text = "z".repeat(65_535 + 40_000);
+    backend.next(Script::answer(200, &[], &text));
+    let (_, mut body) = client.open(http2_request("GET", proxy.address, "/"), true).await.head().await;
+    eventually("the endpoint is done", || backend.in_flight() == 0).await;
+    proxy.metric_becomes("longhaul_endpoint_outstanding_runs", &[], 0.0).await;
+    proxy.app.drain.drain();
+    refuses(proxy.address).await;
+    let (mut length, waiting) = (0, tokio::spawn(ended(proxy.app)));
+    // Long enough for a drain that sees nothing to wait for to come to its end.
+    let early = tokio::time::timeout(Duration::from_millis(500), async {
+        while !waiting.is_finished() {
+            tokio::time::sleep(Duration::from_millis(5)).await
+        }
+    });
+    assert!(early.await.is_err(), "the drain did not wait");
+    while let Some(data) = next_data(&mut body).await {
+        length += data.expect("no reset").len();
+    }
+    assert_eq!(length, text.len());
+    assert_eq!(waiting.await.expect("no panic"), Ended { cut: 0, forced: false });
+}
+
+#[tokio::test]
+async fn an_idle_http2_client_that_is_gone_holds_nothing_up_for_long() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&config(backend.url(), "{delay: 0s, timeout: 60s}")).await;
+    // It never reads, so it never answers the ping after the GOAWAY.
+    let mut silent = proxy.connect().await;
+    silent.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+    proxy.metric_becomes("longhaul_connections", &[], 1.0).await;
+    proxy.app.drain.drain();
+    assert_eq!(ended(proxy.app).await, Ended { cut: 0, forced: false });
+}
+
+#[tokio::test]
+async fn who_has_connected_before_the_listener_closed_is_served() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&config(backend.url(), "{delay: 0s, timeout: 20s}")).await;
+    let mut clients = Vec::new();
+    for _ in 0..100 {
+        let mut client = proxy.connect().await;
+        client.send(GET).await;
+        clients.push(client);
+    }
+    proxy.app.drain.drain();
+    for client in &mut clients {
+        assert_eq!(client.read_response().await.text(), "ok");
+    }
+    assert_eq!(ended(proxy.app).await, Ended { cut: 0, forced: false });
+}
+
+#[tokio::test]
+async fn the_time_out_cuts_visibly() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let proxy = start_proxy(&config(backend.url(), "{delay: 0s, timeout: 1s}")).await;
+    let (mut http1, _, _first) = open_stream(proxy.address, &backend).await;
+    let client = Http2Client::connect(proxy.address).await;
+    let stream = client.open(http2_request("GET", proxy.address, "/"), true).await;
+    let second = backend.drip().await;
+    second.event("first").await;
+    let (_, mut body) = stream.head().await;
+    assert!(next_data(&mut body).await.is_some_and(|data| data.is_ok()));
+    proxy.app.drain.drain();
+    let end = ended(proxy.app).await;
+    // Two exchanges, and the HTTP/2 connection that was to outlive its streams.
+    assert!(end.cut >= 2 && !end.forced, "{end:?}");
+    assert_eq!(http1.closed().await, b"", "no last chunk");
+    assert!(next_data(&mut body).await.is_some_and(|data| data.is_err()), "an end as if complete");
+}
+
+#[tokio::test]
+async fn the_connections_of_a_removed_listener_finish() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let rest = config(backend.url(), "{delay: 0s, timeout: 10s}");
+    let both = "listeners: [{name: a, address: '127.0.0.1:0'}, {name: b, address: '127.0.0.1:0'}]\n";
+    let proxy = start_proxy(&format!("{both}{rest}")).await;
+    let removed = proxy.listeners[1];
+    let (mut streaming, _, drip) = open_stream(removed, &backend).await;
+    let http2 = Http2Client::connect(removed).await;
+    let mut idle = RawClient::connect(removed).await;
+    backend.next(Script::ok("before"));
+    idle.send(GET).await;
+    assert_eq!(idle.read_response().await.header("connection"), None);
+
+    let one = "listeners: [{name: a, address: '127.0.0.1:0'}]\n";
+    assert_eq!(proxy.reload(&format!("{one}{rest}")).await.status(), 200);
+    refuses(removed).await;
+    backend.next(Script::ok("after"));
+    idle.send(GET).await;
+    let after = idle.read_response().await;
+    assert_eq!((after.text().as_str(), after.header("connection")), ("after", Some("close")));
+    assert_eq!(idle.closed().await, b"");
+    // HTTP/2 is served and told by GOAWAY.
+    backend.next(Script::ok("over http2"));
+    assert_eq!(http2.fetch(http2_request("GET", removed, "/"), b"").await.text(), "over http2");
+    eventually_async("the client is told", || async {
+        http2.try_open(http2_request("GET", removed, "/not-served")).await.is_err()
+    })
+    .await;
+
+    drip.event("second").await;
+    streaming.read_chunks_until("second").await;
+    drip.finish().await;
+    assert_eq!(streaming.read_chunk().await, None);
+    backend.next(Script::ok("the other"));
+    assert_eq!(get(proxy.address, "/", "").await.text(), "the other");
+}
+
+// ---- the program ----
+
+/// The program with this configuration, and where it listens.
+async fn start_program(directory: &std::path::Path, config: &str) -> (Program, SocketAddr) {
+    let file = directory.join("longhaul.yaml");
+    let head =
+        "listeners: [{name: public, address: '127.0.0.1:0'}]\nadmin: {address: '127.0.0.1:0'}\nlog: {access: false}\n";
+    std::fs::write(&file, format!("{head}{config}")).expect("writable");
+    let program = Program::start(&["run", "-c", file.to_str().expect("UTF-8")]);
+    let rest = program.after(" listening on ").await;
+    let address = rest.split_whitespace().next().expect("an address").parse().expect("an address");
+    (program, address)
+}
+
+#[tokio::test]
+async fn sigterm_with_open_streams_loses_none() {
+    const STREAMS: usize = 50;
+    const EVENTS: usize = 20;
+    let directory = tempfile::tempdir().expect("a directory");
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let (mut program, address) =
+        start_program(directory.path(), &config(backend.url(), "{delay: 200ms, timeout: 30s}")).await;
+    let mut streams = Vec::new();
+    for _ in 0..STREAMS {
+        streams.push(open_stream(address, &backend).await);
+    }
+    program.signal("TERM");
+    for number in 0..EVENTS {
+        if number == EVENTS / 2 {
+            refuses(address).await;
+        }
+        for (_, _, drip) in &streams {
+            drip.event(&number.to_string()).await;
+        }
+    }
+    for (mut client, _, drip) in streams {
+        drip.finish().await;
+        let mut seen = Vec::new();
+        while let Some(chunk) = client.read_chunk().await {
+            seen.extend_from_slice(&chunk);
+        }
+        let expected: String = (0..EVENTS).map(|number| format!("data: {number}\n\n")).collect();
+        assert_eq!(String::from_utf8_lossy(&seen), expected);
+    }
+    assert_eq!(program.ended().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_second_sigterm_ends_at_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let (mut program, address) =
+        start_program(directory.path(), &config(backend.url(), "{delay: 60s, timeout: 10m}")).await;
+    let (mut client, _, drip) = open_stream(address, &backend).await;
+    program.signal("TERM");
+    program.after("draining").await;
+    drip.event("still served").await;
+    client.read_chunks_until("still served").await;
+    program.signal("TERM");
+    program.ended().await;
+    assert_eq!(client.closed().await, b"", "no last chunk");
+    drip.until_gone().await;
+}
