@@ -8,7 +8,7 @@ use longhaul::config::Address;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::client::{RawClient, Response, fetch, get};
+use super::client::{RawClient, Response, fetch};
 use super::eventually_async;
 
 /// A running proxy. Dropping it stops it.
@@ -36,7 +36,7 @@ pub async fn start_proxy(config: &str) -> Proxy {
         app,
         directory,
     };
-    eventually_async("the proxy is ready", || async { get(proxy.admin, "/readyz", "").await.status() == 200 }).await;
+    eventually_async("the proxy is ready", || async { proxy.admin("GET", "/readyz").await.status() == 200 }).await;
     proxy
 }
 
