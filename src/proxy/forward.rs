@@ -102,9 +102,10 @@ pub async fn forward(
     };
     let connect_timeout = overrides.connect.unwrap_or(timeouts.connect);
     let mut attempt = 1;
+    let mut fresh = false;
     let (upstream, answer) = loop {
         let tried = try_once(
-            Attempt { asked: &asked, target: &target, deadlines, connect_timeout, ahead },
+            Attempt { asked: &asked, target: &target, deadlines, connect_timeout, ahead, fresh },
             client,
             &mut request,
             &mut direction,
@@ -123,16 +124,26 @@ pub async fn forward(
                 record.outcome = record.run.map(|_| RunOutcome::Cancelled);
                 return Err(error);
             }
-            Tried::Unanswered(unanswered) => unanswered,
+            Tried::Unanswered { unanswered, reused } => {
+                fresh = reused;
+                unanswered
+            }
         };
-        lease.report(Evidence::Bad, ids::now());
+        if unanswered.error.code != Code::Overloaded {
+            lease.report(Evidence::Bad, ids::now());
+        }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
         let whole = direction.observer.bytes == 0 || ahead_only(client, &direction) || direction.replay.is_some();
         let may_retry = attempt < service.config.attempts
             && !timed_out
             && whole
             && (unanswered.unsent || (idempotent && unanswered.error.code == Code::UpstreamReset));
-        if may_retry && let Ok(next) = lease.retry(ids::now(), ids::random_u64()) {
+        // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried.
+        let next = match may_retry {
+            true => lease.retry(ids::now(), ids::random_u64()).ok().or_else(|| fresh.then(|| target.clone())),
+            false => None,
+        };
+        if let Some(next) = next {
             attempt += 1;
             if let Some(replay) = &mut direction.replay
                 && !replay.is_empty()
@@ -223,13 +234,26 @@ struct Attempt<'a> {
     connect_timeout: Duration,
     /// Body bytes were read ahead, so the client's own chunk framing is lost.
     ahead: bool,
+    /// No kept connection is to be used: one has just turned out to be broken.
+    fresh: bool,
 }
 
 enum Tried {
     Answered(Upstream, ResponseHead),
-    Unanswered(Unanswered),
+    /// `reused`: on a kept connection.
+    Unanswered {
+        unanswered: Unanswered,
+        reused: bool,
+    },
     ClientGone,
     Refused(ProxyError),
+}
+
+impl Tried {
+    /// No answer, on a connection that was opened for this attempt.
+    fn in_vain(unanswered: Unanswered) -> Tried {
+        Tried::Unanswered { unanswered, reused: false }
+    }
 }
 
 async fn try_once(
@@ -239,16 +263,17 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, deadlines, connect_timeout, ahead } = attempt;
+    let Attempt { asked, target, deadlines, connect_timeout, ahead, fresh } = attempt;
     let pool = &asked.connection.worker.pool;
-    let connected = match upstream::pooled(pool, target) {
+    let kept = if fresh { None } else { upstream::pooled(pool, target) };
+    let connected = match kept {
         Some(connected) => connected,
         None => {
             let connecting = upstream::connect(pool, target, connect_timeout);
             match unless_gone(client, direction, connecting).await {
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
-                Some(Err(error)) => return Tried::Unanswered(Unanswered { unsent: true, error }),
+                Some(Err(error)) => return Tried::in_vain(Unanswered { unsent: true, error }),
             }
         }
     };
@@ -257,7 +282,7 @@ async fn try_once(
         http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
     if !http1 && request.upgrade.is_some() {
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
-        return Tried::Unanswered(Unanswered { unsent: false, error });
+        return Tried::in_vain(Unanswered { unsent: false, error });
     }
     let interim_passes = asked.caller.version != Version::Http10;
     if !http1 && request.expect_continue {
@@ -278,11 +303,11 @@ async fn try_once(
     let host = edits::host_for(&target.host, &request.authority, &target.url);
     let mut upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
         Ok(upstream) => upstream,
-        Err(unanswered) => return Tried::Unanswered(unanswered),
+        Err(unanswered) => return Tried::in_vain(unanswered),
     };
     match relay::until_answer(client, &mut upstream, direction, deadlines, interim_passes, timer).await {
         Answer::Head(head) => Tried::Answered(upstream, head),
-        Answer::None(unanswered) => Tried::Unanswered(unanswered),
+        Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
         Answer::Refused(error) => Tried::Refused(error),
     }

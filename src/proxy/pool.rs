@@ -1,8 +1,9 @@
 //! Pool: a worker's idle connections to endpoints. An idle connection that becomes readable was closed or is out of step,
-//! and is dropped.
+//! and is dropped. The limits of an endpoint count the connections of all workers.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,6 +12,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::net::stream::Stream;
 use crate::state::Target;
@@ -18,14 +20,40 @@ use crate::state::Target;
 /// The idle HTTP/1.1 and the shared HTTP/2 connections of one worker, by [`Target::id`].
 #[derive(Default)]
 pub struct Pool {
-    http1: RefCell<HashMap<u64, Vec<Idle>, foldhash::fast::RandomState>>,
+    http1: Rc<RefCell<IdleByTarget>>,
     http2: RefCell<HashMap<u64, Vec<Multiplexed>, foldhash::fast::RandomState>>,
 }
+
+type IdleByTarget = HashMap<u64, Vec<Idle>, foldhash::fast::RandomState>;
 
 struct Idle {
     stream: Stream,
     counted: Counted,
     since: Instant,
+    _kept: Kept,
+    /// Closes it for another worker that must not open one more; set where there is such a limit.
+    _giving_way: Option<AbortOnDropHandle<()>>,
+}
+
+/// Counts an idle connection among those of its target, as long as it lives.
+struct Kept(Arc<Target>);
+
+impl Kept {
+    /// `None` where `pool.max_idle` is reached.
+    fn one_more(target: &Arc<Target>) -> Option<Kept> {
+        let limit = target.pool.max_idle;
+        let kept = target
+            .idle_connections
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |idle| (idle < limit).then_some(idle + 1));
+        kept.is_ok().then(|| Kept(target.clone()))
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.idle_connections.fetch_sub(1, Ordering::Relaxed);
+        self.0.connections_changed.notify_waiters();
+    }
 }
 
 /// An HTTP/2 connection that several exchanges use at once.
@@ -33,18 +61,42 @@ struct Idle {
 pub struct Multiplexed {
     pub sender: SendRequest<Bytes>,
     target: Arc<Target>,
-    streams: Rc<Cell<usize>>,
+    streams: Rc<Streams>,
+}
+
+/// The use of a [`Multiplexed`] connection.
+struct Streams {
+    open: Cell<usize>,
+    /// When the last of them ended.
+    idle_since: Cell<Instant>,
 }
 
 /// One stream of a [`Multiplexed`] connection, as long as it lives.
-pub struct StreamCount(Rc<Cell<usize>>);
+pub struct StreamCount(Rc<Streams>);
 
 /// Counts a connection among those of its target, as long as it lives.
 pub struct Counted(Arc<Target>);
 
 impl Counted {
-    /// `None` where `pool.max_connections` is reached.
-    pub fn open(target: &Arc<Target>) -> Option<Counted> {
+    /// Waits where `pool.max_connections` is reached until an idle connection, maybe another worker's, has given way;
+    /// `None` where none is idle.
+    pub async fn make_room(target: &Arc<Target>) -> Option<Counted> {
+        loop {
+            let mut changed = pin!(target.connections_changed.notified());
+            // Whatever changes from here on is noticed.
+            changed.as_mut().enable();
+            if let Some(counted) = Counted::open(target) {
+                return Some(counted);
+            }
+            if target.idle_connections.load(Ordering::Relaxed) == 0 {
+                return None;
+            }
+            target.give_way.notify_one();
+            changed.await;
+        }
+    }
+
+    fn open(target: &Arc<Target>) -> Option<Counted> {
         let limit = target.pool.max_connections.unwrap_or(usize::MAX);
         let counted = target.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |connections| {
             (connections < limit).then_some(connections + 1)
@@ -60,19 +112,21 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::Relaxed);
+        self.0.connections_changed.notify_waiters();
     }
 }
 
 impl StreamCount {
-    fn new(streams: &Rc<Cell<usize>>) -> StreamCount {
-        streams.set(streams.get() + 1);
+    fn new(streams: &Rc<Streams>) -> StreamCount {
+        streams.open.set(streams.open.get() + 1);
         StreamCount(streams.clone())
     }
 }
 
 impl Drop for StreamCount {
     fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
+        self.0.open.set(self.0.open.get() - 1);
+        self.0.idle_since.set(crate::ids::now());
     }
 }
 
@@ -95,11 +149,24 @@ impl Pool {
         if target.retired() {
             return;
         }
-        let mut http1 = self.http1.borrow_mut();
-        let idle = http1.entry(target.id).or_default();
-        if idle.len() < target.pool.max_idle {
-            idle.push(Idle { stream, counted, since: now });
-        }
+        let Some(kept) = Kept::one_more(&target) else { return };
+        let giving_way = target.pool.max_connections.map(|_| self.give_way(target.clone()));
+        let idle = Idle { stream, counted, since: now, _kept: kept, _giving_way: giving_way };
+        self.http1.borrow_mut().entry(target.id).or_default().push(idle);
+    }
+
+    /// Once another worker waits for room, drops the connection that is idle for longest.
+    fn give_way(&self, target: Arc<Target>) -> AbortOnDropHandle<()> {
+        let http1 = Rc::downgrade(&self.http1);
+        AbortOnDropHandle::new(tokio::task::spawn_local(async move {
+            target.give_way.notified().await;
+            if let Some(http1) = http1.upgrade()
+                && let Some(idle) = http1.borrow_mut().get_mut(&target.id)
+                && !idle.is_empty()
+            {
+                drop(idle.remove(0));
+            }
+        }))
     }
 
     /// A connection with room for one more stream, counted at once.
@@ -109,13 +176,14 @@ impl Pool {
         connections.retain_mut(|connection| !matches!(poll_sender(connection), Poll::Ready(Err(_))));
         let connection = connections
             .iter()
-            .find(|connection| connection.streams.get() < connection.sender.current_max_send_streams())?;
+            .find(|connection| connection.streams.open.get() < connection.sender.current_max_send_streams())?;
         Some((connection.clone(), StreamCount::new(&connection.streams)))
     }
 
     /// Offers a new HTTP/2 connection to all; the first stream is the caller's.
     pub fn add(&self, target: &Arc<Target>, sender: SendRequest<Bytes>) -> (Multiplexed, StreamCount) {
-        let connection = Multiplexed { sender, target: target.clone(), streams: Rc::new(Cell::new(0)) };
+        let streams = Streams { open: Cell::new(0), idle_since: Cell::new(crate::ids::now()) };
+        let connection = Multiplexed { sender, target: target.clone(), streams: Rc::new(streams) };
         self.http2.borrow_mut().entry(target.id).or_default().push(connection.clone());
         let count = StreamCount::new(&connection.streams);
         (connection, count)
@@ -134,8 +202,11 @@ impl Pool {
         });
         self.http2.borrow_mut().retain(|_, connections| {
             connections.retain_mut(|connection| {
-                let unused = connection.streams.get() == 0;
-                !matches!(poll_sender(connection), Poll::Ready(Err(_))) && !(unused && connection.target.retired())
+                let target = &connection.target;
+                let idle_for = now.saturating_duration_since(connection.streams.idle_since.get());
+                let over = target.retired() || idle_for >= target.pool.idle_timeout;
+                let used = connection.streams.open.get() > 0;
+                (used || !over) && !matches!(poll_sender(connection), Poll::Ready(Err(_)))
             });
             !connections.is_empty()
         });

@@ -361,12 +361,7 @@ fn give_back(lease: &mut Option<Lease>, outcome: RunOutcome) {
     }
 }
 
-fn learn_from_body(
-    learn: &mut Option<Box<Learn>>,
-    observer: &mut Observer,
-    lease: &mut Option<Lease>,
-    at_end: bool,
-) {
+fn learn_from_body(learn: &mut Option<Box<Learn>>, observer: &mut Observer, lease: &mut Option<Lease>, at_end: bool) {
     if let Some(waiting) = learn
         && let Some(extractor) = observer.take_extracted(at_end)
     {

@@ -44,6 +44,8 @@ pub struct Http1 {
     chunk_left: usize,
     /// The TLS session may hold bytes.
     unflushed: bool,
+    /// Some bytes went out.
+    written: bool,
     finished: bool,
 }
 
@@ -105,6 +107,7 @@ impl Http1 {
             pending_start: 0,
             chunk_left: 0,
             unflushed: false,
+            written: false,
             finished: true,
         }
     }
@@ -427,6 +430,7 @@ impl Http1 {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.written = true;
             self.unflushed = self.stream.buffers_writes();
             let of_pending = written.min(pending_length);
             self.pending_start += of_pending;
@@ -456,6 +460,7 @@ impl Http1 {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.written = true;
             self.unflushed = self.stream.buffers_writes();
             self.pending_start += written;
             if self.pending_start == self.pending.len() {
@@ -495,6 +500,11 @@ impl Http1 {
     fn release_pending(&mut self) {
         self.pending_start = 0;
         if self.pending.capacity() > 256 { self.pending = Vec::new() } else { self.pending.clear() }
+    }
+
+    /// Since it was made from its stream, something went out: the other side may have seen it.
+    pub fn has_written(&self) -> bool {
+        self.written
     }
 
     /// Nothing waits to be written.
