@@ -201,4 +201,12 @@ impl Refusal {
             Refusal::SessionLost => Code::SessionLost,
         }
     }
+
+    /// What it means for the session.
+    pub fn affinity(self) -> AffinityOutcome {
+        match self {
+            Refusal::SessionLost => AffinityOutcome::Lost,
+            Refusal::NoEndpoint | Refusal::QueueFull => AffinityOutcome::None,
+        }
+    }
 }

@@ -27,7 +27,7 @@ use crate::proxy::{Caller, edits, may_keep_alive, respond, route, websocket};
 use crate::snapshot::{Listener, Service};
 use crate::state::dispatcher::{Ask, Lease, Placed};
 use crate::state::sessions::SessionKey;
-use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
+use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
 
 /// What is asked for, beside the request itself.
 pub struct Asked<'a> {
@@ -73,10 +73,12 @@ pub async fn forward(
     record.session = identity.key.clone();
 
     // 7 pick
-    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).inspect_err(|_| {
+    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).map_err(|refusal| {
+        record.affinity = refusal.affinity();
         if identity.kind == Kind::Start {
             record.outcome = Some(RunOutcome::Rejected);
         }
+        refused(refusal, service)
     })?;
     record.affinity = affinity;
     record.run = lease.run_id();
@@ -169,7 +171,7 @@ fn ahead_only(client: &Peer, direction: &Direction) -> bool {
     client.held().len() as u64 == direction.observer.bytes
 }
 
-fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> Result<Placed, ProxyError> {
+fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> Result<Placed, Refusal> {
     let matched = service
         .config
         .versions
@@ -183,15 +185,17 @@ fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> R
         version: matched.map(|version| version.name.as_str()),
         hint: hint.map(|cookie| &cookie.pin),
     };
-    service.dispatcher.pick(ask, ids::now(), ids::random_u64()).map_err(|refusal| {
-        let code = refusal.code();
-        let detail = match code {
-            Code::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
-            Code::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
-            _ => format!("no endpoint of service {} is ready", service.name),
-        };
-        ProxyError::new(code, detail)
-    })
+    service.dispatcher.pick(ask, ids::now(), ids::random_u64())
+}
+
+/// What to tell whoever was given no endpoint.
+fn refused(refusal: Refusal, service: &Service) -> ProxyError {
+    let detail = match refusal {
+        Refusal::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
+        Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
+        Refusal::NoEndpoint => format!("no endpoint of service {} is ready", service.name),
+    };
+    ProxyError::new(refusal.code(), detail)
 }
 
 /// Makes the request the one that the endpoint is to see, whichever endpoint that will be.

@@ -91,10 +91,14 @@ impl Dispatcher {
                 Ok(Placed { target, affinity, lease })
             }
             Err(unplaced) => {
+                let refusal = unplaced.refusal();
+                if refusal == Refusal::SessionLost {
+                    self.metrics.affinity[refusal.affinity() as usize].inc();
+                }
                 if run.is_some() {
                     self.metrics.rejected.inc();
                 }
-                Err(unplaced.refusal())
+                Err(refusal)
             }
         }
     }
