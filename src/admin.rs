@@ -1,11 +1,41 @@
 //! Admin: the API, probes, metrics and live page of a running proxy.
 
+mod guard;
+mod page;
+mod problem;
+mod view;
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::path::Path as FilePath;
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::extract::{Extension, Path, Query, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router, middleware};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tracing::{debug, error};
+
+use crate::config::Address;
 use crate::control::{DrainHandle, ReloadHandle, ReloadState};
-use crate::net::listen::Socket;
+use crate::drain::Phase;
+use crate::ids;
+use crate::metrics;
+use crate::net::listen::{self, Accepted, Socket};
 use crate::snapshot::Running;
+use crate::state::dispatcher::Dispatcher;
+use guard::Reader;
+use problem::Problem;
 
+/// What the admin server shows and steers.
 pub struct Context {
     pub running: Arc<Running>,
     pub reload: ReloadHandle,
@@ -13,11 +43,293 @@ pub struct Context {
     pub drain: DrainHandle,
 }
 
+/// How much is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Surface {
+    /// Everything; asks for the token where one is configured.
     Full,
+    /// `/healthz`, `/readyz`, `/metrics` and `/busy`, to anyone.
     Probes,
 }
 
-pub async fn serve(_context: Arc<Context>, _socket: Socket, _surface: Surface) {
-    std::future::pending().await
+/// Serves until it is dropped, with every connection that it accepted.
+pub async fn serve(context: Arc<Context>, socket: Socket, surface: Surface) {
+    let (address, listener) = match socket.local_address().and_then(|address| Ok((address, socket.into_tokio()?))) {
+        Ok(bound) => bound,
+        Err(error) => return error!(%error, "the admin address can't be served"),
+    };
+    let access = match &address {
+        Address::Tcp(address) => guard::Access { surface, unix: false, loopback: is_loopback(address.ip()) },
+        Address::Unix(path) => {
+            keep_private(path);
+            guard::Access { surface, unix: true, loopback: false }
+        }
+    };
+    let router = router(context, access);
+    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        // The semaphore is never closed.
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        while connections.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok(Accepted::Tcp(stream, _)) => {
+                let stream = tokio::net::TcpStream::from_std(stream);
+                connections.spawn(connection(stream, router.clone(), permit));
+            }
+            Ok(Accepted::Unix(stream)) => {
+                let stream = tokio::net::UnixStream::from_std(stream);
+                connections.spawn(connection(stream, router.clone(), permit));
+            }
+            Err(error) if listen::is_resource_exhaustion(&error) => tokio::time::sleep(EXHAUSTED_PAUSE).await,
+            Err(error) => debug!(%error, "an admin connection was lost before it was accepted"),
+        }
+    }
 }
+
+async fn connection<S>(stream: std::io::Result<S>, router: Router, _permit: OwnedSemaphorePermit)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let served = match stream {
+        Ok(stream) => {
+            hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .max_buf_size(HEAD_BYTES_MAX)
+                .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+                .await
+        }
+        Err(error) => return debug!(%error, "an admin connection was lost"),
+    };
+    if let Err(error) = served {
+        debug!(%error, "an admin connection broke off");
+    }
+}
+
+/// An admin socket decides over the whole proxy, so only its owner may connect.
+fn keep_private(path: &FilePath) {
+    use std::os::unix::fs::PermissionsExt;
+    if let Err(error) = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)) {
+        error!(%error, path = %path.display(), "the admin socket could not be made private");
+    }
+}
+
+fn is_loopback(address: IpAddr) -> bool {
+    address.to_canonical().is_loopback()
+}
+
+fn router(context: Arc<Context>, access: guard::Access) -> Router {
+    let probes = Router::new()
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/busy", get(busy))
+        .route("/metrics", get(metrics_text));
+    let routes = match access.surface {
+        Surface::Probes => probes,
+        Surface::Full => probes
+            .route("/", get(page::serve))
+            .route("/api/v1/status", get(status))
+            .route("/api/v1/config", get(config))
+            .route("/api/v1/reload", post(reload))
+            .route("/api/v1/sessions", get(sessions).delete(forget_sessions))
+            .route("/api/v1/runs", get(runs))
+            .route("/api/v1/runs/{id}", delete(not_yet))
+            .route("/api/v1/services/{service}/endpoints/{address}/drain", post(drain_endpoint))
+            .route("/api/v1/services/{service}/endpoints/{address}/undrain", post(undrain_endpoint))
+            .route("/api/v1/services/{service}/rollout", get(not_yet))
+            .route("/api/v1/services/{service}/rollout/{action}", post(not_yet))
+            .route("/api/v1/drain", post(drain))
+            .route("/api/v1/metrics", get(metrics_json)),
+    };
+    let door = guard::Door { context: Arc::clone(&context), access };
+    routes
+        .fallback(async || Problem::not_found("there is nothing at this path"))
+        .method_not_allowed_fallback(async || {
+            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not take this method")
+        })
+        .layer(middleware::from_fn_with_state(Arc::new(door), guard::pass))
+        .layer(middleware::map_response(no_store))
+        .with_state(context)
+}
+
+/// Everything here is true for a moment only, and some of it is nobody else's business.
+async fn no_store(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+type Shared = State<Arc<Context>>;
+type Parameters = Query<HashMap<String, String>>;
+
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+async fn readyz(State(context): Shared, Query(parameters): Parameters) -> Result<&'static str, Problem> {
+    let parameters = Known::of(parameters, &["service"])?;
+    if draining(&context) {
+        return Err(not_ready("the proxy is draining"));
+    }
+    if let Some(name) = parameters.text("service") {
+        let dispatcher = dispatcher(&context, name)?;
+        if !dispatcher.ready_for_work(ids::now()) {
+            return Err(not_ready(&format!("no endpoint of {name} is ready and has a free slot")));
+        }
+    }
+    Ok("ready\n")
+}
+
+fn not_ready(reason: &str) -> Problem {
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", reason)
+}
+
+async fn busy(State(context): Shared) -> Response {
+    let outstanding_runs = view::outstanding_runs(&context, ids::now());
+    let status = if outstanding_runs == 0 { StatusCode::OK } else { StatusCode::LOCKED };
+    (status, Json(json!({ "outstanding_runs": outstanding_runs }))).into_response()
+}
+
+async fn metrics_text(State(context): Shared) -> Response {
+    let text = context.running.metrics.render(&view::scrape(&context, ids::now()));
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
+}
+
+async fn metrics_json(State(context): Shared) -> Response {
+    Json(view::load(&context, ids::now())).into_response()
+}
+
+async fn status(State(context): Shared) -> Response {
+    Json(view::status(&context, ids::now())).into_response()
+}
+
+async fn config(State(context): Shared) -> Response {
+    Json(context.running.snapshot.load().loaded.effective.clone()).into_response()
+}
+
+async fn reload(State(context): Shared) -> Result<Response, Problem> {
+    match context.reload.reload().await {
+        Ok(generation) => Ok(Json(json!({ "generation": generation })).into_response()),
+        Err(problems) => Err(Problem::config(&problems)),
+    }
+}
+
+async fn sessions(
+    State(context): Shared,
+    Query(parameters): Parameters,
+    Extension(reader): Extension<Reader>,
+) -> Result<Response, Problem> {
+    let parameters = Known::of(parameters, &["service", "key", "limit"])?;
+    let dispatchers = dispatchers(&context, parameters.text("service"))?;
+    let rows = view::sessions(&dispatchers, parameters.text("key"), parameters.limit()?, reader, ids::now());
+    Ok(Json(json!({ "sessions": rows })).into_response())
+}
+
+async fn forget_sessions(State(context): Shared, Query(parameters): Parameters) -> Result<Response, Problem> {
+    let parameters = Known::of(parameters, &["service", "key"])?;
+    let service = parameters.text("service").ok_or_else(|| Problem::bad_request("say which service: ?service=NAME"))?;
+    // An empty key is a variable that was not set, and must not mean every session.
+    if parameters.0.get("key").is_some_and(String::is_empty) {
+        return Err(Problem::bad_request("the key is empty; leave `key` out to forget every idle session"));
+    }
+    let forgotten = dispatcher(&context, service)?.forget_sessions(parameters.text("key"), ids::now());
+    Ok(Json(json!({ "forgotten": forgotten })).into_response())
+}
+
+async fn runs(
+    State(context): Shared,
+    Query(parameters): Parameters,
+    Extension(reader): Extension<Reader>,
+) -> Result<Response, Problem> {
+    let parameters = Known::of(parameters, &["service", "session", "limit"])?;
+    let dispatchers = dispatchers(&context, parameters.text("service"))?;
+    let rows = view::runs(&dispatchers, parameters.text("session"), parameters.limit()?, reader, ids::now());
+    Ok(Json(json!({ "runs": rows })).into_response())
+}
+
+async fn drain_endpoint(
+    State(context): Shared,
+    Path((service, address)): Path<(String, String)>,
+) -> Result<Response, Problem> {
+    let found = dispatcher(&context, &service)?.drain_endpoint(&address, ids::now());
+    endpoint_answer(&service, &address, found, "draining")
+}
+
+async fn undrain_endpoint(
+    State(context): Shared,
+    Path((service, address)): Path<(String, String)>,
+) -> Result<Response, Problem> {
+    let found = dispatcher(&context, &service)?.undrain_endpoint(&address, ids::now());
+    endpoint_answer(&service, &address, found, "undrained")
+}
+
+fn endpoint_answer(service: &str, address: &str, found: bool, done: &str) -> Result<Response, Problem> {
+    if !found {
+        return Err(Problem::not_found(&format!("{service} has no endpoint {address}")));
+    }
+    Ok(Json(json!({ "service": service, "endpoint": address, "result": done })).into_response())
+}
+
+async fn drain(State(context): Shared) -> Response {
+    context.drain.drain();
+    (StatusCode::ACCEPTED, Json(json!({ "draining": true }))).into_response()
+}
+
+async fn not_yet() -> Problem {
+    Problem::new(StatusCode::NOT_IMPLEMENTED, "not_available", "not available yet")
+}
+
+fn draining(context: &Context) -> bool {
+    context.running.drain.phase() >= Phase::Announced
+}
+
+fn dispatcher(context: &Context, service: &str) -> Result<Arc<Dispatcher>, Problem> {
+    let found = view::dispatchers(context).into_iter().find(|dispatcher| dispatcher.name().as_ref() == service);
+    found.ok_or_else(|| Problem::not_found(&format!("there is no service {service}")))
+}
+
+/// That of the named service, or all.
+fn dispatchers(context: &Context, service: Option<&str>) -> Result<Vec<Arc<Dispatcher>>, Problem> {
+    match service {
+        Some(service) => dispatcher(context, service).map(|dispatcher| vec![dispatcher]),
+        None => Ok(view::dispatchers(context)),
+    }
+}
+
+/// Query parameters of known names. An unknown one is refused: a misspelt `key` would widen what is asked for.
+struct Known(HashMap<String, String>);
+
+impl Known {
+    fn of(parameters: HashMap<String, String>, names: &[&str]) -> Result<Known, Problem> {
+        match parameters.keys().find(|name| !names.contains(&name.as_str())) {
+            Some(unknown) => {
+                let names = names.join(", ");
+                Err(Problem::bad_request(&format!("there is no parameter {unknown} here; there are: {names}")))
+            }
+            None => Ok(Known(parameters)),
+        }
+    }
+
+    /// An empty value is as good as none.
+    fn text(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    fn limit(&self) -> Result<usize, Problem> {
+        let Some(text) = self.text("limit") else { return Ok(ROWS_DEFAULT) };
+        let limit = text.parse::<usize>().map_err(|_| Problem::bad_request("limit must be a whole number"))?;
+        Ok(limit.min(ROWS_MAX))
+    }
+}
+
+/// Rows of sessions or runs where `limit` is not given.
+const ROWS_DEFAULT: usize = 1000;
+const ROWS_MAX: usize = 100_000;
+
+const CONNECTIONS_MAX: usize = 256;
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+const HEAD_BYTES_MAX: usize = 64 << 10;
+/// How long to wait before accepting again when descriptors ran out.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);

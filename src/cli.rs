@@ -1,1 +1,272 @@
-//! CLI: the command line and the commands that talk to a running proxy.
+//! Cli: the commands of the `longhaul` program.
+//!
+//! Exit codes: 0 done, 1 not done, 2 wrong usage or not available yet.
+
+mod client;
+mod inspect;
+mod steer;
+mod table;
+
+use std::fmt::Display;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::app;
+use crate::config;
+use crate::demo;
+use crate::logging;
+use client::{AdminUrl, Client, ClientError};
+
+#[derive(Parser)]
+#[command(
+    name = "longhaul",
+    version,
+    about = "An agent-aware load-balancing reverse proxy: sessions and runs, not requests"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve; diagnostics go to stderr, the access log to stdout
+    Run(ConfigFile),
+    /// Print every problem of a configuration file
+    Check(ConfigFile),
+    /// Three built-in agents behind the proxy, and a tour of lines to paste
+    Demo {
+        /// Port on 127.0.0.1; 0 takes any free one
+        #[arg(long, default_value_t = 8080)]
+        port: u16,
+    },
+    /// Print the JSON Schema of the configuration file, for editors
+    Schema,
+    /// Services, versions and endpoints of a running proxy
+    Status(Admin),
+    /// Pinned sessions of a running proxy
+    Sessions {
+        #[command(flatten)]
+        admin: Admin,
+        #[arg(long)]
+        service: Option<String>,
+        /// Only the session with this key
+        #[arg(long)]
+        key: Option<String>,
+        #[arg(long)]
+        limit: Option<usize>,
+    },
+    /// Outstanding runs of a running proxy
+    Runs {
+        #[command(flatten)]
+        admin: Admin,
+        #[arg(long)]
+        service: Option<String>,
+        /// Only the runs of the session with this key
+        #[arg(long)]
+        session: Option<String>,
+        #[arg(long)]
+        limit: Option<usize>,
+    },
+    /// Give an endpoint no new work; without SERVICE and ENDPOINT, end the whole proxy once its runs are done
+    Drain {
+        #[command(flatten)]
+        admin: Admin,
+        #[arg(requires = "endpoint")]
+        service: Option<String>,
+        /// Its host:port
+        endpoint: Option<String>,
+        /// Return only when the drain is over
+        #[arg(long)]
+        wait: bool,
+    },
+    /// End the drain of an endpoint
+    Undrain {
+        #[command(flatten)]
+        admin: Admin,
+        service: String,
+        /// Its host:port
+        endpoint: String,
+    },
+    /// Move traffic from one version to another in steps
+    Rollout {
+        #[command(flatten)]
+        admin: Admin,
+        service: String,
+        #[arg(value_enum, default_value_t = RolloutAction::Status)]
+        action: RolloutAction,
+    },
+}
+
+#[derive(Args)]
+struct ConfigFile {
+    #[arg(short, long = "config", default_value = "longhaul.yaml", value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// How to reach a running proxy.
+#[derive(Args)]
+struct Admin {
+    /// Admin address of the proxy: http://HOST:PORT or unix:/PATH
+    #[arg(long = "admin", default_value = "http://127.0.0.1:9901", value_name = "URL")]
+    url: AdminUrl,
+    /// File with the token of the admin API
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum RolloutAction {
+    Status,
+    Start,
+    Promote,
+    Pause,
+    Resume,
+    Abort,
+}
+
+/// The program: reads the command line, does what it says.
+pub fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Run(file) => run(file.config),
+        Command::Check(file) => check(&file.config),
+        Command::Demo { port } => match demo::run(port) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failure(error),
+        },
+        Command::Schema => print(&format!("{:#}\n", config::schema())),
+        Command::Status(admin) => admin.call(async |client| inspect::status(client, admin.json).await),
+        Command::Sessions { admin, service, key, limit } => {
+            let query = client::query(&[("service", service), ("key", key), ("limit", text(limit))]);
+            admin.call(async |client| inspect::sessions(client, &query, admin.json).await)
+        }
+        Command::Runs { admin, service, session, limit } => {
+            let query = client::query(&[("service", service), ("session", session), ("limit", text(limit))]);
+            admin.call(async |client| inspect::runs(client, &query, admin.json).await)
+        }
+        Command::Drain { admin, service: Some(service), endpoint: Some(endpoint), wait } => {
+            admin.call(async |client| steer::drain_endpoint(client, &service, &endpoint, wait, admin.json).await)
+        }
+        Command::Drain { admin, wait, .. } => {
+            admin.call(async |client| steer::drain_proxy(client, wait, admin.json).await)
+        }
+        Command::Undrain { admin, service, endpoint } => {
+            admin.call(async |client| steer::undrain_endpoint(client, &service, &endpoint, admin.json).await)
+        }
+        Command::Rollout { admin: _, service: _, action: _ } => {
+            complain("rollout: not available yet");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(config_path: PathBuf) -> ExitCode {
+    let loaded = match config::load(&config_path) {
+        Ok(loaded) => loaded,
+        Err(problems) => return failure(problems),
+    };
+    let diagnostics = logging::init(&loaded.config.log);
+    let options = app::Options {
+        config_path,
+        loaded,
+        workers: None,
+        signals: true,
+        watch: true,
+        after_reload: Some(Box::new(move |config| diagnostics.configure(&config.log))),
+    };
+    let app = match app::build(options) {
+        Ok(app) => app,
+        Err(error) => return failure(error),
+    };
+    let access_log = app.running.access_log.clone();
+    let ended = app.wait();
+    access_log.flush(LAST_LINES_TIMEOUT);
+    if ended.cut == 0 && !ended.forced { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// How long whoever reads the access log may take for its last lines.
+const LAST_LINES_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn check(path: &Path) -> ExitCode {
+    match config::load(path) {
+        Ok(loaded) => {
+            let file = path.display();
+            let warnings = loaded.warnings.iter().map(|warning| {
+                let config::Problem { line, column, path, message } = warning;
+                format!("{file}:{line}:{column}: {path}: warning: {message}\n")
+            });
+            print(&format!("{}{file}: ok\n", warnings.collect::<String>()))
+        }
+        Err(problems) => {
+            print(&format!("{problems}\n"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Admin {
+    /// Does `command` with a client, prints what it has to say.
+    fn call(&self, command: impl AsyncFnOnce(&Client) -> Result<String, ClientError>) -> ExitCode {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return failure(error),
+        };
+        let done = runtime.block_on(async {
+            let client = Client::new(self.url.clone(), self.token_file.as_deref())?;
+            command(&client).await
+        });
+        match done {
+            Ok(text) => print(&text),
+            Err(error) => failure(error),
+        }
+    }
+}
+
+fn text(number: Option<usize>) -> Option<String> {
+    number.map(|number| number.to_string())
+}
+
+/// To stdout. Whoever reads it may stop early (`| head`): that is not an error.
+fn print(text: &str) -> ExitCode {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => failure(error),
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn failure(error: impl Display) -> ExitCode {
+    complain(error);
+    ExitCode::FAILURE
+}
+
+/// To stderr, which may be closed.
+fn complain(error: impl Display) {
+    let _ = writeln!(std::io::stderr(), "longhaul: {error}");
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_commands_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_endpoint_is_drained_by_service_and_address() {
+        assert!(Cli::try_parse_from(["longhaul", "drain"]).is_ok());
+        assert!(Cli::try_parse_from(["longhaul", "drain", "support", "10.0.0.11:8000", "--wait"]).is_ok());
+        assert!(Cli::try_parse_from(["longhaul", "drain", "support"]).is_err());
+    }
+}

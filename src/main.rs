@@ -1,1 +1,7 @@
-fn main() {}
+//! The `longhaul` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    longhaul::cli::main()
+}

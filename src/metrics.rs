@@ -39,8 +39,6 @@ pub struct Metrics {
     stream_bytes: IntCounterVec,
     affinity: IntCounterVec,
     requests: IntCounterVec,
-    reloads: IntCounterVec,
-    last_reload_successful: IntGauge,
     access_log_dropped: IntCounter,
     handles: Mutex<Handles>,
 }
@@ -86,6 +84,10 @@ pub struct RouteMetrics {
 pub struct Scrape {
     pub generation: u64,
     pub draining: bool,
+    pub reloads_succeeded: u64,
+    pub reloads_failed: u64,
+    /// The newest reload took effect or changed nothing; so before the first.
+    pub last_reload_successful: bool,
     pub services: Vec<ScrapedService>,
 }
 
@@ -94,8 +96,12 @@ pub struct Scrape {
 pub struct ScrapedService {
     pub name: String,
     pub queued_runs: u64,
-    /// Those of the queued that no pin ties to an endpoint.
-    pub placeable_runs: u64,
+    /// Outstanding on endpoints that stay, and queued.
+    pub demand: u64,
+    /// Queued and not pinned.
+    pub placeable_demand: u64,
+    /// Demand as a share of the capacity; `None` where that is unlimited.
+    pub saturation: Option<f64>,
     pub versions: Vec<ScrapedVersion>,
 }
 
@@ -137,32 +143,6 @@ impl RouteMetrics {
     }
 }
 
-impl ScrapedService {
-    /// Outstanding runs of all versions.
-    pub fn outstanding_runs(&self) -> u64 {
-        self.versions.iter().map(|version| version.outstanding_runs).sum()
-    }
-
-    /// The number to scale on: outstanding on endpoints that stay, and queued.
-    pub fn demand(&self) -> u64 {
-        let endpoints = self.versions.iter().flat_map(|version| &version.endpoints);
-        let staying: u64 =
-            endpoints.filter(|endpoint| !endpoint.leaving()).map(|endpoint| endpoint.outstanding_runs).sum();
-        staying + self.queued_runs
-    }
-
-    /// `None` where a version has no limit.
-    pub fn capacity(&self) -> Option<u64> {
-        self.versions.iter().map(|version| version.run_capacity).sum()
-    }
-
-    /// Demand as a share of the capacity; above 1 while runs wait. A service that is scaled to zero counts as having
-    /// room for one run, so that the first demand shows as a finite number.
-    pub fn saturation(&self) -> Option<f64> {
-        self.capacity().map(|capacity| self.demand() as f64 / capacity.max(1) as f64)
-    }
-}
-
 impl ScrapedEndpoint {
     /// It takes no new sessions and will be gone.
     fn leaving(&self) -> bool {
@@ -185,14 +165,7 @@ impl Metrics {
             let counter = IntCounter::new(name, help).expect("a valid metric name");
             register(&registry, counter)
         };
-        let last_reload_successful = IntGauge::new(
-            "longhaul_config_last_reload_successful",
-            "1 if the newest reload (or the start) took effect or changed nothing, 0 if it was refused.",
-        )
-        .expect("a valid metric name");
-        last_reload_successful.set(1);
-
-        let metrics = Metrics {
+        Arc::new(Metrics {
             runs: counter(
                 "longhaul_runs_total",
                 "Runs that ended, by outcome; the version is empty where a run was never dispatched.",
@@ -236,20 +209,13 @@ impl Metrics {
                 "Exchanges that ended, by status class and by the proxy's own error code.",
                 &["listener", "route", "status", "code"],
             ),
-            reloads: counter("longhaul_config_reloads_total", "Reloads of the configuration, by result.", &["result"]),
             access_log_dropped: single(
                 "longhaul_access_log_dropped_total",
                 "Access log lines dropped because whoever reads them is too slow.",
             ),
-            last_reload_successful: register(&registry, last_reload_successful),
             handles: Mutex::default(),
             registry,
-        };
-        // A counter that appears only with its first failure hides that failure from `rate()`.
-        for result in ["success", "failure"] {
-            metrics.reloads.with_label_values(&[result]);
-        }
-        Arc::new(metrics)
+        })
     }
 
     /// The series of a version; the same labels give the same handle.
@@ -306,12 +272,6 @@ impl Metrics {
             })
         });
         Arc::clone(handle)
-    }
-
-    /// Counts one reload; one that changed nothing is a success.
-    pub fn record_reload(&self, successful: bool) {
-        self.last_reload_successful.set(i64::from(successful));
-        self.reloads.with_label_values(&[if successful { "success" } else { "failure" }]).inc();
     }
 
     /// `longhaul_access_log_dropped_total`.
@@ -413,18 +373,29 @@ fn families(scrape: &Scrape) -> Vec<Family> {
     );
     let mut weight = Family::new("longhaul_version_weight", "The version's effective weight.", &["service", "version"]);
     let mut generation = Family::new("longhaul_config_generation", "Counts the configurations that took effect.", &[]);
+    let mut last_reload = Family::new(
+        "longhaul_config_last_reload_successful",
+        "1 if the newest reload took effect or changed nothing, 0 if it was refused.",
+        &[],
+    );
+    let mut reloads =
+        Family::new("longhaul_config_reloads_total", "Reloads of the configuration, by result.", &["result"]);
+    reloads.kind = "counter";
     let mut draining = Family::new("longhaul_draining", "1 while the proxy itself drains.", &[]);
     let mut build = Family::new("longhaul_build_info", "Always 1; what is running.", &["version", "commit"]);
 
     generation.add(&[], scrape.generation as f64);
+    last_reload.add(&[], f64::from(u8::from(scrape.last_reload_successful)));
+    reloads.add(&["success"], scrape.reloads_succeeded as f64);
+    reloads.add(&["failure"], scrape.reloads_failed as f64);
     draining.add(&[], f64::from(u8::from(scrape.draining)));
     build.add(&[env!("CARGO_PKG_VERSION"), option_env!("LONGHAUL_COMMIT").unwrap_or("unknown")], 1.0);
     for service in &scrape.services {
         let name = service.name.as_str();
         queued.add(&[name], service.queued_runs as f64);
-        demand.add(&[name], service.demand() as f64);
-        placeable.add(&[name], service.placeable_runs as f64);
-        if let Some(value) = service.saturation() {
+        demand.add(&[name], service.demand as f64);
+        placeable.add(&[name], service.placeable_demand as f64);
+        if let Some(value) = service.saturation {
             saturation.add(&[name], value);
         }
         for version in &service.versions {
@@ -461,23 +432,26 @@ fn families(scrape: &Scrape) -> Vec<Family> {
         remaining,
         weight,
         generation,
+        last_reload,
+        reloads,
         draining,
         build,
     ]
 }
 
-/// One family of gauges of one scrape. Series with equal labels are one series: two endpoints of a service may share
+/// One family of one scrape. Series with equal labels are one series: two endpoints of a service may share
 /// `host:port` (http and https), and an endpoint that moved to another version exists twice while it drains.
 struct Family {
     name: &'static str,
     help: &'static str,
+    kind: &'static str,
     labels: &'static [&'static str],
     series: BTreeMap<String, f64>,
 }
 
 impl Family {
     fn new(name: &'static str, help: &'static str, labels: &'static [&'static str]) -> Family {
-        Family { name, help, labels, series: BTreeMap::new() }
+        Family { name, help, kind: "gauge", labels, series: BTreeMap::new() }
     }
 
     /// Adds to the series with these label values.
@@ -511,9 +485,9 @@ impl Family {
         if self.series.is_empty() {
             return;
         }
-        let Family { name, help, .. } = self;
+        let Family { name, help, kind, .. } = self;
         // Writing to a String can't fail.
-        let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n");
+        let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
         for (labels, value) in &self.series {
             let _ = writeln!(text, "{name}{labels} {value}");
         }
@@ -564,9 +538,15 @@ mod tests {
             run_capacity,
             endpoints,
         };
-        let service =
-            ScrapedService { name: "support".to_owned(), queued_runs: 3, placeable_runs: 2, versions: vec![version] };
-        Scrape { generation: 4, draining: false, services: vec![service] }
+        let service = ScrapedService {
+            name: "support".to_owned(),
+            queued_runs: 3,
+            demand: 15,
+            placeable_demand: 2,
+            saturation: run_capacity.map(|capacity| 15.0 / capacity as f64),
+            versions: vec![version],
+        };
+        Scrape { generation: 4, reloads_failed: 1, services: vec![service], ..Scrape::default() }
     }
 
     /// Reads the exposition strictly: HELP and TYPE once before the samples of a family, families in one piece, no
@@ -655,7 +635,6 @@ mod tests {
         let listener = metrics.listener("public");
         listener.connections.set(12);
         metrics.route("public", "default").record(200, None);
-        metrics.record_reload(false);
         let text = metrics.render(&support(vec![endpoint("10.0.0.11:8000", "ready", 12)], Some(40)));
         let samples = parse(&text);
         for (series, value) in [
@@ -699,12 +678,10 @@ mod tests {
     }
 
     #[test]
-    fn draining_endpoints_leave_the_demand_and_show_what_remains() {
+    fn draining_endpoints_show_what_remains() {
         let metrics = Metrics::new();
-        let scrape = support(vec![endpoint("a:1", "ready", 2), endpoint("b:1", "draining", 5)], Some(0));
+        let scrape = support(vec![endpoint("a:1", "ready", 2), endpoint("b:1", "draining", 5)], None);
         let samples = parse(&metrics.render(&scrape));
-        assert_eq!(samples["longhaul_run_demand{service=\"support\"}"], 5.0);
-        assert_eq!(samples["longhaul_saturation{service=\"support\"}"], 5.0);
         assert_eq!(samples["longhaul_drain_remaining_runs{service=\"support\",endpoint=\"b:1\"}"], 5.0);
         assert!(!samples.contains_key("longhaul_drain_remaining_runs{service=\"support\",endpoint=\"a:1\"}"));
         let state = |address: &str, state: &str| {

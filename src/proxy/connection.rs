@@ -21,8 +21,8 @@ use crate::net::proxy_protocol;
 use crate::net::stream::{Plain, Stream};
 use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
 use crate::proxy::timer::Timer;
-use crate::proxy::worker::{Load, Worker};
-use crate::proxy::{self, http2_server, problem};
+use crate::proxy::worker::{Handed, Worker};
+use crate::proxy::{self, forwarded, http2_server, problem};
 use crate::snapshot::Listener;
 
 /// The first bytes of HTTP/2 with prior knowledge (RFC 9113 section 3.4), as far as they look like an HTTP/1 head.
@@ -37,9 +37,8 @@ const PROXY_HEADER_BYTES_MAX: usize = 4 * 1024;
 /// What the exchanges of one connection share.
 pub struct Connection {
     pub worker: Rc<Worker>,
-    /// Who connected, by the PROXY protocol where that is accepted; `None` for unix sockets.
-    pub peer: Option<IpAddr>,
-    pub tls: bool,
+    /// Who connected, by the PROXY protocol where that is accepted.
+    pub peer: forwarded::Peer,
     listener: RefCell<Arc<Listener>>,
 }
 
@@ -64,7 +63,7 @@ impl Connection {
 
     /// The peer is one of `trusted_proxies`.
     pub fn peer_trusted(&self, listener: &Listener) -> bool {
-        self.peer.is_some_and(|peer| listener.config.trusted_proxies.iter().any(|net| net.contains(&peer)))
+        self.peer.is_trusted(&listener.config.trusted_proxies)
     }
 }
 
@@ -78,13 +77,13 @@ impl Drop for Counted {
 }
 
 /// Serves an accepted socket to its end.
-pub async fn serve(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) {
-    let _load = Load::new(&worker.load);
+pub async fn serve(worker: Rc<Worker>, handed: Handed) {
+    let Handed { accepted, listener, load: _load } = handed;
     listener.metrics.connections.inc();
     let _counted = Counted(listener.clone());
     match Box::pin(open(worker, accepted, listener)).await {
         Ok((connection, stream)) if stream.negotiated_http2() => {
-            http2_server::serve(Rc::new(connection), stream, Vec::new()).await;
+            Box::pin(http2_server::serve(Rc::new(connection), stream, Vec::new())).await;
         }
         Ok((connection, stream)) => serve_http1(connection, stream).await,
         // Nobody is there to be told; a scan or a health check of a TCP balancer looks like this.
@@ -116,8 +115,8 @@ async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -
             Stream::TlsServer(Box::new(stream))
         }
     };
-    let tls = stream.is_tls();
-    Ok((Connection { worker, peer, tls, listener: RefCell::new(listener) }, stream))
+    let peer = forwarded::Peer::new(peer, stream.is_tls());
+    Ok((Connection { worker, peer, listener: RefCell::new(listener) }, stream))
 }
 
 /// Reads exactly the PROXY protocol header, no byte of what follows it.
@@ -149,27 +148,27 @@ async fn serve_http1(connection: Connection, stream: Stream) {
         };
         let length = match next_head(http1, &mut timer, limits, &listener, first).await {
             Ok(length) => length,
-            Err(HeadFault::Head(error)) => return refuse(&connection, client, &mut timer, error).await,
+            Err(HeadFault::Head(error)) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
             Err(HeadFault::Closed { .. }) => return,
         };
-        if first && !connection.tls && http1.unread().starts_with(HTTP2_PREFACE_HEAD) {
+        if first && !connection.peer.tls && http1.unread().starts_with(HTTP2_PREFACE_HEAD) {
             let Peer::Http1(http1) = client else { return };
             drop(timer);
             let (stream, unread) = http1.into_parts();
-            return http2_server::serve(Rc::new(connection), stream, unread).await;
+            return Box::pin(http2_server::serve(Rc::new(connection), stream, unread)).await;
         }
         first = false;
         let request = match http1.take_request(length, limits) {
             Ok(request) => request,
-            Err(error) => return refuse(&connection, client, &mut timer, error).await,
+            Err(error) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
         };
         let upgrade = request.upgrade.is_some();
         let after = Box::pin(proxy::exchange(&connection, &mut client, request, &mut timer)).await;
         let Peer::Http1(http1) = &mut client else { return };
         match after {
             // Bytes behind a refused upgrade could be meant for the protocol that did not come about.
-            proxy::After::KeepAlive if !(upgrade && !http1.unread().is_empty()) => {}
-            proxy::After::KeepAlive | proxy::After::Linger => return linger(client, &mut timer).await,
+            proxy::After::KeepAlive if !upgrade || http1.unread().is_empty() => {}
+            proxy::After::KeepAlive | proxy::After::Linger => return Box::pin(linger(client, &mut timer)).await,
             proxy::After::Close => return,
         }
     }
@@ -214,7 +213,7 @@ async fn refuse(connection: &Connection, mut client: Peer, timer: &mut Timer, er
     };
     let listener = connection.listener();
     listener.no_route.record(error.code.status().as_u16(), Some(error.code));
-    tracing::debug!(peer = ?connection.peer, "unreadable request head: {}", error.detail);
+    tracing::debug!(peer = ?connection.peer.address, "unreadable request head: {}", error.detail);
     let (mut head, body) = problem::error(&error);
     head.fields.append("longhaul-affinity", b"none");
     proxy::respond::send(&mut client, &mut head, body, Version::Http11, true, timer).await;
@@ -231,4 +230,22 @@ async fn linger(client: Peer, timer: &mut Timer) {
         Poll::Pending => timer.poll_passed(context, deadline),
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, F: Future>(_: impl FnOnce(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// What one connection costs while its stream is silent, beside the sockets: its task, and the boxes it holds.
+    #[test]
+    fn a_silent_stream_is_small() {
+        let task = size(serve);
+        let flow = size_of::<proxy::relay::Flow>();
+        assert!(task < 1200, "{task}");
+        assert!(flow < 800, "{flow}");
+    }
 }

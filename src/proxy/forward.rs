@@ -242,6 +242,7 @@ struct Attempt<'a> {
     fresh: bool,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one at a time, and the large one is the usual one")]
 enum Tried {
     Answered(Upstream, ResponseHead),
     /// `reused`: on a kept connection.
@@ -359,6 +360,7 @@ fn begin_answer(
     if tunnel {
         websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
             lease.outcome(RunOutcome::Failed);
+            record.outcome = record.run.map(|_| RunOutcome::Failed);
             ProxyError::new(Code::UpstreamReset, reason)
         })?;
     }
@@ -405,7 +407,9 @@ fn begin_answer(
         answer.fields.append("longhaul-version", target.version.as_bytes());
         answer.fields.append("longhaul-endpoint", target.address.as_bytes());
     }
-    if success && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.tls) {
+    if success
+        && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.peer.tls)
+    {
         answer.fields.append("set-cookie", cookie.as_bytes());
     }
     record.status = status;

@@ -18,6 +18,7 @@ pub use http1::{Closing, HeadFault, HeadWait, Http1};
 pub use http2::{Http2, fields, header_map};
 
 /// One side of an exchange.
+#[expect(clippy::large_enum_variant, reason = "HTTP/1.1 is the usual case and lives in its connection's task")]
 pub enum Peer {
     Http1(Http1),
     Http2(Box<Http2>),

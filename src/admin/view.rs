@@ -1,0 +1,192 @@
+//! View: the live state in the shapes that the admin API and the metrics show.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::admin::guard::Reader;
+use crate::admin::{Context, draining};
+use crate::logging;
+use crate::metrics::{Scrape, ScrapedEndpoint, ScrapedService, ScrapedVersion};
+use crate::state::dispatcher::Dispatcher;
+use crate::state::status::{RunInfo, ServiceStatus, SessionInfo};
+
+/// Those of the configuration, then those that left it and still have exchanges: their runs count until they end.
+pub fn dispatchers(context: &Context) -> Vec<Arc<Dispatcher>> {
+    let snapshot = context.running.snapshot.load();
+    let configured = snapshot.services.iter().map(|service| Arc::clone(&service.dispatcher));
+    let removed = context.reload_state.removed_services().into_iter().map(|(_, dispatcher)| dispatcher);
+    let mut all: Vec<Arc<Dispatcher>> = configured.collect();
+    for dispatcher in removed {
+        // A service that came back may be on both lists for a moment.
+        if !all.iter().any(|known| Arc::ptr_eq(known, &dispatcher)) {
+            all.push(dispatcher);
+        }
+    }
+    all
+}
+
+fn services(context: &Context, now: Instant) -> Vec<ServiceStatus> {
+    dispatchers(context).iter().map(|dispatcher| dispatcher.status(now)).collect()
+}
+
+/// Of all services.
+pub fn outstanding_runs(context: &Context, now: Instant) -> u64 {
+    services(context, now).iter().map(|service| service.outstanding_runs).sum()
+}
+
+/// `GET /api/v1/status`
+pub fn status(context: &Context, now: Instant) -> Value {
+    let snapshot = context.running.snapshot.load();
+    let reload = context.reload_state.status();
+    let listeners: Vec<Value> = snapshot
+        .listeners
+        .iter()
+        .map(|listener| {
+            json!({
+                "name": listener.config.name,
+                "address": listener.local_address.to_string(),
+                "tls": listener.tls.is_some(),
+                "connections": listener.metrics.connections.get(),
+            })
+        })
+        .collect();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "config": {
+            "generation": reload.generation,
+            "sha256": reload.sha256,
+            "loaded_at": str::from_utf8(&logging::timestamp(reload.loaded_at)).unwrap_or_default(),
+            "last_error": reload.last_error.map(|problems| problems.to_string()),
+        },
+        "draining": draining(context),
+        "open_exchanges": context.running.open_exchanges.load(Ordering::Relaxed),
+        "listeners": listeners,
+        "services": services(context, now),
+    })
+}
+
+/// `GET /api/v1/metrics`
+pub fn load(context: &Context, now: Instant) -> Value {
+    let services = services(context, now).into_iter().map(|service| {
+        let load = json!({
+            "outstanding_runs": service.outstanding_runs,
+            "queued_runs": service.queue.length,
+            "capacity": service.capacity,
+            "demand": service.demand,
+            "placeable_demand": service.placeable_demand,
+            "saturation": service.saturation,
+        });
+        (service.name, load)
+    });
+    json!({ "services": services.collect::<Map<String, Value>>() })
+}
+
+/// What `/metrics` shows besides its own counters.
+pub fn scrape(context: &Context, now: Instant) -> Scrape {
+    let reload = context.reload_state.status();
+    Scrape {
+        generation: reload.generation,
+        draining: draining(context),
+        reloads_succeeded: reload.succeeded,
+        reloads_failed: reload.failed,
+        last_reload_successful: reload.last_error.is_none(),
+        services: services(context, now).into_iter().map(scraped).collect(),
+    }
+}
+
+fn scraped(service: ServiceStatus) -> ScrapedService {
+    let versions = service.versions.into_iter().map(|version| ScrapedVersion {
+        name: version.name,
+        effective_weight: f64::from(version.effective_weight),
+        sessions: version.sessions,
+        outstanding_runs: version.outstanding_runs,
+        run_capacity: version.capacity,
+        endpoints: version
+            .endpoints
+            .into_iter()
+            .map(|endpoint| ScrapedEndpoint {
+                address: endpoint.address,
+                state: endpoint.state.as_str(),
+                outstanding_runs: u64::from(endpoint.outstanding_runs),
+            })
+            .collect(),
+    });
+    ScrapedService {
+        name: service.name,
+        queued_runs: service.queue.length,
+        demand: service.demand,
+        placeable_demand: service.placeable_demand,
+        saturation: service.saturation.filter(|saturation| saturation.is_finite()),
+        versions: versions.collect(),
+    }
+}
+
+/// A row with the service that it belongs to.
+#[derive(Serialize)]
+pub struct Row<T> {
+    service: String,
+    #[serde(flatten)]
+    row: T,
+}
+
+/// At most `limit` sessions, those with this key only where one is given.
+pub fn sessions(
+    dispatchers: &[Arc<Dispatcher>],
+    key: Option<&str>,
+    limit: usize,
+    reader: Reader,
+    now: Instant,
+) -> Vec<Row<SessionInfo>> {
+    rows(dispatchers, limit, |dispatcher, limit| {
+        let mut found = dispatcher.sessions(key, limit, now);
+        for session in &mut found {
+            hide(&mut session.key, reader);
+        }
+        found
+    })
+}
+
+/// At most `limit` outstanding runs, those of this session only where one is given.
+pub fn runs(
+    dispatchers: &[Arc<Dispatcher>],
+    session: Option<&str>,
+    limit: usize,
+    reader: Reader,
+    now: Instant,
+) -> Vec<Row<RunInfo>> {
+    rows(dispatchers, limit, |dispatcher, limit| {
+        let mut found = dispatcher.runs(session, limit, now);
+        for key in found.iter_mut().filter_map(|run| run.session.as_mut()) {
+            hide(key, reader);
+        }
+        found
+    })
+}
+
+fn rows<T>(
+    dispatchers: &[Arc<Dispatcher>],
+    limit: usize,
+    mut read: impl FnMut(&Dispatcher, usize) -> Vec<T>,
+) -> Vec<Row<T>> {
+    let mut rows: Vec<Row<T>> = Vec::new();
+    for dispatcher in dispatchers {
+        let free = limit - rows.len();
+        if free == 0 {
+            break;
+        }
+        let found = read(dispatcher, free);
+        rows.extend(found.into_iter().take(free).map(|row| Row { service: dispatcher.name().to_string(), row }));
+    }
+    rows
+}
+
+/// As in the access log, so that a line there can be found here.
+fn hide(key: &mut String, reader: Reader) {
+    if !reader.plain_keys {
+        *key = String::from_utf8_lossy(&logging::hash_session(key)).into_owned();
+    }
+}
