@@ -39,7 +39,7 @@ pub struct Target {
     pub idle_connections: AtomicUsize,
     /// Asks whoever holds an idle connection to close it, because `pool.max_connections` keeps another worker waiting.
     pub give_way: Notify,
-    /// Told when a connection has closed or is not idle any more.
+    /// Told when a connection has closed, has become idle, or is not idle any more.
     pub connections_changed: Notify,
     retired: AtomicBool,
 }

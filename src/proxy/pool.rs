@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -16,6 +16,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::net::stream::Stream;
 use crate::state::Target;
+
+/// Between the last byte of an answer, which lets the client ask again, and the moment when its connection is idle.
+const JUST_ENDED: Duration = Duration::from_millis(50);
 
 /// The idle HTTP/1.1 and the shared HTTP/2 connections of one worker, by [`Target::id`].
 #[derive(Default)]
@@ -45,7 +48,9 @@ impl Kept {
         let kept = target
             .idle_connections
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |idle| (idle < limit).then_some(idle + 1));
-        kept.is_ok().then(|| Kept(target.clone()))
+        kept.ok()?;
+        target.connections_changed.notify_waiters();
+        Some(Kept(target.clone()))
     }
 }
 
@@ -79,8 +84,9 @@ pub struct Counted(Arc<Target>);
 
 impl Counted {
     /// Waits where `pool.max_connections` is reached until an idle connection, maybe another worker's, has given way;
-    /// `None` where none is idle.
+    /// `None` where all are in use.
     pub async fn make_room(target: &Arc<Target>) -> Option<Counted> {
+        let patience = tokio::time::Instant::from_std(crate::ids::now()) + JUST_ENDED;
         loop {
             let mut changed = pin!(target.connections_changed.notified());
             // Whatever changes from here on is noticed.
@@ -89,7 +95,8 @@ impl Counted {
                 return Some(counted);
             }
             if target.idle_connections.load(Ordering::Relaxed) == 0 {
-                return None;
+                tokio::time::timeout_at(patience, changed).await.ok()?;
+                continue;
             }
             target.give_way.notify_one();
             changed.await;
