@@ -1,7 +1,10 @@
 //! Step 1, accept: one loop for all listeners; a socket goes to the worker with the least to do.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
+use std::io;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -9,12 +12,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Address;
 use crate::drain::Phase;
-use crate::net::listen::{Accepted, Socket};
+use crate::net::listen::{Accepted, Socket, TokioListener};
 use crate::proxy::worker::WorkerHandle;
 use crate::snapshot::{AcceptCommand, Listener, Running};
 
 /// How long to leave a listener alone that can't accept, because descriptors or memory ran out.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// Connections that are still taken from a listener that stops; new ones must not keep it open.
+const LAST_ACCEPTED_MAX: usize = 4096;
 
 /// Starts and stops listeners as told, until the proxy ends.
 pub async fn run(running: Arc<Running>, workers: Arc<[WorkerHandle]>, mut commands: mpsc::Receiver<AcceptCommand>) {
@@ -33,10 +39,7 @@ pub async fn run(running: Arc<Running>, workers: Arc<[WorkerHandle]>, mut comman
                 listening.insert(local_address.clone(), stop.clone());
                 let (running, workers) = (running.clone(), workers.clone());
                 tokio::task::spawn_local(async move {
-                    tokio::select! {
-                        () = stop.cancelled() => {}
-                        () = accept_from(socket, &local_address, &running, &workers) => {}
-                    }
+                    accept_from(socket, &local_address, &running, &workers, &stop).await;
                 });
             }
             Some(AcceptCommand::Stop { local_address }) => {
@@ -52,7 +55,13 @@ pub async fn run(running: Arc<Running>, workers: Arc<[WorkerHandle]>, mut comman
     }
 }
 
-async fn accept_from(socket: Socket, address: &Address, running: &Running, workers: &[WorkerHandle]) {
+async fn accept_from(
+    socket: Socket,
+    address: &Address,
+    running: &Running,
+    workers: &[WorkerHandle],
+    stop: &CancellationToken,
+) {
     let socket = match socket.into_tokio() {
         Ok(socket) => socket,
         Err(error) => {
@@ -61,8 +70,20 @@ async fn accept_from(socket: Socket, address: &Address, running: &Running, worke
         }
     };
     let mut known: Option<Arc<Listener>> = None;
+    let mut last_left = LAST_ACCEPTED_MAX;
     loop {
-        match socket.accept().await {
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => match last_accepted(&socket).await {
+                Some(Ok(accepted)) if last_left > 0 => {
+                    last_left -= 1;
+                    Ok(accepted)
+                }
+                _ => return,
+            },
+            accepted = socket.accept() => accepted,
+        };
+        match accepted {
             Ok(accepted) => {
                 let current = running.snapshot.load().listener(address);
                 if current.is_some() {
@@ -86,6 +107,17 @@ async fn accept_from(socket: Socket, address: &Address, running: &Running, worke
     }
 }
 
+/// Whoever has connected already is served: to the client that connection stands. `None`: nobody has.
+async fn last_accepted(socket: &TokioListener) -> Option<io::Result<Accepted>> {
+    // So that the runtime looks at the socket once more.
+    tokio::task::yield_now().await;
+    poll_fn(|context| match socket.poll_accept(context) {
+        Poll::Ready(accepted) => Poll::Ready(Some(accepted)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
 /// Tells a client over `max_connections` why it is sent away, as far as one write can (nothing useful under TLS).
 fn refuse(accepted: Accepted) {
     const ANSWER: &str = concat!(
@@ -96,6 +128,6 @@ fn refuse(accepted: Accepted) {
         r#""code":"overloaded"}"#,
     );
     if let Accepted::Tcp(stream, _) = &accepted {
-        let _ = std::io::Write::write(&mut &*stream, ANSWER.as_bytes());
+        let _ = io::Write::write(&mut &*stream, ANSWER.as_bytes());
     }
 }

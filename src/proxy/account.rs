@@ -1,6 +1,7 @@
 //! Step 10, account: what an exchange was, told exactly once, when its record is dropped: metrics and access log.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::error::Code;
@@ -12,9 +13,26 @@ use crate::snapshot::{Listener, Running, Service};
 use crate::state::sessions::SessionKey;
 use crate::state::{AffinityOutcome, RunOutcome, Target};
 
+/// Counts among the open exchanges, for which a drain waits, as long as it lives.
+pub struct OpenExchange(Arc<Running>);
+
+impl OpenExchange {
+    pub fn new(running: &Arc<Running>) -> OpenExchange {
+        running.open_exchanges.fetch_add(1, Ordering::Relaxed);
+        OpenExchange(running.clone())
+    }
+}
+
+impl Drop for OpenExchange {
+    fn drop(&mut self) {
+        self.0.open_exchanges.fetch_sub(1, Ordering::Release);
+    }
+}
+
 /// The story of one exchange, filled in as it goes.
 pub struct Record {
     running: Arc<Running>,
+    _open: OpenExchange,
     listener: Arc<Listener>,
     pub route: Option<usize>,
     started: Instant,
@@ -40,7 +58,7 @@ pub struct Record {
 impl Record {
     pub fn open(connection: &Connection, listener: Arc<Listener>, request: &RequestHead) -> Record {
         let running = connection.worker.running.clone();
-        running.open_exchanges.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let open = OpenExchange::new(&running);
         // Kept for the log line only; the path is the client's and may be long.
         let keep_path = listener_logs(&running);
         Record {
@@ -64,6 +82,7 @@ impl Record {
             bytes_in: 0,
             bytes_out: 0,
             running,
+            _open: open,
         }
     }
 
@@ -78,7 +97,6 @@ fn listener_logs(running: &Running) -> bool {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        self.running.open_exchanges.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
         let route = match self.route {
             Some(index) => self.listener.routes.get(index).unwrap_or(&self.listener.no_route),
             None => &self.listener.no_route,

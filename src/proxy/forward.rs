@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Method;
 
-use crate::config::{self, Affinity};
+use crate::config::{self, Affinity, HttpVersion};
 use crate::error::{Code, ProxyError};
 use crate::ids;
 use crate::json::Extractor;
@@ -90,7 +90,17 @@ pub async fn forward(
     let mut direction = Direction::new(false, observer);
     let idempotent =
         matches!(request.method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE);
-    if idempotent && service.config.attempts > 1 && request.framing != Framing::None && request.upgrade.is_none() {
+    // An HTTP/2 endpoint can leave any request unprocessed after it was sent, and says so.
+    let may_be_refused = match target.http {
+        HttpVersion::Http1 => false,
+        HttpVersion::Http2 => true,
+        HttpVersion::Auto => target.tls.is_some(),
+    };
+    if (idempotent || may_be_refused)
+        && service.config.attempts > 1
+        && request.framing != Framing::None
+        && request.upgrade.is_none()
+    {
         direction.replay = Some(Vec::new());
     }
     let dispatched = ids::now();
@@ -131,7 +141,7 @@ pub async fn forward(
                 unanswered
             }
         };
-        if unanswered.error.code != Code::Overloaded {
+        if !unanswered.connection_spent && unanswered.error.code != Code::Overloaded {
             lease.report(Evidence::Bad, ids::now());
         }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
@@ -140,10 +150,14 @@ pub async fn forward(
             && !timed_out
             && whole
             && (unanswered.unsent || (idempotent && unanswered.error.code == Code::UpstreamReset));
-        // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried.
-        let next = match may_retry {
-            true => lease.retry(ids::now(), ids::random_u64()).ok().or_else(|| fresh.then(|| target.clone())),
-            false => None,
+        let next = if !may_retry {
+            None
+        } else if unanswered.connection_spent {
+            Some(target.clone())
+        } else {
+            // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried.
+            let other = lease.retry(ids::now(), ids::random_u64());
+            other.ok().or_else(|| fresh.then(|| target.clone()))
         };
         if let Some(next) = next {
             attempt += 1;
@@ -278,7 +292,9 @@ async fn try_once(
             match unless_gone(client, direction, connecting).await {
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
-                Some(Err(error)) => return Tried::in_vain(Unanswered { unsent: true, error }),
+                Some(Err(error)) => {
+                    return Tried::in_vain(Unanswered { unsent: true, connection_spent: false, error });
+                }
             }
         }
     };
@@ -287,7 +303,7 @@ async fn try_once(
         http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
     if !http1 && request.upgrade.is_some() {
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
-        return Tried::in_vain(Unanswered { unsent: false, error });
+        return Tried::in_vain(Unanswered { unsent: false, connection_spent: false, error });
     }
     let interim_passes = asked.caller.version != Version::Http10;
     if !http1 && request.expect_continue {

@@ -5,6 +5,7 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::RecvStream;
@@ -19,6 +20,7 @@ use crate::http1;
 use crate::message::{Fields, Framing, RequestHead, Version};
 use crate::net::stream::Stream;
 use crate::proxy;
+use crate::proxy::account::OpenExchange;
 use crate::proxy::connection::Connection;
 use crate::proxy::peer::{Http2, Peer};
 use crate::proxy::timer::Timer;
@@ -30,6 +32,10 @@ const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 /// Answer bytes of a stream that may wait for the client; then the endpoint is held back.
 const SEND_BUFFER_BYTES_MAX: usize = 64 * 1024;
+
+/// How long a connection that was told to close may stay without a stream: its client may have sent a request before it
+/// heard of it, and the last bytes may still be on their way.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Serves HTTP/2 until the client leaves, nothing happens for the keep-alive time-out, or the proxy drains.
 pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) {
@@ -49,49 +55,46 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
         Ok(Err(_)) | Err(_) => return,
     };
     let mut timer = Timer::new(listener.config.keepalive_timeout);
-    let drain = connection.worker.running.drain.clone();
-    let draining = drain.reached(Phase::Draining);
+    let running = &connection.worker.running;
+    let draining = running.drain.reached(Phase::Draining);
     tokio::pin!(draining);
-    let open = Rc::new(());
-    let mut told = false;
-    let mut idle_since = None;
+    let mut quiet_since = None;
+    // Told to close (GOAWAY). The drain waits for the connection's own end, which comes when the client has heard of it
+    // and its last stream has gone out: the exchange's end is only where its bytes were handed to this task.
+    let mut told: Option<OpenExchange> = None;
     loop {
-        let keepalive = connection.listener().config.keepalive_timeout;
+        let patience = if told.is_some() { GOODBYE } else { connection.listener().config.keepalive_timeout };
         let accepted = poll_fn(|context| {
             if let Poll::Ready(accepted) = http2.poll_accept(context) {
                 return Poll::Ready(Some(accepted));
             }
-            if !told && draining.as_mut().poll(context).is_ready() {
+            if told.is_none() && draining.as_mut().poll(context).is_ready() {
                 return Poll::Ready(None);
             }
-            let idle_deadline = *idle_since.get_or_insert_with(crate::ids::now) + keepalive;
-            if !told && timer.poll_passed(context, idle_deadline).is_ready() {
-                return Poll::Ready(None);
+            if http2.has_streams() {
+                quiet_since = None;
+                return Poll::Pending;
             }
-            Poll::Pending
+            let quiet_deadline = *quiet_since.get_or_insert_with(crate::ids::now) + patience;
+            timer.poll_passed(context, quiet_deadline).map(|()| None)
         })
         .await;
-        match accepted {
+        let tell = match accepted {
             Some(Some(Ok((request, respond)))) => {
-                idle_since = None;
-                let (connection, open) = (connection.clone(), open.clone());
+                let of_stream = connection.clone();
                 tokio::task::spawn_local(async move {
-                    Box::pin(serve_stream(&connection, request, respond)).await;
-                    drop(open);
+                    Box::pin(serve_stream(&of_stream, request, respond)).await;
                 });
+                connection.told_to_close()
             }
             Some(Some(Err(_)) | None) => return,
-            None => {
-                // One strong reference is ours; each stream's task holds another.
-                let idle = Rc::strong_count(&open) == 1;
-                if idle || connection.told_to_close() {
-                    told = true;
-                    http2.graceful_shutdown();
-                } else {
-                    // Streams are open: look again after another time-out.
-                    idle_since = Some(crate::ids::now());
-                }
-            }
+            None if told.is_some() => return,
+            None => true,
+        };
+        if tell && told.is_none() {
+            told = Some(OpenExchange::new(running));
+            quiet_since = None;
+            http2.graceful_shutdown();
         }
     }
 }
@@ -99,6 +102,7 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
 async fn serve_stream(connection: &Connection, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
     let _load = Load::new(&connection.worker.load);
     let (parts, body) = request.into_parts();
+    let tunnel = parts.extensions.get::<Protocol>().is_some();
     let head = match request_head(parts, body.is_end_stream()) {
         Ok(head) => head,
         Err(_) => {
@@ -107,7 +111,11 @@ async fn serve_stream(connection: &Connection, request: Request<RecvStream>, mut
             return;
         }
     };
-    let mut client = Peer::Http2(Box::new(Http2::server(body, respond)));
+    let mut http2 = Http2::server(body, respond);
+    if tunnel {
+        http2.hold_back();
+    }
+    let mut client = Peer::Http2(Box::new(http2));
     let mut timer = Timer::new(connection.listener().config.keepalive_timeout);
     proxy::exchange(connection, &mut client, head, &mut timer).await;
 }

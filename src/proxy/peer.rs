@@ -159,8 +159,9 @@ impl Peer {
 
     /// Both directions are bytes without framing from here on.
     pub fn become_tunnel(&mut self) {
-        if let Peer::Http1(peer) = self {
-            peer.become_tunnel();
+        match self {
+            Peer::Http1(peer) => peer.become_tunnel(),
+            Peer::Http2(peer) => peer.become_tunnel(),
         }
     }
 

@@ -66,18 +66,17 @@ impl Drop for Kept {
 pub struct Multiplexed {
     pub sender: SendRequest<Bytes>,
     target: Arc<Target>,
-    streams: Rc<Streams>,
+    usage: Rc<Usage>,
 }
 
-/// The use of a [`Multiplexed`] connection.
-struct Streams {
-    open: Cell<usize>,
-    /// When the last of them ended.
-    idle_since: Cell<Instant>,
+struct Usage {
+    streams: Cell<usize>,
+    /// When a stream last began or ended.
+    changed: Cell<Instant>,
 }
 
 /// One stream of a [`Multiplexed`] connection, as long as it lives.
-pub struct StreamCount(Rc<Streams>);
+pub struct StreamCount(Rc<Usage>);
 
 /// Counts a connection among those of its target, as long as it lives.
 pub struct Counted(Arc<Target>);
@@ -124,16 +123,16 @@ impl Drop for Counted {
 }
 
 impl StreamCount {
-    fn new(streams: &Rc<Streams>) -> StreamCount {
-        streams.open.set(streams.open.get() + 1);
-        StreamCount(streams.clone())
+    fn new(usage: &Rc<Usage>) -> StreamCount {
+        usage.streams.set(usage.streams.get() + 1);
+        StreamCount(usage.clone())
     }
 }
 
 impl Drop for StreamCount {
     fn drop(&mut self) {
-        self.0.open.set(self.0.open.get() - 1);
-        self.0.idle_since.set(crate::ids::now());
+        self.0.streams.set(self.0.streams.get() - 1);
+        self.0.changed.set(crate::ids::now());
     }
 }
 
@@ -183,16 +182,16 @@ impl Pool {
         connections.retain_mut(|connection| !matches!(poll_sender(connection), Poll::Ready(Err(_))));
         let connection = connections
             .iter()
-            .find(|connection| connection.streams.open.get() < connection.sender.current_max_send_streams())?;
-        Some((connection.clone(), StreamCount::new(&connection.streams)))
+            .find(|connection| connection.usage.streams.get() < connection.sender.current_max_send_streams())?;
+        Some((connection.clone(), StreamCount::new(&connection.usage)))
     }
 
     /// Offers a new HTTP/2 connection to all; the first stream is the caller's.
     pub fn add(&self, target: &Arc<Target>, sender: SendRequest<Bytes>) -> (Multiplexed, StreamCount) {
-        let streams = Streams { open: Cell::new(0), idle_since: Cell::new(crate::ids::now()) };
-        let connection = Multiplexed { sender, target: target.clone(), streams: Rc::new(streams) };
+        let usage = Rc::new(Usage { streams: Cell::new(0), changed: Cell::new(crate::ids::now()) });
+        let connection = Multiplexed { sender, target: target.clone(), usage };
         self.http2.borrow_mut().entry(target.id).or_default().push(connection.clone());
-        let count = StreamCount::new(&connection.streams);
+        let count = StreamCount::new(&connection.usage);
         (connection, count)
     }
 
@@ -209,11 +208,11 @@ impl Pool {
         });
         self.http2.borrow_mut().retain(|_, connections| {
             connections.retain_mut(|connection| {
-                let target = &connection.target;
-                let idle_for = now.saturating_duration_since(connection.streams.idle_since.get());
-                let over = target.retired() || idle_for >= target.pool.idle_timeout;
-                let used = connection.streams.open.get() > 0;
-                (used || !over) && !matches!(poll_sender(connection), Poll::Ready(Err(_)))
+                let unused = connection.usage.streams.get() == 0;
+                let idle_for = now.saturating_duration_since(connection.usage.changed.get());
+                let unwanted = connection.target.retired() || idle_for >= connection.target.pool.idle_timeout;
+                let broken = matches!(poll_sender(connection), Poll::Ready(Err(_)));
+                !broken && !(unused && unwanted)
             });
             !connections.is_empty()
         });

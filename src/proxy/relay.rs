@@ -195,7 +195,7 @@ pub async fn until_answer(
                     if interim_answers > INTERIM_ANSWERS_MAX {
                         let error =
                             ProxyError::new(Code::UpstreamReset, "the endpoint sends interim answers without end");
-                        return Poll::Ready(Answer::None(Unanswered { unsent: false, error }));
+                        return Poll::Ready(Answer::None(Unanswered { unsent: false, connection_spent: false, error }));
                     }
                     if interim_passes {
                         client.send_informational(&head);
@@ -235,7 +235,7 @@ impl Deadlines {
                 format!("the endpoint sent no answer within {:?} (timeouts.first_byte)", self.first_byte_timeout),
             ),
         };
-        Unanswered { unsent: false, error }
+        Unanswered { unsent: false, connection_spent: false, error }
     }
 }
 

@@ -49,6 +49,8 @@ enum Wire {
 pub struct Unanswered {
     /// The endpoint has seen nothing of the request: any request may be tried again.
     pub unsent: bool,
+    /// It was the connection that could not be used any more (or for one more stream), which says nothing of its endpoint.
+    pub connection_spent: bool,
     pub error: ProxyError,
 }
 
@@ -113,6 +115,8 @@ async fn open(pool: &Pool, target: &Arc<Target>, counted: Counted) -> Result<Con
         .initial_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_header_list_size(HEAD_LIMITS.max_bytes as u32)
+        // Until the endpoint has said how many streams it takes: more could wait behind the first to its end.
+        .initial_max_send_streams(1)
         .handshake::<_, Bytes>(stream);
     let (sender, connection) = handshake.await.map_err(|error| {
         ProxyError::new(Code::ConnectFailed, format!("{} does not speak HTTP/2: {error}", target.address))
@@ -175,12 +179,14 @@ impl Upstream {
             Connected::Http2 { connection, stream } => {
                 let unsent = |error: h2::Error| Unanswered {
                     unsent: true,
+                    connection_spent: true,
                     error: ProxyError::new(Code::UpstreamReset, format!("the endpoint took no new stream: {error}")),
                 };
                 let mut sender = connection.sender.clone().ready().await.map_err(unsent)?;
                 let end = matches!(request.framing, Framing::None | Framing::Length(0));
                 let head = http2_request(request, host, https).map_err(|error| Unanswered {
                     unsent: false,
+                    connection_spent: false,
                     error: ProxyError::new(Code::BadRequest, format!("HTTP/2 can't carry this request: {error}")),
                 })?;
                 let (response, outgoing) = sender.send_request(head, end).map_err(unsent)?;
@@ -218,14 +224,17 @@ impl Upstream {
                         peer.receive(body);
                         Poll::Ready(Ok(head))
                     }
-                    Err(error) => Poll::Ready(Err(Unanswered {
-                        // RFC 9113 section 8.7: refused streams were not processed.
-                        unsent: error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM),
-                        error: ProxyError::new(
-                            Code::UpstreamReset,
-                            format!("the endpoint ended the stream before it answered: {error}"),
-                        ),
-                    })),
+                    Err(error) => {
+                        // RFC 9113 section 8.7: refused streams, and those above the last of a GOAWAY, were not processed.
+                        let unsent = error.is_remote()
+                            && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM));
+                        let detail = format!("the endpoint ended the stream before it answered: {error}");
+                        Poll::Ready(Err(Unanswered {
+                            unsent,
+                            connection_spent: unsent,
+                            error: ProxyError::new(Code::UpstreamReset, detail),
+                        }))
+                    }
                 }
             }
             (Peer::Http2(_), Wire::Http1 { .. }) => Poll::Pending,
@@ -253,7 +262,7 @@ fn head_fault(fault: HeadFault) -> Unanswered {
         HeadFault::Head(http1::HeadError::TooLarge) => "the endpoint's answer head is too large".into(),
         HeadFault::Head(http1::HeadError::Malformed(reason)) => format!("the endpoint's answer is malformed: {reason}"),
     };
-    Unanswered { unsent: false, error: ProxyError::new(Code::UpstreamReset, detail) }
+    Unanswered { unsent: false, connection_spent: false, error: ProxyError::new(Code::UpstreamReset, detail) }
 }
 
 fn http2_request(request: &RequestHead, host: &[u8], https: bool) -> Result<Request<()>, http::Error> {

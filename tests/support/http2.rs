@@ -43,8 +43,10 @@ impl Http2Client {
     }
 
     pub async fn over(io: impl Io + 'static) -> Http2Client {
-        let (sender, connection) =
-            within("HTTP/2 handshake", h2::client::handshake(io)).await.expect("a peer of HTTP/2");
+        let mut builder = h2::client::Builder::new();
+        // So that a stream that a test leaves unread does not use up what is meant for all.
+        builder.initial_connection_window_size(16 * 1024 * 1024);
+        let (sender, connection) = within("HTTP/2 handshake", builder.handshake(io)).await.expect("a peer of HTTP/2");
         let connection = tokio::spawn(async move {
             // Its errors show at the streams.
             let _ = connection.await;
@@ -151,7 +153,8 @@ pub(super) async fn serve(io: Box<dyn Io>, shared: Arc<Shared>) {
     let (number, _counted) = shared.connected();
     let work = async {
         let mut builder = h2::server::Builder::new();
-        builder.enable_connect_protocol();
+        // So that a stream that a script leaves unread does not use up what is meant for all.
+        builder.enable_connect_protocol().initial_connection_window_size(16 * 1024 * 1024);
         let Ok(mut connection) = builder.handshake::<_, Bytes>(io).await else { return };
         let mut exchanges = tokio::task::JoinSet::new();
         while let Some(Ok((request, respond))) = connection.accept().await {

@@ -14,6 +14,8 @@ use crate::proxy::peer::{Next, SourceFault};
 /// One stream of an HTTP/2 connection.
 pub struct Http2 {
     incoming: Option<RecvStream>,
+    /// `incoming` until the other side has agreed to be a tunnel.
+    held_back: Option<RecvStream>,
     /// What came in and was not written to the other side yet.
     held: Bytes,
     /// Held bytes that flow control counts; those read ahead were released when they were read.
@@ -34,6 +36,7 @@ impl Http2 {
         let ended = incoming.is_end_stream();
         Http2 {
             incoming: Some(incoming),
+            held_back: None,
             held: Bytes::new(),
             counted: 0,
             ended,
@@ -48,6 +51,7 @@ impl Http2 {
     pub fn client(outgoing: SendStream<Bytes>) -> Http2 {
         Http2 {
             incoming: None,
+            held_back: None,
             held: Bytes::new(),
             counted: 0,
             ended: false,
@@ -55,6 +59,20 @@ impl Http2 {
             outgoing: Some(outgoing),
             respond: None,
             outgoing_ended: false,
+        }
+    }
+
+    /// An extended CONNECT (RFC 8441): what the client sends is no body but the tunnel's, and must not pass before the
+    /// endpoint has switched. Flow control holds it back.
+    pub fn hold_back(&mut self) {
+        self.held_back = self.incoming.take();
+        self.ended = true;
+    }
+
+    pub fn become_tunnel(&mut self) {
+        if let Some(incoming) = self.held_back.take() {
+            self.incoming = Some(incoming);
+            self.ended = false;
         }
     }
 
@@ -90,7 +108,8 @@ impl Http2 {
     }
 
     pub fn put_back(&mut self, ahead: Bytes) {
-        self.held = ahead;
+        // What is held came after it.
+        self.held = if self.held.is_empty() { ahead } else { [&*ahead, &*self.held].concat().into() };
     }
 
     pub fn put_back_trailers(&mut self, trailers: Option<Fields>) {
