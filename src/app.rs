@@ -106,7 +106,7 @@ pub fn build(options: Options) -> Result<App, StartError> {
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
     let (reloader, outlets) =
         Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload).map_err(StartError::Refused)?;
-    let (admin_address, admin_socket) = reload::bind(&admin_address).map_err(StartError::Admin)?;
+    let (admin_address, admin_socket) = reload::bind_private(&admin_address).map_err(StartError::Admin)?;
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
     let bound = Bound { listeners: listeners(&running), admin: admin_address, probes: probes_address };

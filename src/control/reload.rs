@@ -808,6 +808,15 @@ fn refresh(tls: &ServerTls, index: usize, problems: &mut Vec<Problem>) {
 
 /// Binds; on failure says what to do about it.
 pub(crate) fn bind(address: &Address) -> Result<(Address, Socket), String> {
+    bind_by(listen::bind, address)
+}
+
+/// As [`bind`], for the admin API: a unix socket is its owner's alone from the start.
+pub(crate) fn bind_private(address: &Address) -> Result<(Address, Socket), String> {
+    bind_by(listen::bind_private, address)
+}
+
+fn bind_by(listen: fn(&Address) -> std::io::Result<Socket>, address: &Address) -> Result<(Address, Socket), String> {
     let fail = |failure: std::io::Error| {
         let hint = match failure.kind() {
             std::io::ErrorKind::AddrInUse => "; stop what listens there, or choose another address",
@@ -817,7 +826,7 @@ pub(crate) fn bind(address: &Address) -> Result<(Address, Socket), String> {
         };
         format!("can't listen on {}: {failure}{hint}", display(address))
     };
-    let socket = listen::bind(address).map_err(fail)?;
+    let socket = listen(address).map_err(fail)?;
     let local_address = socket.local_address().map_err(fail)?;
     Ok((local_address, socket))
 }
