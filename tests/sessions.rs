@@ -5,7 +5,7 @@ mod support;
 use std::collections::{HashMap, HashSet};
 
 use support::{
-    Backend, Drip, Gate, Program, Proxy, RawClient, Response, Script, eventually, eventually_within, get, post,
+    Backend, Drip, Gate, Program, Proxy, RawClient, Response, Script, ask_admin, eventually, eventually_within, post,
     start_proxy,
 };
 
@@ -456,7 +456,7 @@ async fn a_bad_file_changes_nothing_and_the_same_meaning_is_no_new_generation() 
     assert_eq!(refused.status(), 400, "{refused:?}");
     assert!(refused.text().contains("ballance"), "{refused:?}");
     assert_eq!(run(&proxy, "anna").await.status(), 200);
-    assert_eq!(get(proxy.admin, "/readyz", "").await.status(), 200);
+    assert_eq!(proxy.admin("GET", "/readyz").await.status(), 200);
     assert!(!proxy.status().await["config"]["last_error"].is_null());
     proxy.metric_becomes("longhaul_config_last_reload_successful", &[], 0.0).await;
     assert_eq!(proxy.reload(&format!("# the same\n{config}")).await.status(), 200);
@@ -644,7 +644,10 @@ async fn sigterm_with_open_streams_loses_none() {
     let mut old = RawClient::connect(address).await;
     old.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
     program.signal("TERM");
-    support::eventually_async("readiness says so", || async { get(admin, "/readyz", "").await.status() == 503 }).await;
+    support::eventually_async("readiness says so", || async {
+        ask_admin(admin, "GET", "/readyz").await.status() == 503
+    })
+    .await;
     eventually("the listener closes", || std::net::TcpStream::connect(address).is_err()).await;
     for drip in drips {
         drip.event("to the end").await;

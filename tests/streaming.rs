@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use support::{
     Backend, Body, Drip, Gate, Http2Client, Proxy, RawClient, Script, Step, eventually, fetch, get, http2_request,
-    post, start_proxy,
+    post, start_proxy, within,
 };
 
 /// A configuration with one service of one endpoint.
@@ -99,12 +99,16 @@ async fn an_endpoint_that_dies_mid_stream_resets_the_stream_of_http2() {
     backend.drip_each();
     let proxy = start_proxy(&one(&backend)).await;
     let client = Http2Client::connect(proxy.address).await;
-    let fetching = tokio::spawn(async move { client.fetch(http2_request("POST", proxy.address, "/run"), b"hi").await });
+    let mut stream = client.open(http2_request("POST", proxy.address, "/run"), false).await;
+    stream.send(b"hi", true).await;
     let drip = backend.drip().await;
     drip.event("one").await;
+    let (head, mut body) = stream.head().await;
+    assert_eq!(head.status, 200);
+    assert_eq!(within("the event", body.data()).await.expect("data").expect("data"), "data: one\n\n");
     drip.cut().await;
-    let answer = fetching.await.expect("no panic");
-    assert!(answer.truncated, "{answer:?}");
+    let end = within("the end", body.data()).await;
+    assert!(end.is_some_and(|end| end.is_err_and(|error| error.is_reset())), "reset, not ended");
 }
 
 #[tokio::test]

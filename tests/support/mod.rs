@@ -18,7 +18,7 @@ pub use certificate::Certificate;
 pub use client::{Head, RawClient, Response, fetch, get, post};
 pub use http2::{Http2Client, Http2Stream, request as http2_request};
 pub use program::Program;
-pub use proxy::{Proxy, start_proxy};
+pub use proxy::{Proxy, ask_admin, start_proxy};
 
 /// How long a test waits for something that must happen. Far more than it ever takes: only a failure waits so long.
 pub const DEADLINE: Duration = Duration::from_secs(5);

@@ -8,7 +8,7 @@ use longhaul::config::Address;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::client::{RawClient, Response, fetch, get};
+use super::client::{RawClient, Response, fetch};
 use super::eventually_async;
 
 /// A running proxy. Dropping it stops it.
@@ -36,7 +36,7 @@ pub async fn start_proxy(config: &str) -> Proxy {
         app,
         directory,
     };
-    eventually_async("the proxy is ready", || async { get(proxy.admin, "/readyz", "").await.status() == 200 }).await;
+    eventually_async("the proxy is ready", || async { proxy.admin("GET", "/readyz").await.status() == 200 }).await;
     proxy
 }
 
@@ -75,8 +75,7 @@ impl Proxy {
     }
 
     pub async fn admin(&self, method: &str, path: &str) -> Response {
-        let request = format!("{method} {path} HTTP/1.1\r\nHost: {}\r\nContent-Length: 0\r\n\r\n", self.admin);
-        fetch(self.admin, request).await
+        ask_admin(self.admin, method, path).await
     }
 
     pub async fn status(&self) -> Value {
@@ -116,6 +115,11 @@ impl Proxy {
         let what = format!("{name}{labels:?} becomes {value}");
         eventually_async(&what, || async { self.metric(name, labels).await == Some(value) }).await;
     }
+}
+
+/// Asks an admin API on TCP. It refuses a Host that is not its own address.
+pub async fn ask_admin(address: SocketAddr, method: &str, path: &str) -> Response {
+    fetch(address, format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\n\r\n")).await
 }
 
 /// Writes the file as editors do: a new one, moved over the old.
