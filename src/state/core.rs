@@ -6,11 +6,9 @@
 mod apply;
 mod report;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use hashbrown::HashMap;
 
 use crate::balance::{self, Candidate};
 use crate::config;
