@@ -68,7 +68,7 @@ fn bytes_arrive_unchanged_both_ways_over_every_pair_of_versions_and_every_split(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let world = runtime.block_on(World::start());
     let mut runner =
-        TestRunner::new(Config { cases: 40, max_shrink_iters: 40, failure_persistence: None, ..Config::default() });
+        TestRunner::new(Config { cases: 150, max_shrink_iters: 40, failure_persistence: None, ..Config::default() });
     let result = runner.run(&cases(), |case| runtime.block_on(world.check(case)));
     if let Err(failure) = result {
         panic!("{failure}");

@@ -181,9 +181,8 @@ async fn an_upload_waits_for_continue_and_arrives_whole() {
 async fn one_curl_uses_one_connection_for_many_urls() {
     let backend = Backend::start().await;
     let proxy = proxy_before(&backend).await;
-    for option in ["--http1.1", "--http2-prior-knowledge"] {
-        let got = run(&[option, "--write-out", "%{num_connects}\n"], proxy.address, "/[1-5]").await;
-        assert_eq!(text(&got), "ok1\nok0\nok0\nok0\nok0\n", "{option}");
-    }
-    assert_eq!(backend.request_count(), 10);
+    // Not over HTTP/2: some versions of curl can't use such a connection again without TLS, whatever the server.
+    let got = run(&["--http1.1", "--write-out", "%{num_connects}\n"], proxy.address, "/[1-5]").await;
+    assert_eq!(text(&got), "ok1\nok0\nok0\nok0\nok0\n");
+    assert_eq!((backend.request_count(), backend.connections()), (5, 1));
 }

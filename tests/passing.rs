@@ -465,6 +465,62 @@ async fn a_final_answer_instead_of_continue_ends_the_exchange_and_both_connectio
 }
 
 #[tokio::test]
+async fn a_body_that_must_be_looked_into_is_asked_for() {
+    let backend = Backend::start().await;
+    let more = "    session: {key: [{json: /thread}]}\n";
+    let proxy = start_proxy(&service(&backend, more)).await;
+    let body = "{\"thread\": \"t1\", \"more\": [1, 2, 3]}";
+    for (framing, wire) in [
+        (format!("Content-Length: {}", body.len()), body.to_owned()),
+        ("Transfer-Encoding: chunked".to_owned(), format!("{:x}\r\n{body}\r\n0\r\nX-Sum: 1\r\n\r\n", body.len())),
+    ] {
+        let before = backend.request_count();
+        let mut client = proxy.connect().await;
+        client
+            .send(format!(
+                "POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n{framing}\r\n\r\n"
+            ))
+            .await;
+        // The endpoint depends on the body, so nobody but the proxy can say so.
+        assert_eq!(client.read_head().await.status, 100, "{framing}");
+        client.send(wire).await;
+        let got = client.read_response().await;
+        assert_eq!(got.text(), "ok", "{framing}");
+        assert_ne!(got.header("longhaul-affinity"), Some("none"), "{framing}");
+        let request = backend.request(before + 1).await;
+        assert_eq!(request.body, body.as_bytes(), "{framing}");
+        assert_eq!(request.trailers.len(), usize::from(framing.contains("chunked")), "{framing}");
+        client.send(EMPTY_POST).await;
+        assert_eq!(client.read_response().await.status(), 200, "{framing}");
+    }
+    // Malformed behind the bytes that were looked into: refused, and the endpoint never takes it for a whole request.
+    let mut client = proxy.connect().await;
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
+    client.send(format!("{head}3\r\n{{}} \r\nzz\r\n{EMPTY_POST}")).await;
+    assert_eq!(client.read_response().await.code().as_deref(), Some("bad_request"));
+    assert!(client.closed().await.is_empty());
+    assert!(backend.requests().iter().skip(4).all(|request| !request.body_complete));
+}
+
+#[tokio::test]
+async fn what_a_client_does_wrong_never_counts_against_the_endpoint() {
+    let (first, second) = (Backend::start_http2().await, Backend::start_http2().await);
+    let config = service(&first, "    outlier: {consecutive_failures: 1}\n")
+        .replace("endpoints: [", &format!("http: 2, endpoints: [\"{}\", ", second.url()));
+    let proxy = start_proxy(&config).await;
+    for _ in 0..3 {
+        let asked = "GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
+        fetch(proxy.address, asked).await;
+        fetch(proxy.address, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n").await;
+        fetch(proxy.address, "GET /?a\\b\"<> HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    }
+    for backend in [&first, &second] {
+        let status = proxy.endpoint(&backend.name()).await.expect("it is there");
+        assert_eq!(status["state"], "ready", "{status}");
+    }
+}
+
+#[tokio::test]
 async fn continue_works_where_a_side_is_http2() {
     let backend = Backend::start_http2().await;
     backend.each(|_| Script::echo());

@@ -125,7 +125,10 @@ pub async fn forward(
             }
             Tried::Unanswered(unanswered) => unanswered,
         };
-        lease.report(Evidence::Bad, ids::now());
+        // That our own bound on connections is reached says nothing of the endpoint.
+        if unanswered.error.code != Code::Overloaded {
+            lease.report(Evidence::Bad, ids::now());
+        }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
         let whole = direction.observer.bytes == 0 || ahead_only(client, &direction) || direction.replay.is_some();
         let may_retry = attempt < service.config.attempts
