@@ -6,14 +6,13 @@
 mod agent;
 mod tour;
 
-use std::fmt::Display;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
 use tracing::info;
 
-use crate::app::{self, App, Options};
-use crate::config::{self, Address};
+use crate::app::{self, App, Options, StartError};
+use crate::config::{self, Address, Problems};
 use crate::ids;
 use crate::logging;
 use agent::Agent;
@@ -34,22 +33,26 @@ pub enum DemoError {
     Agents(std::io::Error),
     #[error("no directory for the demo's configuration: {0}")]
     Directory(std::io::Error),
+    #[error("the demo's configuration is refused: {0}")]
+    Configuration(#[from] Problems),
     #[error("the proxy could not be started: {0}")]
-    Proxy(String),
+    Proxy(#[from] StartError),
 }
 
 /// Runs the demo on 127.0.0.1:`port` (0: any free one) until Ctrl-C.
 pub fn run(port: u16) -> Result<(), DemoError> {
     // Said before anything else starts, because a taken port is the one thing that often goes wrong.
     drop(bind(port).map_err(|source| DemoError::Port { port, source })?);
-    let (admin_port, note) = match bind(ADMIN_PORT) {
-        Ok(_) => (ADMIN_PORT, None),
-        Err(_) => (0, Some(format!("127.0.0.1:{ADMIN_PORT} is taken, so the admin API is on another port."))),
-    };
     let agents = agent::start(&AGENTS).map_err(DemoError::Agents)?;
     let directory = Directory::create().map_err(DemoError::Directory)?;
     let file = directory.0.join("longhaul.yaml");
-    let app = start_proxy(&file, &configuration(port, admin_port, &agents))?;
+    let (app, note) = match start_proxy(&file, &configuration(port, ADMIN_PORT, &agents)) {
+        Err(DemoError::Proxy(StartError::Admin(_))) => {
+            let app = start_proxy(&file, &configuration(port, 0, &agents))?;
+            (app, Some(format!("127.0.0.1:{ADMIN_PORT} is taken, so the admin API is on another port.")))
+        }
+        started => (started?, None),
+    };
     let proxy = app.listener("demo").unwrap_or(Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
     let tour = Tour {
         proxy: proxy.to_string(),
@@ -100,12 +103,11 @@ services:
 
 /// The one call into the rest of the product. The file is a real one, so that a person can edit it and see it reload.
 fn start_proxy(file: &Path, text: &str) -> Result<App, DemoError> {
-    let failed = |problem: &dyn Display| DemoError::Proxy(problem.to_string());
-    std::fs::write(file, text).map_err(|error| failed(&error))?;
-    let loaded = config::load(file).map_err(|problems| failed(&problems))?;
+    std::fs::write(file, text).map_err(DemoError::Directory)?;
+    let loaded = config::load(file)?;
     logging::init(&loaded.config.log);
     let options = Options { signals: true, watch: true, ..Options::new(file.to_owned(), loaded) };
-    app::build(options).map_err(|error| failed(&error))
+    Ok(app::build(options)?)
 }
 
 /// A directory for the demo's configuration, removed when dropped.

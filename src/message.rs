@@ -76,6 +76,27 @@ impl Fields {
         });
     }
 
+    /// As [`Fields::append`], with a value that `write` puts behind what is there already (it only ever appends).
+    pub fn append_with(&mut self, name: &str, write: impl FnOnce(&mut Vec<u8>)) {
+        let name_start = self.data.len() as u32;
+        self.data.extend_from_slice(name.as_bytes());
+        let value_start = self.data.len() as u32;
+        write(&mut self.data);
+        let value_length = self.data.len() as u32 - value_start;
+        self.entries.push(Entry { name_start, name_length: name.len() as u32, value_start, value_length });
+    }
+
+    /// Makes room for so many more bytes and fields, so that they are added without moving what is there.
+    pub fn reserve(&mut self, bytes: usize, count: usize) {
+        self.data.reserve(bytes);
+        self.entries.reserve(count);
+    }
+
+    /// The bytes that names and values take.
+    pub fn byte_length(&self) -> usize {
+        self.data.len()
+    }
+
     /// Replaces every field `name` by this one.
     pub fn set(&mut self, name: &str, value: &[u8]) {
         self.remove(name);

@@ -93,6 +93,10 @@ pub fn start(
     Ok(Handle { threads })
 }
 
+/// Room for the fields that every request is given on its way.
+const OWN_FIELD_BYTES: usize = 512;
+const OWN_FIELDS: usize = 8;
+
 /// What becomes of an HTTP/1.1 client's connection after an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
@@ -225,10 +229,9 @@ async fn begin(
     let config = &snapshot.loaded.config;
 
     // 4 route
-    let peer = forwarded::Peer { address: connection.peer, tls: connection.tls };
-    let trusted = peer.is_trusted(&listener.config.trusted_proxies);
-    let client_address =
-        forwarded::effective_client(connection.peer, &listener.config.trusted_proxies, &request.fields);
+    let peer = &connection.peer;
+    let trusted = connection.peer_trusted(listener);
+    let client_address = forwarded::effective_client(peer.address, &listener.config.trusted_proxies, &request.fields);
     record.client = client_address;
     let index = route::find(&config.routes, &request.method, &request.authority, &request.path, &request.fields)
         .ok_or_else(|| {
@@ -259,7 +262,8 @@ async fn begin(
     let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
     let debug =
         asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
-    forwarded::apply(&mut request.fields, &peer, trusted, peer.scheme(), &request.authority);
+    request.fields.reserve(OWN_FIELD_BYTES, OWN_FIELDS);
+    forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
     forwarded::add_ids(
         &mut request.fields,
         &forwarded::RequestIds {

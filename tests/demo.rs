@@ -42,19 +42,22 @@ async fn every_line_of_the_tour_works_when_pasted() {
         start.and_then(|start| output[start..].split('"').next()).map(str::to_owned)
     };
 
-    let first = paste(tour[0]).await;
-    assert!(first.contains("event: done"), "{first}");
-    let (second, third) = tokio::join!(paste(tour[1]), paste(tour[2]));
-    assert_eq!((agent(&second), agent(&third)), (agent(&first), agent(&first)), "one session, one agent");
-    assert!(format!("{second}{third}").contains("\"turn\":3"), "{second}{third}");
-
-    let guests = paste(tour[3]).await;
+    // Three sessions' worth of lines at once: a person pastes one after another, but answers take seconds.
+    let anna = async {
+        let first = paste(tour[0]).await;
+        assert!(first.contains("event: done"), "{first}");
+        let (second, third) = tokio::join!(paste(tour[1]), paste(tour[2]));
+        assert_eq!((agent(&second), agent(&third)), (agent(&first), agent(&first)), "one session, one agent");
+        assert!(format!("{second}{third}").contains("\"turn\":3"), "{second}{third}");
+    };
+    let tester = async {
+        let canary = paste(tour[4]).await;
+        let stays = paste(tour[5]).await;
+        assert_eq!((agent(&canary), agent(&stays)), (Some("canary-1".to_owned()), Some("canary-1".to_owned())));
+        assert!(stays.contains("\"turn\":2"), "{stays}");
+    };
+    let (guests, (), ()) = tokio::join!(paste(tour[3]), anna, tester);
     assert_eq!(guests.matches("\"turn\":1").count(), 10, "{guests}");
-
-    let canary = paste(tour[4]).await;
-    let stays = paste(tour[5]).await;
-    assert_eq!((agent(&canary), agent(&stays)), (Some("canary-1".to_owned()), Some("canary-1".to_owned())));
-    assert!(stays.contains("\"turn\":2"), "{stays}");
 
     paste(tour[6]).await;
     let status = paste(tour[7]).await;

@@ -20,6 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::socket::{PrefixedStream, listen};
 use crate::tls;
 use board::Board;
+pub use board::BoardReport;
 
 /// Flags of `loadtest agent`.
 #[derive(Args, Clone, Debug)]

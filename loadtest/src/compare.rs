@@ -6,13 +6,16 @@ mod work;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::signal::unix::SignalKind;
 
-use crate::balance::{Policy, Spread, simulate};
+use crate::agent::BoardReport;
+use crate::balance::{Policy, simulate};
 use crate::clock::{monotonic_ns, parse_duration};
 use crate::process::usage;
 use crate::run::{Report, execute, runtime};
@@ -25,11 +28,12 @@ use work::{BACKENDS, Item, SLOTS, Scale, trace};
 /// Flags of `loadtest compare`.
 #[derive(Args, Clone, Debug)]
 pub struct CompareOptions {
-    /// How often everything is measured
-    #[arg(long, default_value_t = 5)]
-    rounds: u32,
+    /// How often everything is measured (default: 5; with --quick: once)
+    #[arg(long)]
+    rounds: Option<u32>,
     /// Which work: a short, b streams, c idle, d TLS, e HTTP/2, f balance, g reloads, h half load, i growth
-    #[arg(long, value_delimiter = ',', default_value = "a,b,c,d,e,f,g,h,i")]
+    /// (default: all; with --quick: a,b,c,f)
+    #[arg(long, value_delimiter = ',')]
     work: Vec<String>,
     /// Which contestants (default: all that are installed)
     #[arg(long, value_delimiter = ',', value_enum)]
@@ -58,7 +62,9 @@ const ROUNDS_MAX: u32 = 1000;
 
 /// Runs the comparison and prints its tables. False if any contestant failed to run or had faults.
 pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
-    anyhow::ensure!((1..=ROUNDS_MAX).contains(&options.rounds), "--rounds must be 1 to {ROUNDS_MAX}");
+    let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 5 });
+    anyhow::ensure!((1..=ROUNDS_MAX).contains(&rounds), "--rounds must be 1 to {ROUNDS_MAX}");
+    stop_on_signals()?;
     let (_, descriptors) = rlimit::Resource::NOFILE.get()?;
     rlimit::increase_nofile_limit(u64::MAX).context("cannot raise the limit of descriptors")?;
     let mut scale = if options.quick { Scale::QUICK } else { Scale::FULL };
@@ -69,7 +75,9 @@ pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
         scale.idle = allowed;
     }
     let mut items = Vec::new();
-    for letter in &options.work {
+    let default_work = if options.quick { "a,b,c,f" } else { "a,b,c,d,e,f,g,h,i" };
+    let default_work: Vec<String> = default_work.split(',').map(str::to_owned).collect();
+    for letter in if options.work.is_empty() { &default_work } else { &options.work } {
         items.extend(
             Item::of_letter(letter).with_context(|| format!("--work: there is no work `{letter}`, only a to i"))?,
         );
@@ -106,9 +114,13 @@ pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
     if items.contains(&Item::HalfLoad) {
         comparison.find_half_load()?;
     }
-    'rounds: for round in 1..=options.rounds {
+    'rounds: for round in 1..=rounds {
         for &item in &items {
             for turn in 0..peers.len() {
+                if STOPPED.load(Ordering::Relaxed) {
+                    comparison.outcome.notes.push(format!("stopped by a signal in round {round}"));
+                    break 'rounds;
+                }
                 if monotonic_ns() > end_ns {
                     comparison.outcome.notes.push(format!("the time of --total was over in round {round}"));
                     break 'rounds;
@@ -116,7 +128,7 @@ pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
                 // Each round begins with another contestant: none is always the first or after the same one.
                 let peer = peers[(turn + round as usize - 1) % peers.len()];
                 if item.concerns(peer) {
-                    let title = format!("{round}/{} {} {}", options.rounds, &item.title()[..1], peer.name());
+                    let title = format!("{round}/{rounds} {} {}", &item.title()[..1], peer.name());
                     comparison.measure(item, peer, round, &title);
                 }
             }
@@ -131,6 +143,7 @@ pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
         "busiest item: the mock agent used {:.2} cores and this generator {:.2}; near 1.00 one of them would be the bottleneck",
         comparison.agent_cores_max, comparison.generator_cores_max
     ));
+    add_differences(&mut outcome);
     sort_contestants(&mut outcome, &peers);
     print!("{}", outcome.table());
     std::fs::create_dir_all(&options.output)?;
@@ -156,13 +169,13 @@ impl Comparison<'_> {
     /// Measures one contestant at one item; what fails is noted and the comparison goes on.
     fn measure(&mut self, item: Item, peer: Peer, round: u32, title: &str) {
         let name = peer.name();
-        match self.try_measure(item, peer, title) {
-            Ok((report, spread)) => {
+        match self.try_measure(item, peer, round, title) {
+            Ok((report, board)) => {
                 for figure in item.figures(&report) {
                     self.outcome.add(&item.title(), name, round, figure.name, figure.value);
                 }
-                if let Some(spread) = spread {
-                    self.add_spread(name, round, &spread);
+                if let Some(board) = board {
+                    self.add_board(name, round, &board);
                 }
                 self.outcome.add_faults(&item.title(), name, report.fault_count());
                 for (fault, count) in &report.faults {
@@ -178,14 +191,22 @@ impl Comparison<'_> {
         }
     }
 
-    fn try_measure(&mut self, item: Item, peer: Peer, title: &str) -> anyhow::Result<(Report, Option<Spread>)> {
+    fn try_measure(
+        &mut self,
+        item: Item,
+        peer: Peer,
+        round: u32,
+        title: &str,
+    ) -> anyhow::Result<(Report, Option<BoardReport>)> {
         let balance = item == Item::Balance;
         let agent = AgentProcess::start(BACKENDS, balance.then_some(SLOTS))?;
         let running = self.start(peer, item, &agent)?;
         let mut workload = item.workload(&running.target, &self.scale, self.half_load);
         workload.pids = running.pid().into_iter().collect();
+        // All contestants of a round meet the same arrivals and lengths.
+        workload.seed = round.into();
         let (agent_before, began_ns) = (usage(&[agent.pid()]), monotonic_ns());
-        let (report, spread) = runtime(1)?.block_on(async {
+        let measured = async {
             warm_up(&workload).await?;
             let window = (workload.window.from.0, workload.window_end());
             let board = async {
@@ -197,18 +218,26 @@ impl Comparison<'_> {
             let reloads = async {
                 match item {
                     Item::Reloads => reload_each_second(&running, workload.window_end()).await,
-                    _ => Ok(()),
+                    _ => Vec::new(),
                 }
             };
-            let (report, spread, reloaded) = tokio::join!(execute(workload.clone(), title), board, reloads);
-            reloaded.context("reloading")?;
-            anyhow::Ok((report?, spread?))
+            let (report, board, failed) = tokio::join!(execute(workload.clone(), title), board, reloads);
+            anyhow::Ok((report?, board?, failed))
+        };
+        let (report, board, failed_reloads) = runtime(1)?.block_on(async {
+            tokio::select! {
+                measured = measured => measured,
+                () = stopped() => anyhow::bail!("stopped by a signal"),
+            }
         })?;
+        for failure in failed_reloads {
+            self.outcome.add_failure(&item.title(), peer.name(), failure);
+        }
         let agent_seconds = usage(&[agent.pid()]).since(&agent_before).cpu_seconds();
         let seconds = (monotonic_ns() - began_ns) as f64 / 1e9;
         self.agent_cores_max = self.agent_cores_max.max(agent_seconds / seconds);
         self.generator_cores_max = self.generator_cores_max.max(report.window.generator_cores);
-        Ok((report, spread))
+        Ok((report, board))
     }
 
     fn start(&self, peer: Peer, item: Item, agent: &AgentProcess) -> anyhow::Result<Running> {
@@ -242,7 +271,8 @@ impl Comparison<'_> {
 
     /// What ideal policies would have made of the same arrivals and lengths.
     fn simulate_balance(&mut self, round: u32) {
-        let workload = Item::Balance.workload("simulated", &self.scale, 0.0);
+        let mut workload = Item::Balance.workload("simulated", &self.scale, 0.0);
+        workload.seed = round.into();
         let runs = trace(&workload);
         let nanoseconds = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let window = nanoseconds(workload.window.from.0)..nanoseconds(workload.window_end());
@@ -260,17 +290,24 @@ impl Comparison<'_> {
                 .collect();
             waits.sort_by(f64::total_cmp);
             let quantile = |share: f64| waits.get((waits.len() as f64 * share) as usize).copied().unwrap_or(0.0);
-            let title = Item::Balance.title();
             let mean = waits.iter().sum::<f64>() / waits.len().max(1) as f64;
-            self.outcome.add(&title, name, round, "wait mean ms", mean);
-            self.outcome.add(&title, name, round, "wait p50 ms", quantile(0.5));
-            self.outcome.add(&title, name, round, "wait p99 ms", quantile(0.99));
-            self.add_spread(name, round, &simulated.spread);
+            let board = BoardReport {
+                outstanding: Vec::new(),
+                finished: 0,
+                spread: simulated.spread,
+                wait_mean_ms: mean,
+                wait_p99_ms: quantile(0.99),
+            };
+            self.add_board(name, round, &board);
         }
     }
 
-    fn add_spread(&mut self, name: &str, round: u32, spread: &Spread) {
+    /// What the backends saw: the wait for a place among those that a backend works on, and the spread.
+    fn add_board(&mut self, name: &str, round: u32, board: &BoardReport) {
         let title = Item::Balance.title();
+        let spread = &board.spread;
+        self.outcome.add(&title, name, round, "queued mean ms", board.wait_mean_ms);
+        self.outcome.add(&title, name, round, "queued p99 ms", board.wait_p99_ms);
         self.outcome.add(&title, name, round, "deviation runs", spread.deviation);
         self.outcome.add(&title, name, round, "max-min runs", spread.range);
         self.outcome.add(&title, name, round, "mean runs", spread.mean);
@@ -300,40 +337,84 @@ async fn warm_up(workload: &Workload) -> anyhow::Result<()> {
     }
 }
 
-/// A reload each second until `end` from now.
-async fn reload_each_second(running: &Running, end: Duration) -> anyhow::Result<()> {
+/// A reload each second until `end` from now; what failed.
+async fn reload_each_second(running: &Running, end: Duration) -> Vec<String> {
+    let mut failed = Vec::new();
     let (reload, pid) = (running.reload.clone(), running.pid());
     if matches!(reload, Reload::None) {
-        return Ok(());
+        return failed;
     }
     for number in 0..end.as_secs() as usize {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let reload = reload.clone();
-        tokio::task::spawn_blocking(move || reload.perform(pid, number)).await??;
+        match tokio::task::spawn_blocking(move || reload.perform(pid, number)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => failed.push(format!("reload {number}: {error:#}")),
+            Err(error) => failed.push(format!("reload {number}: {error}")),
+        }
     }
-    Ok(())
+    failed
 }
 
 /// The spread of outstanding runs over the agent's backends within the window.
-async fn watch_board(agent: SocketAddr, (from, to): (Duration, Duration)) -> anyhow::Result<Spread> {
+async fn watch_board(agent: SocketAddr, (from, to): (Duration, Duration)) -> anyhow::Result<BoardReport> {
     tokio::time::sleep(from).await;
     ask_board(agent, "/board?restart=1").await?;
     tokio::time::sleep(to.saturating_sub(from)).await;
     ask_board(agent, "/board").await
 }
 
-async fn ask_board(agent: SocketAddr, path: &str) -> anyhow::Result<Spread> {
-    #[derive(serde::Deserialize)]
-    struct Board {
-        spread: Spread,
-    }
+async fn ask_board(agent: SocketAddr, path: &str) -> anyhow::Result<BoardReport> {
     let mut stream = tokio::net::TcpStream::connect(agent).await?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await?;
     let (_, body) = answer.split_once("\r\n\r\n").context("the agent's board has no body")?;
-    Ok(serde_json::from_str::<Board>(body)?.spread)
+    Ok(serde_json::from_str(body)?)
+}
+
+/// Added latency against no proxy (h), and what reloads add to the tail (g).
+fn add_differences(outcome: &mut Outcome) {
+    let half_load = Item::HalfLoad.title();
+    for (figure, name) in [("p50 ms", "added p50 ms"), ("p99 ms", "added p99 ms")] {
+        outcome.add_difference(&half_load, figure, name, |outcome, _, round| {
+            outcome.value(&half_load, Peer::Direct.name(), figure, round)
+        });
+    }
+    let streams = Item::Streams.title();
+    outcome.add_difference(&Item::Reloads.title(), "p99.9 ms", "p99.9 over b", |outcome, contestant, round| {
+        outcome.value(&streams, contestant, "p99.9 ms", round)
+    });
+}
+
+static STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGINT and SIGTERM end the comparison in order: what it started is ended, what it found is printed.
+fn stop_on_signals() -> anyhow::Result<()> {
+    std::thread::Builder::new().name("signals".to_owned()).spawn(|| {
+        let waited = runtime(1).and_then(|runtime| {
+            runtime.block_on(async {
+                let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    interrupted = tokio::signal::ctrl_c() => interrupted?,
+                }
+                Ok(())
+            })
+        });
+        match waited {
+            Ok(()) => STOPPED.store(true, Ordering::Relaxed),
+            Err(error) => eprintln!("loadtest: signals are not heard: {error:#}"),
+        }
+    })?;
+    Ok(())
+}
+
+async fn stopped() {
+    while !STOPPED.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// The order of the peers in every table; simulations last.

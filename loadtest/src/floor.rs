@@ -56,6 +56,8 @@ async fn serve(options: &FloorOptions) -> anyhow::Result<()> {
             tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
         };
+        // Without it small events would wait for acknowledgements, which no proxy lets happen either.
+        let _ = client.set_nodelay(true);
         let (targets, turn, acceptor) = (targets.clone(), turn.clone(), acceptor.clone());
         tokio::spawn(async move {
             let target = targets[turn.fetch_add(1, Ordering::Relaxed) % targets.len()];

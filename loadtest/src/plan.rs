@@ -47,7 +47,8 @@ impl<'a> Planner<'a> {
         let time_ns = match &self.workload.mix[item].work {
             Work::Run { time } | Work::Job { time, .. } => self.length_ns(*time),
             Work::Stream { events: count, interval, .. } | Work::WebSocket { messages: count, interval, .. } => {
-                nanoseconds(interval.0) * u64::from(*count)
+                // The first comes at once: n of them leave n - 1 intervals between.
+                nanoseconds(interval.0) * u64::from(count.saturating_sub(1))
             }
             Work::Idle | Work::Short { .. } => 0,
         };

@@ -118,6 +118,7 @@ pub fn short(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),
         size if size >= 1e6 => format!("{:.2}M", value / 1e6),
+        size if size >= 1e5 => format!("{:.0}k", value / 1e3),
         size if size >= 1e4 => format!("{:.1}k", value / 1e3),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
@@ -155,7 +156,9 @@ mod tests {
 
     #[test]
     fn numbers_keep_three_digits() {
-        for (value, text) in [(0.0, "0"), (0.1234, "0.123"), (17.36, "17.4"), (12_345.0, "12.3k"), (2.5e6, "2.50M")] {
+        for (value, text) in
+            [(0.0, "0"), (0.1234, "0.123"), (17.36, "17.4"), (12_345.0, "12.3k"), (109_200.0, "109k"), (2.5e6, "2.50M")]
+        {
             assert_eq!(short(value), text);
         }
     }

@@ -174,9 +174,9 @@ impl Mind {
         let echo: Vec<&str> = message.split_whitespace().take(ECHO_WORDS_MAX).collect();
         let session = session.map_or("a conversation that has no name".to_owned(), |name| format!("session {name}"));
         format!(
-            "This is {name} of version {version}, turn {turn} of {session} as far as I remember. You said: {echo}. \
-             I keep my memory in this process, so only I can go on with what we began; another agent would start \
-             anew. That is why a proxy should bring you back to me, and should let me finish before it sends me away. Done.",
+            "This is {name} ({version}), turn {turn} of {session} as far as I remember. You said: {echo}. I keep my memory \
+             in this process, so only I can go on with it; another agent would start anew. That is why a proxy should \
+             bring you back to me.",
             name = self.agent.name,
             version = self.agent.version,
             echo = echo.join(" "),
@@ -247,7 +247,7 @@ mod tests {
         let mind = Mind { agent, memory: Mutex::default() };
         let words = mind.text(Some("anna"), 1, "hello there").split_whitespace().count() as u32;
         let duration = TOKEN_PACE * words;
-        assert!((Duration::from_secs(4)..Duration::from_secs(8)).contains(&duration), "{words} words: {duration:?}");
+        assert!((Duration::from_secs(3)..Duration::from_secs(6)).contains(&duration), "{words} words: {duration:?}");
     }
 
     #[tokio::test]

@@ -4,12 +4,15 @@ use http::StatusCode;
 
 use crate::message::{Fields, Framing, RequestHead, ResponseHead};
 
+/// The start line, framing and connection fields; what else a head needs is known from its fields.
+const HEAD_BYTES: usize = 160;
+
 /// Writes a request head for an endpoint, as HTTP/1.1 whatever version carried it here. `host` is the Host field.
 ///
 /// Framing, Connection, Upgrade, Expect and TE come from the typed members. A request has no framing "until the end":
 /// [`Framing::Eof`] is written as no body.
 pub fn write_request(out: &mut Vec<u8>, head: &RequestHead, host: &[u8]) {
-    out.reserve(256);
+    out.reserve(HEAD_BYTES + head.fields.byte_length() + 4 * head.fields.len());
     out.extend_from_slice(head.method.as_str().as_bytes());
     out.push(b' ');
     out.extend_from_slice(head.path.as_bytes());
@@ -45,7 +48,7 @@ pub fn write_request(out: &mut Vec<u8>, head: &RequestHead, host: &[u8]) {
 /// `close`: the connection closes after this answer; it always does where the framing is [`Framing::Eof`].
 /// [`Framing::None`] says that no body can follow (1xx, 204, 304, to HEAD): an empty body is [`Framing::Length`] of 0.
 pub fn write_response(out: &mut Vec<u8>, head: &ResponseHead, close: bool) {
-    out.reserve(256);
+    out.reserve(HEAD_BYTES + head.fields.byte_length() + 4 * head.fields.len());
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(head.status.as_str().as_bytes());
     out.push(b' ');
@@ -100,7 +103,6 @@ fn write_fields(out: &mut Vec<u8>, fields: &Fields) {
 
 #[inline]
 fn write_field(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
-    out.reserve(name.len() + value.len() + 4);
     out.extend_from_slice(name);
     out.extend_from_slice(b": ");
     out.extend_from_slice(value);

@@ -21,8 +21,8 @@ use crate::net::proxy_protocol;
 use crate::net::stream::{Plain, Stream};
 use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
 use crate::proxy::timer::Timer;
-use crate::proxy::worker::{Load, Worker};
-use crate::proxy::{self, http2_server, problem};
+use crate::proxy::worker::{Handed, Worker};
+use crate::proxy::{self, forwarded, http2_server, problem};
 use crate::snapshot::Listener;
 
 /// The first bytes of HTTP/2 with prior knowledge (RFC 9113 section 3.4), as far as they look like an HTTP/1 head.
@@ -37,9 +37,8 @@ const PROXY_HEADER_BYTES_MAX: usize = 4 * 1024;
 /// What the exchanges of one connection share.
 pub struct Connection {
     pub worker: Rc<Worker>,
-    /// Who connected, by the PROXY protocol where that is accepted; `None` for unix sockets.
-    pub peer: Option<IpAddr>,
-    pub tls: bool,
+    /// Who connected, by the PROXY protocol where that is accepted.
+    pub peer: forwarded::Peer,
     listener: RefCell<Arc<Listener>>,
 }
 
@@ -64,7 +63,7 @@ impl Connection {
 
     /// The peer is one of `trusted_proxies`.
     pub fn peer_trusted(&self, listener: &Listener) -> bool {
-        self.peer.is_some_and(|peer| listener.config.trusted_proxies.iter().any(|net| net.contains(&peer)))
+        self.peer.is_trusted(&listener.config.trusted_proxies)
     }
 }
 
@@ -78,8 +77,8 @@ impl Drop for Counted {
 }
 
 /// Serves an accepted socket to its end.
-pub async fn serve(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) {
-    let _load = Load::new(&worker.load);
+pub async fn serve(worker: Rc<Worker>, handed: Handed) {
+    let Handed { accepted, listener, load: _load } = handed;
     listener.metrics.connections.inc();
     let _counted = Counted(listener.clone());
     match Box::pin(open(worker, accepted, listener)).await {
@@ -116,8 +115,8 @@ async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -
             Stream::TlsServer(Box::new(stream))
         }
     };
-    let tls = stream.is_tls();
-    Ok((Connection { worker, peer, tls, listener: RefCell::new(listener) }, stream))
+    let peer = forwarded::Peer::new(peer, stream.is_tls());
+    Ok((Connection { worker, peer, listener: RefCell::new(listener) }, stream))
 }
 
 /// Reads exactly the PROXY protocol header, no byte of what follows it.
@@ -152,7 +151,7 @@ async fn serve_http1(connection: Connection, stream: Stream) {
             Err(HeadFault::Head(error)) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
             Err(HeadFault::Closed { .. }) => return,
         };
-        if first && !connection.tls && http1.unread().starts_with(HTTP2_PREFACE_HEAD) {
+        if first && !connection.peer.tls && http1.unread().starts_with(HTTP2_PREFACE_HEAD) {
             let Peer::Http1(http1) = client else { return };
             drop(timer);
             let (stream, unread) = http1.into_parts();
@@ -214,7 +213,7 @@ async fn refuse(connection: &Connection, mut client: Peer, timer: &mut Timer, er
     };
     let listener = connection.listener();
     listener.no_route.record(error.code.status().as_u16(), Some(error.code));
-    tracing::debug!(peer = ?connection.peer, "unreadable request head: {}", error.detail);
+    tracing::debug!(peer = ?connection.peer.address, "unreadable request head: {}", error.detail);
     let (mut head, body) = problem::error(&error);
     head.fields.append("longhaul-affinity", b"none");
     proxy::respond::send(&mut client, &mut head, body, Version::Http11, true, timer).await;
@@ -237,7 +236,7 @@ async fn linger(client: Peer, timer: &mut Timer) {
 mod tests {
     use super::*;
 
-    fn size<A, B, C, F: Future>(_: impl FnOnce(A, B, C) -> F) -> usize {
+    fn size<A, B, F: Future>(_: impl FnOnce(A, B) -> F) -> usize {
         size_of::<F>()
     }
 

@@ -73,7 +73,10 @@ pub async fn forward(
     record.session = identity.key.clone();
 
     // 7 pick
-    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).inspect_err(|_| {
+    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).inspect_err(|error| {
+        if error.code == Code::SessionLost {
+            record.affinity = AffinityOutcome::Lost;
+        }
         if identity.kind == Kind::Start {
             record.outcome = Some(RunOutcome::Rejected);
         }
@@ -342,6 +345,7 @@ fn begin_answer(
     if tunnel {
         websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
             lease.outcome(RunOutcome::Failed);
+            record.outcome = record.run.map(|_| RunOutcome::Failed);
             ProxyError::new(Code::UpstreamReset, reason)
         })?;
     }
@@ -388,7 +392,9 @@ fn begin_answer(
         answer.fields.append("longhaul-version", target.version.as_bytes());
         answer.fields.append("longhaul-endpoint", target.address.as_bytes());
     }
-    if success && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.tls) {
+    if success
+        && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.peer.tls)
+    {
         answer.fields.append("set-cookie", cookie.as_bytes());
     }
     record.status = status;

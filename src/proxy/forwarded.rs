@@ -1,6 +1,5 @@
 //! Forwarded: who the client really is, and what endpoints are told about it (RFC 7239 and the X-Forwarded fields).
 
-use std::fmt::Write;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -8,13 +7,17 @@ use ipnet::IpNet;
 use crate::message::Fields;
 use crate::proxy::edits;
 
-/// Who is at the other end of the client's connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Who is at the other end of the client's connection, with what each of its requests will say of that.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// `None` for a unix socket.
     pub address: Option<IpAddr>,
     /// The connection to us is TLS.
     pub tls: bool,
+    /// For X-Forwarded-For.
+    plain: Box<str>,
+    /// For Forwarded: a node of RFC 7239 section 6, where an IPv6 address is in brackets and therefore quoted.
+    node: Box<str>,
 }
 
 /// The random numbers of one request's ids, for those that it didn't bring.
@@ -26,6 +29,16 @@ pub struct RequestIds {
 }
 
 impl Peer {
+    pub fn new(address: Option<IpAddr>, tls: bool) -> Peer {
+        let address = address.map(|address| address.to_canonical());
+        let plain = address.map_or_else(|| "unknown".to_owned(), |address| address.to_string());
+        let node = match address {
+            Some(IpAddr::V6(address)) => format!("\"[{address}]\""),
+            _ => plain.clone(),
+        };
+        Peer { address, tls, plain: plain.into(), node: node.into() }
+    }
+
     /// The scheme that the client used, as this peer shows it.
     pub fn scheme(&self) -> &'static str {
         if self.tls { "https" } else { "http" }
@@ -67,12 +80,10 @@ pub fn effective_client(peer: Option<IpAddr>, trusted_proxies: &[IpNet], fields:
 ///
 /// `scheme` and `authority` are those of the client's request; an empty authority (HTTP/1.0) is not told.
 pub fn apply(fields: &mut Fields, peer: &Peer, is_trusted: bool, scheme: &str, authority: &str) {
-    let address = peer.address.map(|address| address.to_canonical());
-    let plain = address.map_or_else(|| "unknown".to_owned(), |address| address.to_string());
     if is_trusted {
-        append_to_list(fields, FOR, &plain);
+        append_to_list(fields, FOR, &peer.plain);
         if fields.contains(FORWARDED) {
-            append_to_list(fields, FORWARDED, &format!("for={}", node(address)));
+            append_to_list(fields, FORWARDED, &format!("for={}", peer.node));
         }
         if !fields.contains(PROTO) {
             fields.append(PROTO, scheme.as_bytes());
@@ -86,17 +97,21 @@ pub fn apply(fields: &mut Fields, peer: &Peer, is_trusted: bool, scheme: &str, a
         let is_claim = [FOR, PROTO, HOST, FORWARDED].iter().any(|claim| name.eq_ignore_ascii_case(claim.as_bytes()));
         !is_claim && !edits::is_own(name)
     });
-    let mut element = format!("for={}", node(address));
-    fields.append(FOR, plain.as_bytes());
+    fields.append(FOR, peer.plain.as_bytes());
     fields.append(PROTO, scheme.as_bytes());
     if !authority.is_empty() {
         fields.append(HOST, authority.as_bytes());
-        element.push_str(";host=");
-        push_value(&mut element, authority);
     }
-    element.push_str(";proto=");
-    element.push_str(scheme);
-    fields.append(FORWARDED, element.as_bytes());
+    fields.append_with(FORWARDED, |element| {
+        element.extend_from_slice(b"for=");
+        element.extend_from_slice(peer.node.as_bytes());
+        if !authority.is_empty() {
+            element.extend_from_slice(b";host=");
+            push_value(element, authority.as_bytes());
+        }
+        element.extend_from_slice(b";proto=");
+        element.extend_from_slice(scheme.as_bytes());
+    });
 }
 
 /// Gives the request an `x-request-id` (a UUID) and a `traceparent` (W3C Trace Context, sampled) where it has none.
@@ -107,13 +122,14 @@ pub fn add_ids(fields: &mut Fields, ids: &RequestIds) {
         fields.set(REQUEST_ID, id.hyphenated().encode_lower(&mut buffer).as_bytes());
     }
     if fields.get(TRACEPARENT).is_none_or(<[u8]>::is_empty) {
-        let mut text = String::with_capacity(55);
-        text.push_str("00-");
-        push_hex(&mut text, &ids.trace);
-        text.push('-');
-        push_hex(&mut text, &ids.span);
-        text.push_str("-01");
-        fields.set(TRACEPARENT, text.as_bytes());
+        fields.remove(TRACEPARENT);
+        fields.append_with(TRACEPARENT, |text| {
+            text.extend_from_slice(b"00-");
+            push_hex(text, &ids.trace);
+            text.push(b'-');
+            push_hex(text, &ids.span);
+            text.extend_from_slice(b"-01");
+        });
         // It belongs to the traceparent that isn't there.
         fields.remove("tracestate");
     }
@@ -157,39 +173,31 @@ fn append_to_list(fields: &mut Fields, name: &str, element: &str) {
     fields.set(name, &list);
 }
 
-/// A node of RFC 7239 section 6: an IPv6 address is in brackets and therefore quoted.
-fn node(address: Option<IpAddr>) -> String {
-    match address {
-        Some(IpAddr::V4(address)) => address.to_string(),
-        Some(IpAddr::V6(address)) => format!("\"[{address}]\""),
-        None => "unknown".to_owned(),
-    }
-}
-
 /// A token as it is, anything else as a quoted string (RFC 9110 section 5.6.4).
-fn push_value(text: &mut String, value: &str) {
-    let is_token = value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte));
+fn push_value(text: &mut Vec<u8>, value: &[u8]) {
+    let is_token = value.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte));
     if is_token {
-        text.push_str(value);
+        text.extend_from_slice(value);
         return;
     }
-    text.push('"');
-    for character in value.chars() {
-        if matches!(character, '"' | '\\') {
-            text.push('\\');
+    text.push(b'"');
+    for byte in value {
+        if matches!(byte, b'"' | b'\\') {
+            text.push(b'\\');
         }
-        text.push(character);
+        text.push(*byte);
     }
-    text.push('"');
+    text.push(b'"');
 }
 
-fn push_hex(text: &mut String, bytes: &[u8]) {
+fn push_hex(text: &mut Vec<u8>, bytes: &[u8]) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     // All zeros would be an invalid id (W3C Trace Context section 3.2.2.3).
     let is_zero = bytes.iter().all(|byte| *byte == 0);
     for (index, byte) in bytes.iter().enumerate() {
         let byte = if is_zero && index == 0 { 1 } else { *byte };
-        // Writing to a String can't fail.
-        let _ = write!(text, "{byte:02x}");
+        text.push(DIGITS[usize::from(byte >> 4)]);
+        text.push(DIGITS[usize::from(byte & 15)]);
     }
 }
 
@@ -219,7 +227,7 @@ mod tests {
     }
 
     fn peer(address: &str) -> Peer {
-        Peer { address: Some(address.parse().unwrap()), tls: true }
+        Peer::new(Some(address.parse().unwrap()), true)
     }
 
     #[test]

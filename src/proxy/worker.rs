@@ -25,9 +25,16 @@ pub struct Worker {
 
 /// The accept loop's view of a worker.
 pub struct WorkerHandle {
-    sockets: mpsc::Sender<(Accepted, Arc<Listener>)>,
+    sockets: mpsc::Sender<Handed>,
     /// Its open connections and exchanges.
     load: Arc<AtomicUsize>,
+}
+
+/// An accepted socket on its way to a worker.
+pub struct Handed {
+    pub accepted: Accepted,
+    pub listener: Arc<Listener>,
+    pub load: Load,
 }
 
 /// One connection or exchange of a worker's load, as long as it lives.
@@ -54,7 +61,8 @@ impl WorkerHandle {
     /// Hands a socket over; waits while the worker has too many to begin with.
     pub async fn serve(&self, accepted: Accepted, listener: Arc<Listener>) {
         // Fails only when the worker has ended, and with it the proxy.
-        let _ = self.sockets.send((accepted, listener)).await;
+        // Counted from here on, so that a burst is spread before the first of it is served.
+        let _ = self.sockets.send(Handed { accepted, listener, load: Load::new(&self.load) }).await;
     }
 }
 
@@ -73,7 +81,7 @@ pub fn start(index: usize, running: Arc<Running>) -> std::io::Result<(WorkerHand
     Ok((handle, thread))
 }
 
-async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::Receiver<(Accepted, Arc<Listener>)>) {
+async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::Receiver<Handed>) {
     let worker = Rc::new(Worker { running, pool: Pool::default(), load });
     let sweeper = worker.clone();
     tokio::task::spawn_local(async move {
@@ -91,8 +99,8 @@ async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::
             biased;
             () = &mut forced => return,
             socket = sockets.recv() => match socket {
-                Some((accepted, listener)) => {
-                    tokio::task::spawn_local(connection::serve(worker.clone(), accepted, listener));
+                Some(handed) => {
+                    tokio::task::spawn_local(connection::serve(worker.clone(), handed));
                 }
                 // The accept loop has ended; open connections go on until they are done or forced to end.
                 None => {

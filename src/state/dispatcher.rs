@@ -94,7 +94,11 @@ impl Dispatcher {
                 if run.is_some() {
                     self.metrics.rejected.inc();
                 }
-                Err(unplaced.refusal())
+                let refusal = unplaced.refusal();
+                if refusal == Refusal::SessionLost {
+                    self.metrics.affinity[AffinityOutcome::Lost as usize].inc();
+                }
+                Err(refusal)
             }
         }
     }

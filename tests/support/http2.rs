@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 
 use super::backend::{Body, Request, Script, Shared, Step};
 use super::client::{Head, Response};
-use super::{Io, within};
+use super::{Io, eventually, within};
 
 /// One HTTP/2 connection to the proxy.
 pub struct Http2Client {
@@ -57,6 +57,13 @@ impl Http2Client {
         let mut sender = within("room for a stream", self.sender.clone().ready()).await.expect("an open connection");
         let (response, send) = sender.send_request(request, end).expect("a valid request");
         Http2Stream { send, response }
+    }
+
+    /// As [`Http2Client::open`] for an extended CONNECT (RFC 8441), which the peer has to allow first.
+    pub async fn open_extended(&self, request: HttpRequest<()>) -> Http2Stream {
+        eventually("the peer's settings allow extended CONNECT", || self.sender.is_extended_connect_protocol_enabled())
+            .await;
+        self.open(request, false).await
     }
 
     /// One whole exchange.
@@ -108,6 +115,12 @@ impl Http2Stream {
     /// Gives the stream up with RST_STREAM.
     pub fn reset(&mut self) {
         self.send.send_reset(h2::Reason::CANCEL);
+    }
+
+    /// As [`Http2Stream::head`], keeping the sending half.
+    pub async fn response(&mut self) -> (Head, RecvStream) {
+        let (parts, receive) = within("response head", &mut self.response).await.expect("a response").into_parts();
+        (Head { status: parts.status.as_u16(), headers: pairs(&parts.headers), raw: Vec::new() }, receive)
     }
 
     /// The response's head, and where its body comes from.

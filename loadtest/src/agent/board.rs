@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -18,6 +19,8 @@ pub struct Board {
 
 struct State {
     balance: Balance,
+    /// How long runs waited for a place, in microseconds.
+    waits: Histogram<u64>,
     finished: u64,
     jobs: HashMap<u64, u64>,
     next_job: u64,
@@ -29,6 +32,8 @@ pub struct BoardReport {
     pub outstanding: Vec<u32>,
     pub finished: u64,
     pub spread: Spread,
+    pub wait_mean_ms: f64,
+    pub wait_p99_ms: f64,
 }
 
 // Past this many jobs the oldest numbers are not kept: their polls answer 404.
@@ -36,8 +41,13 @@ const JOBS_MAX: usize = 1_000_000;
 
 impl Board {
     pub fn new(backends: usize, slots: Option<usize>) -> Self {
-        let state =
-            State { balance: Balance::new(backends, monotonic_ns()), finished: 0, jobs: HashMap::new(), next_job: 0 };
+        let state = State {
+            balance: Balance::new(backends, monotonic_ns()),
+            waits: Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("the bounds are constants that make sense"),
+            finished: 0,
+            jobs: HashMap::new(),
+            next_job: 0,
+        };
         let places = slots.map(|slots| (0..backends).map(|_| Arc::new(Semaphore::new(slots))).collect());
         Self { state: Mutex::new(state), places }
     }
@@ -48,9 +58,16 @@ impl Board {
         let now_ns = monotonic_ns();
         let spread = state.balance.spread(now_ns);
         let outstanding = state.balance.outstanding().to_vec();
-        let report = BoardReport { outstanding, finished: state.finished, spread };
+        let report = BoardReport {
+            outstanding,
+            finished: state.finished,
+            spread,
+            wait_mean_ms: if state.waits.is_empty() { 0.0 } else { state.waits.mean() / 1e3 },
+            wait_p99_ms: state.waits.value_at_quantile(0.99) as f64 / 1e3,
+        };
         if restart {
             state.balance.restart(now_ns);
+            state.waits.reset();
             state.finished = 0;
         }
         report
@@ -97,9 +114,21 @@ impl OpenRun {
 
     /// Waits for a free place, in the order of asking.
     pub async fn take_place(&mut self) {
-        if let Some(places) = &self.backend.board.places {
-            self._place = places[self.backend.number].clone().acquire_owned().await.ok();
-        }
+        let Some(places) = &self.backend.board.places else { return };
+        let since_ns = monotonic_ns();
+        let places = places[self.backend.number].clone();
+        // With a place free at once nothing was waited for, whatever the clock says.
+        let waited_us = match places.clone().try_acquire_owned() {
+            Ok(place) => {
+                self._place = Some(place);
+                0
+            }
+            Err(_) => {
+                self._place = places.acquire_owned().await.ok();
+                (monotonic_ns() - since_ns) / 1000
+            }
+        };
+        self.backend.board.state().waits.saturating_record(waited_us);
     }
 }
 

@@ -31,26 +31,17 @@ where
             }
             Answer::Run(hold) => {
                 let mut run = OpenRun::start(&backend);
-                let waiting_since_ns = monotonic_ns();
                 let worked = async {
                     run.take_place().await;
-                    let waited_ns = monotonic_ns() - waiting_since_ns;
                     tokio::time::sleep(hold).await;
-                    waited_ns
                 };
-                let waited_ns = tokio::select! {
-                    waited_ns = worked => waited_ns,
+                tokio::select! {
+                    () = worked => {}
                     left = client_left(&mut stream, &mut buffered) => return left,
-                };
+                }
                 drop(run);
-                out.extend_from_slice(
-                    format!(
-                        "HTTP/1.1 200 OK\r\ncontent-length: 4\r\nx-agent: {}\r\nx-waited-us: {}\r\n\r\ndone",
-                        backend.number,
-                        waited_ns / 1000
-                    )
-                    .as_bytes(),
-                );
+                let done = Full { status: 200, body: "done".to_owned(), location: None };
+                write_full(&mut out, &done, backend.number);
                 stream.write_all(&out).await?;
             }
             Answer::Stream(plan) => {

@@ -41,13 +41,47 @@ pub struct Contestant {
 pub const REFERENCE: &str = "floor";
 
 impl Outcome {
-    /// Adds a value of one round.
-    pub fn add(&mut self, title: &str, contestant: &str, round: u32, figure: &str, value: f64) {
+    /// Adds a value of one round; without a value the figure still gets its column.
+    pub fn add(&mut self, title: &str, contestant: &str, round: u32, figure: &str, value: impl Into<Option<f64>>) {
         let item = self.item(title);
         if !item.figures.iter().any(|name| name == figure) {
             item.figures.push(figure.to_owned());
         }
-        item.contestant(contestant).values.entry(figure.to_owned()).or_default().push((round, value));
+        if let Some(value) = value.into() {
+            item.contestant(contestant).values.entry(figure.to_owned()).or_default().push((round, value));
+        }
+    }
+
+    /// Adds a figure: `figure` of each contestant less what `base` gives for the same round and contestant.
+    pub fn add_difference(
+        &mut self,
+        title: &str,
+        figure: &str,
+        name: &str,
+        base: impl Fn(&Self, &str, u32) -> Option<f64>,
+    ) {
+        let found: Vec<(String, u32, f64)> = self
+            .items
+            .iter()
+            .filter(|item| item.title == title)
+            .flat_map(|item| &item.contestants)
+            .flat_map(|one| {
+                let values = one.values.get(figure).into_iter().flatten();
+                values.map(|(round, value)| (one.name.clone(), *round, *value))
+            })
+            .collect();
+        for (contestant, round, value) in found {
+            if let Some(base) = base(self, &contestant, round) {
+                self.add(title, &contestant, round, name, value - base);
+            }
+        }
+    }
+
+    /// One value of one round.
+    pub fn value(&self, title: &str, contestant: &str, figure: &str, round: u32) -> Option<f64> {
+        let item = self.items.iter().find(|item| item.title == title)?;
+        let contestant = item.contestants.iter().find(|one| one.name == contestant)?;
+        contestant.values.get(figure)?.iter().find(|(other, _)| *other == round).map(|(_, value)| *value)
     }
 
     pub fn add_faults(&mut self, title: &str, contestant: &str, faults: u64) {
@@ -73,16 +107,16 @@ impl Outcome {
             let _ = writeln!(text, "  {name:<10} {version}");
         }
         for item in &self.items {
-            let _ = write!(text, "\n{}\n{:<18}", item.title, "median [min-max]");
+            let _ = write!(text, "\n{}\n{:<18}", item.title, "median [min..max]");
             for figure in &item.figures {
-                let _ = write!(text, " {figure:>24}");
+                let _ = write!(text, " {figure:>21}");
             }
             let _ = writeln!(text, " {:>18} {:>7}", format!("x {REFERENCE}"), "faults");
             for contestant in &item.contestants {
                 let _ = write!(text, "{:<18}", contestant.name);
                 for figure in &item.figures {
                     let _ =
-                        write!(text, " {:>24}", contestant.summary(figure).map_or("-".to_owned(), |s| s.to_string()));
+                        write!(text, " {:>21}", contestant.summary(figure).map_or("-".to_owned(), |s| s.to_string()));
                 }
                 let ratio = item.ratio(contestant).map_or("-".to_owned(), |ratio| ratio.to_string());
                 let _ = writeln!(text, " {ratio:>18} {:>7}", contestant.faults);
@@ -165,7 +199,7 @@ struct Summary {
 
 impl std::fmt::Display for Summary {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "{} [{}-{}]", short(self.median), short(self.low), short(self.high))
+        write!(formatter, "{} [{}..{}]", short(self.median), short(self.low), short(self.high))
     }
 }
 
@@ -202,7 +236,12 @@ mod tests {
         let ratio = outcome.items[0].ratio(&outcome.items[0].contestants[1]).unwrap();
         assert!((ratio.low - 1.1).abs() < 1e-9 && (ratio.high - 1.2).abs() < 1e-9, "{ratio:?}");
         let table = outcome.table();
-        assert!(table.contains("1.15 [1.10-1.20]"), "{table}");
+        assert!(table.contains("1.15 [1.10..1.20]"), "{table}");
         assert!(outcome.page().contains("<svg"));
+
+        outcome
+            .add_difference("b", "CPU", "added CPU", |outcome, _, round| outcome.value("b", REFERENCE, "CPU", round));
+        assert_eq!(outcome.value("b", "proxy", "added CPU", 2), Some(2.0));
+        assert_eq!(outcome.value("b", "proxy", "added CPU", 3), None);
     }
 }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::Bound;
 use crate::clock::monotonic_ns;
+use crate::plan::Random;
 use crate::process::tree_ids;
 use crate::tls::TestCertificate;
 
@@ -327,12 +328,12 @@ impl Reload {
                 let body = &generations[number % 2][0].1;
                 let mut stream = TcpStream::connect_timeout(address, Duration::from_secs(2))?;
                 stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-                write!(
-                    stream,
+                let request = format!(
                     "POST /load HTTP/1.1\r\nhost: {address}\r\norigin: http://{address}\r\ncontent-type: text/caddyfile\r\n\
                      content-length: {}\r\nconnection: close\r\n\r\n{body}",
                     body.len()
-                )?;
+                );
+                stream.write_all(request.as_bytes())?;
                 let mut answer = String::new();
                 stream.read_to_string(&mut answer)?;
                 if !answer.starts_with("HTTP/1.1 200") {
@@ -445,9 +446,14 @@ fn on_path(name: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// A port that is free now; somebody may take it before it is used, then starting fails and says so.
+/// A port that is free now, below those that Linux hands out to clients: with thousands of connections being made, one
+/// of these could be taken between this check and its use.
 fn free_port() -> anyhow::Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    let mut random = Random::new(monotonic_ns());
+    (0..1000)
+        .map(|_| 10_000 + (random.draw() % 20_000) as u16)
+        .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
+        .context("no free port between 10000 and 30000")
 }
 
 fn render(template: &str, values: &[(&str, String)]) -> String {

@@ -26,7 +26,8 @@ pub enum Item {
 /// One measured value.
 pub struct Figure {
     pub name: &'static str,
-    pub value: f64,
+    /// Absent where it makes no sense, such as CPU time without a proxy.
+    pub value: Option<f64>,
 }
 
 /// How large the work is.
@@ -36,13 +37,28 @@ pub struct Scale {
     pub stream_seconds: u32,
     pub short_seconds: u64,
     pub idle: u32,
+    /// Between the opening of the last idle stream and the measurement.
+    pub settle: Duration,
     pub balance_seconds: u64,
 }
 
 impl Scale {
-    pub const FULL: Self =
-        Self { streams: 1000, stream_seconds: 10, short_seconds: 5, idle: 9000, balance_seconds: 30 };
-    pub const QUICK: Self = Self { streams: 100, stream_seconds: 2, short_seconds: 2, idle: 200, balance_seconds: 3 };
+    pub const FULL: Self = Self {
+        streams: 1000,
+        stream_seconds: 10,
+        short_seconds: 5,
+        idle: 9000,
+        settle: Duration::from_secs(2),
+        balance_seconds: 30,
+    };
+    pub const QUICK: Self = Self {
+        streams: 50,
+        stream_seconds: 1,
+        short_seconds: 1,
+        idle: 100,
+        settle: Duration::from_millis(200),
+        balance_seconds: 2,
+    };
 }
 
 /// Backends of the balance item, and how many runs each works on at once.
@@ -115,6 +131,7 @@ impl Item {
                 let mut workload = blank(target, Work::Short { path: "/".to_owned() });
                 workload.arrivals.concurrency = Some(CONNECTIONS);
                 workload.arrivals.duration = Span(Duration::from_secs(scale.short_seconds));
+                workload.window.from = Span(Duration::from_secs(scale.short_seconds) / 5);
                 workload
             }
             Self::Streams | Self::StreamsTls | Self::Reloads => {
@@ -140,8 +157,8 @@ impl Item {
                 workload.arrivals.rate = rate;
                 workload.arrivals.limit = u64::from(scale.idle);
                 workload.arrivals.duration = Span(ramp + Duration::from_secs(1));
-                workload.window.from = Span(ramp + Duration::from_secs(2));
-                workload.window.to = Span(ramp + Duration::from_secs(3));
+                workload.window.from = Span(ramp + scale.settle);
+                workload.window.to = Span(ramp + scale.settle + Duration::from_millis(100));
                 workload
             }
             Self::Balance => {
@@ -152,7 +169,7 @@ impl Item {
                 // Seven tenths of what all places can do: 0.8 x 100 ms + 0.2 x 1500 ms = 380 ms a run.
                 workload.arrivals.rate = 0.7 * (BACKENDS * SLOTS) as f64 / 0.38;
                 workload.arrivals.duration = Span(Duration::from_secs(scale.balance_seconds));
-                workload.window.from = Span(Duration::from_secs(scale.balance_seconds / 6));
+                workload.window.from = Span(Duration::from_secs(scale.balance_seconds) / 6);
                 workload
             }
         }
@@ -161,11 +178,7 @@ impl Item {
     /// What the report says; the first figure is the item's headline.
     pub fn figures(self, report: &Report) -> Vec<Figure> {
         let mut figures = Vec::new();
-        let mut add = |name, value: Option<f64>| {
-            if let Some(value) = value {
-                figures.push(Figure { name, value });
-            }
-        };
+        let mut add = |name, value: Option<f64>| figures.push(Figure { name, value });
         let processes = report.window.processes.as_ref();
         match self {
             Self::Short | Self::ShortTls => {
