@@ -141,6 +141,7 @@ pub async fn forward(
                 unanswered
             }
         };
+        // That our own bound on connections is reached says nothing of the endpoint.
         if !unanswered.connection_spent && unanswered.error.code != Code::Overloaded {
             lease.report(Evidence::Bad, ids::now());
         }
@@ -302,8 +303,9 @@ async fn try_once(
     direction.raw =
         http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
     if !http1 && request.upgrade.is_some() {
+        // Not the endpoint's failure: clients must not be able to have it ejected.
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
-        return Tried::in_vain(Unanswered { unsent: false, connection_spent: false, error });
+        return Tried::Refused(error);
     }
     let interim_passes = asked.caller.version != Version::Http10;
     if !http1 && request.expect_continue {
@@ -324,6 +326,8 @@ async fn try_once(
     let host = edits::host_for(&target.host, &request.authority, &target.url);
     let mut upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
         Ok(upstream) => upstream,
+        // A request that HTTP/2 can't carry is no fault of the endpoint.
+        Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
     match relay::until_answer(client, &mut upstream, direction, deadlines, interim_passes, timer).await {
@@ -373,6 +377,11 @@ fn begin_answer(
     let outcome = if status >= 500 { RunOutcome::Failed } else { RunOutcome::Completed };
     let success = status < 400;
     let tunnel = status == 101;
+    if tunnel && !direction.done() {
+        lease.outcome(RunOutcome::Failed);
+        let detail = "the endpoint switched protocols before the request had ended (RFC 9110 section 7.8)";
+        return Err(ProxyError::new(Code::UpstreamReset, detail));
+    }
     if tunnel {
         websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
             lease.outcome(RunOutcome::Failed);
@@ -440,6 +449,7 @@ fn begin_answer(
     let client_keep_alive = may_keep_alive(connection, client, caller) && answer.framing != Framing::Eof && !tunnel;
     let eof_framed = caller.version == Version::Http10 && answer.framing == Framing::Chunked;
     let client_keep_alive = client_keep_alive && !eof_framed;
+    let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
     let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
     if begun.is_err() {
         lease.outcome(RunOutcome::Cancelled);
@@ -467,6 +477,7 @@ fn begin_answer(
         outcome,
         upstream_keep_alive,
         client_keep_alive,
+        until_close,
     })))
 }
 

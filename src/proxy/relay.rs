@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Code, ProxyError};
 use crate::message::{Fields, ResponseHead};
 use crate::proxy::account::Record;
+use crate::proxy::edits;
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
@@ -190,7 +191,7 @@ pub async fn until_answer(
         }
         loop {
             match upstream.poll_response(context) {
-                Poll::Ready(Ok(head)) if head.status.is_informational() && head.status.as_u16() != 101 => {
+                Poll::Ready(Ok(mut head)) if head.status.is_informational() && head.status.as_u16() != 101 => {
                     interim_answers += 1;
                     if interim_answers > INTERIM_ANSWERS_MAX {
                         let error =
@@ -198,6 +199,7 @@ pub async fn until_answer(
                         return Poll::Ready(Answer::None(Unanswered { unsent: false, connection_spent: false, error }));
                     }
                     if interim_passes {
+                        edits::remove_own(&mut head.fields);
                         client.send_informational(&head);
                     }
                 }
@@ -256,6 +258,8 @@ pub struct Flow {
     pub upstream_keep_alive: bool,
     /// The client was not told to close.
     pub client_keep_alive: bool,
+    /// Only the end of the client's connection ends the answer.
+    pub until_close: bool,
 }
 
 /// How an exchange ended whose answer had begun.
