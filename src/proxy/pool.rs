@@ -212,7 +212,7 @@ impl Pool {
                 let idle_for = now.saturating_duration_since(connection.usage.changed.get());
                 let unwanted = connection.target.retired() || idle_for >= connection.target.pool.idle_timeout;
                 let broken = matches!(poll_sender(connection), Poll::Ready(Err(_)));
-                !broken && !(unused && unwanted)
+                !broken && (!unused || !unwanted)
             });
             !connections.is_empty()
         });
