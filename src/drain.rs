@@ -1,5 +1,8 @@
 //! Drain: one signal that tells every listener and connection to finish.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use tokio::sync::watch;
 
 /// How far the proxy's own shutdown has come. Only ever goes forward.
@@ -14,10 +17,16 @@ pub enum Phase {
     Forced,
 }
 
+impl Phase {
+    const ALL: [Phase; 4] = [Phase::Serving, Phase::Announced, Phase::Draining, Phase::Forced];
+}
+
 /// The phase, shared: anyone may read or await it.
 #[derive(Clone)]
 pub struct Drain {
     phase: watch::Sender<Phase>,
+    /// The same as a number: every request asks for it.
+    current: Arc<AtomicU8>,
 }
 
 impl Default for Drain {
@@ -28,11 +37,11 @@ impl Default for Drain {
 
 impl Drain {
     pub fn new() -> Drain {
-        Drain { phase: watch::Sender::new(Phase::Serving) }
+        Drain { phase: watch::Sender::new(Phase::Serving), current: Arc::default() }
     }
 
     pub fn phase(&self) -> Phase {
-        *self.phase.borrow()
+        Phase::ALL[usize::from(self.current.load(Ordering::Acquire))]
     }
 
     /// Goes forward to `phase`; going back is ignored.
@@ -41,6 +50,7 @@ impl Drain {
             let forward = phase > *current;
             if forward {
                 *current = phase;
+                self.current.store(phase as u8, Ordering::Release);
             }
             forward
         });

@@ -86,12 +86,6 @@ impl Fields {
         self.entries.push(Entry { name_start, name_length: name.len() as u32, value_start, value_length });
     }
 
-    /// Makes room for so many more bytes and fields, so that they are added without moving what is there.
-    pub fn reserve(&mut self, bytes: usize, count: usize) {
-        self.data.reserve(bytes);
-        self.entries.reserve(count);
-    }
-
     /// The bytes that names and values take.
     pub fn byte_length(&self) -> usize {
         self.data.len()

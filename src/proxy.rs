@@ -93,10 +93,6 @@ pub fn start(
     Ok(Handle { threads })
 }
 
-/// Room for the fields that every request is given on its way.
-const OWN_FIELD_BYTES: usize = 512;
-const OWN_FIELDS: usize = 8;
-
 /// What becomes of an HTTP/1.1 client's connection after an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
@@ -262,16 +258,8 @@ async fn begin(
     let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
     let debug =
         asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
-    request.fields.reserve(OWN_FIELD_BYTES, OWN_FIELDS);
     forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
-    forwarded::add_ids(
-        &mut request.fields,
-        &forwarded::RequestIds {
-            request_id: crate::ids::random_bytes(),
-            trace: crate::ids::random_bytes(),
-            span: crate::ids::random_bytes(),
-        },
-    );
+    forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::random_bytes()));
     let begun = forward::forward(
         forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, caller },
         client,

@@ -19,11 +19,20 @@ pub(super) struct Section<'a> {
     pub(super) accepts_trailers: bool,
 }
 
+/// Room for the fields that a head is given on its way through, so that they are added without moving what is there.
+const ADDED_BYTES: usize = 448;
+const ADDED_FIELDS: usize = 8;
+/// A field line is rarely shorter.
+const FIELD_BYTES: usize = 24;
+
 /// Reads the lines of `section`, through its final empty line.
 pub(super) fn read_section(section: &[u8], limits: HeadLimits) -> Result<Section<'_>, HeadError> {
     let mut rest = section;
     let mut count = 0;
-    let mut read = Section { fields: Fields::with_capacity(section.len(), 16), ..Section::default() };
+    let mut read = Section {
+        fields: Fields::with_capacity(section.len() + ADDED_BYTES, ADDED_FIELDS + section.len() / FIELD_BYTES),
+        ..Section::default()
+    };
     let mut has_transfer_encoding = false;
     let mut connection_upgrade = false;
     let mut upgrade = None;

@@ -1,6 +1,6 @@
 //! Steps 1 to 3 of a connection's life: PROXY protocol, TLS, then HTTP/1.1 or HTTP/2 until it ends or drains.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
@@ -40,25 +40,29 @@ pub struct Connection {
     /// Who connected, by the PROXY protocol where that is accepted.
     pub peer: forwarded::Peer,
     listener: RefCell<Arc<Listener>>,
+    /// A reload has removed the listener.
+    orphaned: Cell<bool>,
 }
 
 impl Connection {
     /// The listener as the newest configuration has it; as it was last, where a reload removed it.
     pub fn listener(&self) -> Arc<Listener> {
         let address = self.listener.borrow().local_address.clone();
-        if let Some(current) = self.worker.running.snapshot.load().listener(&address) {
-            *self.listener.borrow_mut() = current;
+        match self.worker.running.snapshot.load().listener(&address) {
+            Some(current) => *self.listener.borrow_mut() = current,
+            None => self.orphaned.set(true),
         }
+        self.listener.borrow().clone()
+    }
+
+    /// As [`Connection::listener`] was when it was last asked.
+    fn last_listener(&self) -> Arc<Listener> {
         self.listener.borrow().clone()
     }
 
     /// No further request is wanted on this connection: the proxy drains, or its listener is gone.
     pub fn told_to_close(&self) -> bool {
-        if self.worker.running.drain.phase() >= Phase::Draining {
-            return true;
-        }
-        let address = &self.listener.borrow().local_address;
-        self.worker.running.snapshot.load().listener(address).is_none()
+        self.orphaned.get() || self.worker.running.drain.phase() >= Phase::Draining
     }
 
     /// The peer is one of `trusted_proxies`.
@@ -116,7 +120,7 @@ async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -
         }
     };
     let peer = forwarded::Peer::new(peer, stream.is_tls());
-    Ok((Connection { worker, peer, listener: RefCell::new(listener) }, stream))
+    Ok((Connection { worker, peer, listener: RefCell::new(listener), orphaned: Cell::new(false) }, stream))
 }
 
 /// Reads exactly the PROXY protocol header, no byte of what follows it.
@@ -141,7 +145,7 @@ async fn serve_http1(connection: Connection, stream: Stream) {
     let mut first = true;
     loop {
         let Peer::Http1(http1) = &mut client else { return };
-        let listener = connection.listener();
+        let listener = connection.last_listener();
         let limits = HeadLimits {
             max_bytes: listener.config.limits.max_header_bytes,
             max_fields: listener.config.limits.max_headers,
