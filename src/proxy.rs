@@ -136,6 +136,16 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
     let judged = if flow.lease.is_some() { run_outcome } else { flow.outcome };
     flow.give_back(run_outcome);
     record.outcome = record.run.map(|_| judged);
+    if let Some(error) = cut_short(end)
+        && client.take_back_head()
+    {
+        // The client has seen nothing of this answer yet, so it can still be told what became of it.
+        drop(flow);
+        return answer_error(connection, client, &caller, error, timer, &mut record).await;
+    }
+    if !matches!(end, End::Whole | End::ClientGone) {
+        cut(client, &flow).await;
+    }
     let kept = match end {
         End::Whole => {
             let request_done = flow.request.done() || flow.tunnel;
@@ -164,6 +174,32 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
         http2.reset(reason);
     }
     kept
+}
+
+/// What to say of an answer that ended before its end, to a client that is still there.
+fn cut_short(end: End) -> Option<ProxyError> {
+    match end {
+        End::Whole | End::ClientGone => None,
+        End::Truncated => Some(ProxyError::new(
+            Code::UpstreamReset,
+            "the endpoint broke its answer off, or sent a malformed body, right behind its head",
+        )),
+        End::TimedOut(code) | End::Refused(code) => Some(ProxyError::new(code, code.title())),
+    }
+}
+
+/// Sees to it that the client can tell the cut from an end.
+async fn cut(client: &mut Peer, flow: &relay::Flow) {
+    let Peer::Http1(http1) = client else { return };
+    // What waits is tried once and not waited for.
+    std::future::poll_fn(|context| {
+        let _ = http1.poll_flush(context);
+        std::task::Poll::Ready(())
+    })
+    .await;
+    if flow.until_close {
+        http1.reset_on_close();
+    }
 }
 
 /// How the beginning of an exchange ended.
@@ -210,7 +246,7 @@ async fn begin(
                 head.fields.append("longhaul-affinity", b"none");
                 record.status = head.status.as_u16();
                 let body = respond::for_method(&caller.method, &mut head, body);
-                let close = !may_keep_alive(connection, client, caller);
+                let close = after_own_answer(client, caller, connection) != After::KeepAlive;
                 respond::send(client, &mut head, body, caller.version, close, timer).await;
             }
             return Ok(Begun::Answered);

@@ -10,6 +10,8 @@ pub mod status;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use tokio::sync::Notify;
+
 use crate::config;
 use crate::error::Code;
 use crate::metrics::VersionMetrics;
@@ -33,6 +35,12 @@ pub struct Target {
     pub metrics: Arc<VersionMetrics>,
     /// Open connections of all workers.
     pub connections: AtomicUsize,
+    /// Those that no exchange uses.
+    pub idle_connections: AtomicUsize,
+    /// Asks whoever holds an idle connection to close it, because `pool.max_connections` keeps another worker waiting.
+    pub give_way: Notify,
+    /// Told when a connection has closed, has become idle, or is not idle any more.
+    pub connections_changed: Notify,
     retired: AtomicBool,
 }
 
@@ -73,6 +81,9 @@ impl Target {
             tls,
             metrics,
             connections: AtomicUsize::new(0),
+            idle_connections: AtomicUsize::new(0),
+            give_way: Notify::new(),
+            connections_changed: Notify::new(),
             retired: AtomicBool::new(false),
         }
     }
@@ -188,6 +199,14 @@ impl Refusal {
             Refusal::NoEndpoint => Code::NoEndpoint,
             Refusal::QueueFull => Code::QueueFull,
             Refusal::SessionLost => Code::SessionLost,
+        }
+    }
+
+    /// What it means for the session.
+    pub fn affinity(self) -> AffinityOutcome {
+        match self {
+            Refusal::SessionLost => AffinityOutcome::Lost,
+            Refusal::NoEndpoint | Refusal::QueueFull => AffinityOutcome::None,
         }
     }
 }

@@ -57,6 +57,15 @@ impl Stream {
         Pin::new(self).poll_write_vectored(context, slices)
     }
 
+    /// Closing will reset the connection: the peer sees an error in place of an end, and what is still on its way may be
+    /// lost. Of no effect on unix sockets, which know no reset, and under TLS, where the missing close_notify says it.
+    pub fn reset_on_close(&self) {
+        if let Stream::Plain(Plain::Tcp(stream)) = self {
+            // A socket that takes no option is gone already.
+            let _ = stream.set_zero_linger();
+        }
+    }
+
     /// Bytes given to [`Stream::poll_write_slices`] may wait here (in the TLS session) and need a flush.
     pub fn buffers_writes(&self) -> bool {
         !matches!(self, Stream::Plain(_))

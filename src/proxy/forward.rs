@@ -27,7 +27,7 @@ use crate::proxy::{Caller, edits, may_keep_alive, respond, route, websocket};
 use crate::snapshot::{Listener, Service};
 use crate::state::dispatcher::{Ask, Lease, Placed};
 use crate::state::sessions::SessionKey;
-use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
+use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
 
 /// What is asked for, beside the request itself.
 pub struct Asked<'a> {
@@ -73,13 +73,12 @@ pub async fn forward(
     record.session = identity.key.clone();
 
     // 7 pick
-    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).inspect_err(|error| {
-        if error.code == Code::SessionLost {
-            record.affinity = AffinityOutcome::Lost;
-        }
+    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).map_err(|refusal| {
+        record.affinity = refusal.affinity();
         if identity.kind == Kind::Start {
             record.outcome = Some(RunOutcome::Rejected);
         }
+        refused(refusal, service)
     })?;
     record.affinity = affinity;
     record.run = lease.run_id();
@@ -115,9 +114,10 @@ pub async fn forward(
     };
     let connect_timeout = overrides.connect.unwrap_or(timeouts.connect);
     let mut attempt = 1;
+    let mut fresh = false;
     let (upstream, answer) = loop {
         let tried = try_once(
-            Attempt { asked: &asked, target: &target, deadlines, connect_timeout, ahead },
+            Attempt { asked: &asked, target: &target, deadlines, connect_timeout, ahead, fresh },
             client,
             &mut request,
             &mut direction,
@@ -136,9 +136,13 @@ pub async fn forward(
                 record.outcome = record.run.map(|_| RunOutcome::Cancelled);
                 return Err(error);
             }
-            Tried::Unanswered(unanswered) => unanswered,
+            Tried::Unanswered { unanswered, reused } => {
+                fresh = reused;
+                unanswered
+            }
         };
-        if !unanswered.connection_spent {
+        // That our own bound on connections is reached says nothing of the endpoint.
+        if !unanswered.connection_spent && unanswered.error.code != Code::Overloaded {
             lease.report(Evidence::Bad, ids::now());
         }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
@@ -152,7 +156,9 @@ pub async fn forward(
         } else if unanswered.connection_spent {
             Some(target.clone())
         } else {
-            lease.retry(ids::now(), ids::random_u64()).ok()
+            // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried.
+            let other = lease.retry(ids::now(), ids::random_u64());
+            other.ok().or_else(|| fresh.then(|| target.clone()))
         };
         if let Some(next) = next {
             attempt += 1;
@@ -180,7 +186,7 @@ fn ahead_only(client: &Peer, direction: &Direction) -> bool {
     client.held().len() as u64 == direction.observer.bytes
 }
 
-fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> Result<Placed, ProxyError> {
+fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> Result<Placed, Refusal> {
     let matched = service
         .config
         .versions
@@ -194,15 +200,17 @@ fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> R
         version: matched.map(|version| version.name.as_str()),
         hint: hint.map(|cookie| &cookie.pin),
     };
-    service.dispatcher.pick(ask, ids::now(), ids::random_u64()).map_err(|refusal| {
-        let code = refusal.code();
-        let detail = match code {
-            Code::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
-            Code::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
-            _ => format!("no endpoint of service {} is ready", service.name),
-        };
-        ProxyError::new(code, detail)
-    })
+    service.dispatcher.pick(ask, ids::now(), ids::random_u64())
+}
+
+/// What to tell whoever was given no endpoint.
+fn refused(refusal: Refusal, service: &Service) -> ProxyError {
+    let detail = match refusal {
+        Refusal::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
+        Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
+        Refusal::NoEndpoint => format!("no endpoint of service {} is ready", service.name),
+    };
+    ProxyError::new(refusal.code(), detail)
 }
 
 /// Makes the request the one that the endpoint is to see, whichever endpoint that will be.
@@ -245,14 +253,27 @@ struct Attempt<'a> {
     connect_timeout: Duration,
     /// Body bytes were read ahead, so the client's own chunk framing is lost.
     ahead: bool,
+    /// No kept connection is to be used: one has just turned out to be broken.
+    fresh: bool,
 }
 
 #[expect(clippy::large_enum_variant, reason = "one at a time, and the large one is the usual one")]
 enum Tried {
     Answered(Upstream, ResponseHead),
-    Unanswered(Unanswered),
+    /// `reused`: on a kept connection.
+    Unanswered {
+        unanswered: Unanswered,
+        reused: bool,
+    },
     ClientGone,
     Refused(ProxyError),
+}
+
+impl Tried {
+    /// No answer, on a connection that was opened for this attempt.
+    fn in_vain(unanswered: Unanswered) -> Tried {
+        Tried::Unanswered { unanswered, reused: false }
+    }
 }
 
 async fn try_once(
@@ -262,9 +283,10 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, deadlines, connect_timeout, ahead } = attempt;
+    let Attempt { asked, target, deadlines, connect_timeout, ahead, fresh } = attempt;
     let pool = &asked.connection.worker.pool;
-    let connected = match upstream::pooled(pool, target) {
+    let kept = if fresh { None } else { upstream::pooled(pool, target) };
+    let connected = match kept {
         Some(connected) => connected,
         None => {
             let connecting = upstream::connect(pool, target, connect_timeout);
@@ -272,7 +294,7 @@ async fn try_once(
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
                 Some(Err(error)) => {
-                    return Tried::Unanswered(Unanswered { unsent: true, connection_spent: false, error });
+                    return Tried::in_vain(Unanswered { unsent: true, connection_spent: false, error });
                 }
             }
         }
@@ -281,8 +303,9 @@ async fn try_once(
     direction.raw =
         http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
     if !http1 && request.upgrade.is_some() {
+        // Not the endpoint's failure: clients must not be able to have it ejected.
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
-        return Tried::Unanswered(Unanswered { unsent: false, connection_spent: false, error });
+        return Tried::Refused(error);
     }
     let interim_passes = asked.caller.version != Version::Http10;
     if !http1 && request.expect_continue {
@@ -303,11 +326,13 @@ async fn try_once(
     let host = edits::host_for(&target.host, &request.authority, &target.url);
     let mut upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
         Ok(upstream) => upstream,
-        Err(unanswered) => return Tried::Unanswered(unanswered),
+        // A request that HTTP/2 can't carry is no fault of the endpoint.
+        Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
+        Err(unanswered) => return Tried::in_vain(unanswered),
     };
     match relay::until_answer(client, &mut upstream, direction, deadlines, interim_passes, timer).await {
         Answer::Head(head) => Tried::Answered(upstream, head),
-        Answer::None(unanswered) => Tried::Unanswered(unanswered),
+        Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
         Answer::Refused(error) => Tried::Refused(error),
     }
@@ -352,6 +377,11 @@ fn begin_answer(
     let outcome = if status >= 500 { RunOutcome::Failed } else { RunOutcome::Completed };
     let success = status < 400;
     let tunnel = status == 101;
+    if tunnel && !direction.done() {
+        lease.outcome(RunOutcome::Failed);
+        let detail = "the endpoint switched protocols before the request had ended (RFC 9110 section 7.8)";
+        return Err(ProxyError::new(Code::UpstreamReset, detail));
+    }
     if tunnel {
         websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
             lease.outcome(RunOutcome::Failed);
@@ -419,6 +449,7 @@ fn begin_answer(
     let client_keep_alive = may_keep_alive(connection, client, caller) && answer.framing != Framing::Eof && !tunnel;
     let eof_framed = caller.version == Version::Http10 && answer.framing == Framing::Chunked;
     let client_keep_alive = client_keep_alive && !eof_framed;
+    let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
     let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
     if begun.is_err() {
         lease.outcome(RunOutcome::Cancelled);
@@ -446,6 +477,7 @@ fn begin_answer(
         outcome,
         upstream_keep_alive,
         client_keep_alive,
+        until_close,
     })))
 }
 

@@ -165,6 +165,14 @@ impl Peer {
         }
     }
 
+    /// Takes the answer's head back, if nothing of it has gone out.
+    pub fn take_back_head(&mut self) -> bool {
+        match self {
+            Peer::Http1(peer) => peer.take_back_head(),
+            Peer::Http2(_) => false,
+        }
+    }
+
     pub fn is_http1(&self) -> bool {
         matches!(self, Peer::Http1(_))
     }

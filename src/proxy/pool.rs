@@ -1,31 +1,64 @@
 //! Pool: a worker's idle connections to endpoints. An idle connection that becomes readable was closed or is out of step,
-//! and is dropped.
+//! and is dropped. The limits of an endpoint count the connections of all workers.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::net::stream::Stream;
 use crate::state::Target;
 
+/// Between the last byte of an answer, which lets the client ask again, and the moment when its connection is idle.
+const JUST_ENDED: Duration = Duration::from_millis(50);
+
 /// The idle HTTP/1.1 and the shared HTTP/2 connections of one worker, by [`Target::id`].
 #[derive(Default)]
 pub struct Pool {
-    http1: RefCell<HashMap<u64, Vec<Idle>, foldhash::fast::RandomState>>,
+    http1: Rc<RefCell<IdleByTarget>>,
     http2: RefCell<HashMap<u64, Vec<Multiplexed>, foldhash::fast::RandomState>>,
 }
+
+type IdleByTarget = HashMap<u64, Vec<Idle>, foldhash::fast::RandomState>;
 
 struct Idle {
     stream: Stream,
     counted: Counted,
     since: Instant,
+    _kept: Kept,
+    /// Closes it for another worker that must not open one more; set where there is such a limit.
+    _giving_way: Option<AbortOnDropHandle<()>>,
+}
+
+/// Counts an idle connection among those of its target, as long as it lives.
+struct Kept(Arc<Target>);
+
+impl Kept {
+    /// `None` where `pool.max_idle` is reached.
+    fn one_more(target: &Arc<Target>) -> Option<Kept> {
+        let limit = target.pool.max_idle;
+        let kept = target
+            .idle_connections
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |idle| (idle < limit).then_some(idle + 1));
+        kept.ok()?;
+        target.connections_changed.notify_waiters();
+        Some(Kept(target.clone()))
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.idle_connections.fetch_sub(1, Ordering::Relaxed);
+        self.0.connections_changed.notify_waiters();
+    }
 }
 
 /// An HTTP/2 connection that several exchanges use at once.
@@ -49,8 +82,27 @@ pub struct StreamCount(Rc<Usage>);
 pub struct Counted(Arc<Target>);
 
 impl Counted {
-    /// `None` where `pool.max_connections` is reached.
-    pub fn open(target: &Arc<Target>) -> Option<Counted> {
+    /// Waits where `pool.max_connections` is reached until an idle connection, maybe another worker's, has given way;
+    /// `None` where all are in use.
+    pub async fn make_room(target: &Arc<Target>) -> Option<Counted> {
+        let patience = tokio::time::Instant::from_std(crate::ids::now()) + JUST_ENDED;
+        loop {
+            let mut changed = pin!(target.connections_changed.notified());
+            // Whatever changes from here on is noticed.
+            changed.as_mut().enable();
+            if let Some(counted) = Counted::open(target) {
+                return Some(counted);
+            }
+            if target.idle_connections.load(Ordering::Relaxed) == 0 {
+                tokio::time::timeout_at(patience, changed).await.ok()?;
+                continue;
+            }
+            target.give_way.notify_one();
+            changed.await;
+        }
+    }
+
+    fn open(target: &Arc<Target>) -> Option<Counted> {
         let limit = target.pool.max_connections.unwrap_or(usize::MAX);
         let counted = target.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |connections| {
             (connections < limit).then_some(connections + 1)
@@ -66,6 +118,7 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::Relaxed);
+        self.0.connections_changed.notify_waiters();
     }
 }
 
@@ -102,11 +155,24 @@ impl Pool {
         if target.retired() {
             return;
         }
-        let mut http1 = self.http1.borrow_mut();
-        let idle = http1.entry(target.id).or_default();
-        if idle.len() < target.pool.max_idle {
-            idle.push(Idle { stream, counted, since: now });
-        }
+        let Some(kept) = Kept::one_more(&target) else { return };
+        let giving_way = target.pool.max_connections.map(|_| self.give_way(target.clone()));
+        let idle = Idle { stream, counted, since: now, _kept: kept, _giving_way: giving_way };
+        self.http1.borrow_mut().entry(target.id).or_default().push(idle);
+    }
+
+    /// Once another worker waits for room, drops the connection that is idle for longest.
+    fn give_way(&self, target: Arc<Target>) -> AbortOnDropHandle<()> {
+        let http1 = Rc::downgrade(&self.http1);
+        AbortOnDropHandle::new(tokio::task::spawn_local(async move {
+            target.give_way.notified().await;
+            if let Some(http1) = http1.upgrade()
+                && let Some(idle) = http1.borrow_mut().get_mut(&target.id)
+                && !idle.is_empty()
+            {
+                drop(idle.remove(0));
+            }
+        }))
     }
 
     /// A connection with room for one more stream, counted at once.
@@ -146,7 +212,7 @@ impl Pool {
                 let idle_for = now.saturating_duration_since(connection.usage.changed.get());
                 let unwanted = connection.target.retired() || idle_for >= connection.target.pool.idle_timeout;
                 let broken = matches!(poll_sender(connection), Poll::Ready(Err(_)));
-                !(broken || unused && unwanted)
+                !broken && (!unused || !unwanted)
             });
             !connections.is_empty()
         });

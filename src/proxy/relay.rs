@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Code, ProxyError};
 use crate::message::{Fields, ResponseHead};
 use crate::proxy::account::Record;
+use crate::proxy::edits;
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
@@ -79,11 +80,13 @@ impl Direction {
 }
 
 /// Moves what can be moved: one read, one write, and again, until the source has nothing or the sink takes nothing.
+/// `source_ended` is called when the last byte has come in, before it goes out.
 pub fn poll_pump(
     from: &mut Peer,
     to: &mut Peer,
     direction: &mut Direction,
     context: &mut Context<'_>,
+    mut source_ended: impl FnMut(&mut Observer),
 ) -> Poll<Result<(), PumpFault>> {
     loop {
         match direction.stage {
@@ -97,19 +100,26 @@ pub fn poll_pump(
             Stage::Flowing => match from.poll_next(context, direction.raw, &mut direction.observer) {
                 Poll::Pending => {
                     // A head, or the end of a TLS record, must not wait for the next body bytes.
+                    let was_blocked = direction.blocked;
                     direction.blocked = match to.poll_flush(context) {
                         Poll::Ready(Ok(())) => false,
                         Poll::Ready(Err(error)) => return Poll::Ready(Err(PumpFault::Sink(error))),
                         Poll::Pending => true,
                     };
+                    // The sink's reader has moved on: only from now on is silence the source's.
+                    direction.moved |= was_blocked && !direction.blocked;
                     return Poll::Pending;
                 }
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(PumpFault::Source(fault))),
                 Poll::Ready(Ok(Next::End(trailers))) => {
+                    source_ended(&mut direction.observer);
                     direction.trailers = trailers;
                     direction.stage = Stage::Finishing;
                 }
                 Poll::Ready(Ok(Next::Bytes)) => {
+                    if from.source_ended() {
+                        source_ended(&mut direction.observer);
+                    }
                     if direction.observer.over_limit() {
                         return Poll::Ready(Err(PumpFault::OverLimit));
                     }
@@ -163,7 +173,7 @@ pub async fn until_answer(
                 return Poll::Ready(Answer::ClientGone);
             }
         } else {
-            match poll_pump(client, &mut upstream.peer, request, context) {
+            match poll_pump(client, &mut upstream.peer, request, context, |_| {}) {
                 Poll::Ready(Ok(())) | Poll::Pending => {}
                 Poll::Ready(Err(PumpFault::Sink(_))) => {
                     // The endpoint takes no more. It may have answered already; else the read tells what is wrong.
@@ -181,7 +191,7 @@ pub async fn until_answer(
         }
         loop {
             match upstream.poll_response(context) {
-                Poll::Ready(Ok(head)) if head.status.is_informational() && head.status.as_u16() != 101 => {
+                Poll::Ready(Ok(mut head)) if head.status.is_informational() && head.status.as_u16() != 101 => {
                     interim_answers += 1;
                     if interim_answers > INTERIM_ANSWERS_MAX {
                         let error =
@@ -189,6 +199,7 @@ pub async fn until_answer(
                         return Poll::Ready(Answer::None(Unanswered { unsent: false, connection_spent: false, error }));
                     }
                     if interim_passes {
+                        edits::remove_own(&mut head.fields);
                         client.send_informational(&head);
                     }
                 }
@@ -247,6 +258,8 @@ pub struct Flow {
     pub upstream_keep_alive: bool,
     /// The client was not told to close.
     pub client_keep_alive: bool,
+    /// Only the end of the client's connection ends the answer.
+    pub until_close: bool,
 }
 
 /// How an exchange ended whose answer had begun.
@@ -256,9 +269,9 @@ pub enum End {
     Whole,
     /// The client left.
     ClientGone,
-    /// The endpoint broke off, or sent nonsense.
+    /// The endpoint broke off, fell silent, or sent nonsense.
     Truncated,
-    /// A time-out cut it.
+    /// It took longer than it may.
     TimedOut(Code),
     /// The rest of the request can't be served.
     Refused(Code),
@@ -272,10 +285,6 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
         if std::mem::take(&mut flow.request.moved) | std::mem::take(&mut flow.response.moved) {
             last_moved = crate::ids::now();
         }
-        if flow.lease.is_some() && flow.upstream.peer.source_ended() {
-            flow.learn_from_body(true);
-            flow.give_back(flow.outcome);
-        }
         if end.is_ready() {
             return end;
         }
@@ -285,9 +294,9 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
 }
 
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
-    let Flow { upstream, request, response, tunnel, .. } = flow;
+    let Flow { upstream, request, response, tunnel, lease, learn, outcome, .. } = flow;
     if !request.over() {
-        match poll_pump(client, &mut upstream.peer, request, context) {
+        match poll_pump(client, &mut upstream.peer, request, context, |_| {}) {
             Poll::Pending => {}
             // A tunnel has ended when one of its sides has.
             Poll::Ready(Ok(())) if *tunnel => return Poll::Ready(End::ClientGone),
@@ -300,13 +309,18 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
             Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(End::ClientGone),
         }
     }
-    match poll_pump(&mut upstream.peer, client, response, context) {
+    // Whoever has read the whole answer finds the run ended.
+    let answer_ended = |observer: &mut Observer| {
+        learn_from_body(learn, observer, lease, true);
+        give_back(lease, *outcome);
+    };
+    match poll_pump(&mut upstream.peer, client, response, context, answer_ended) {
         Poll::Ready(Ok(())) => return Poll::Ready(End::Whole),
         Poll::Ready(Err(PumpFault::Sink(_))) => return Poll::Ready(End::ClientGone),
         Poll::Ready(Err(PumpFault::Source(_) | PumpFault::OverLimit)) => return Poll::Ready(End::Truncated),
         Poll::Pending => {}
     }
-    flow.learn_from_body(false);
+    learn_from_body(&mut flow.learn, &mut flow.response.observer, &mut flow.lease, false);
     if flow.request.over() && !flow.tunnel && client.poll_gone(context).is_ready() {
         return Poll::Ready(End::ClientGone);
     }
@@ -316,20 +330,7 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
 impl Flow {
     /// Gives the endpoint's slot back, and says how the run ended.
     pub fn give_back(&mut self, outcome: RunOutcome) {
-        if let Some(mut lease) = self.lease.take() {
-            lease.outcome(outcome);
-        }
-    }
-
-    fn learn_from_body(&mut self, at_end: bool) {
-        if let Some(learn) = &mut self.learn
-            && let Some(extractor) = self.response.observer.take_extracted(at_end)
-        {
-            if let Some(lease) = &mut self.lease {
-                learn.from_body(&extractor, lease);
-            }
-            self.learn = None;
-        }
+        give_back(&mut self.lease, outcome);
     }
 
     fn poll_time_outs(&mut self, last_moved: Instant, timer: &mut Timer, context: &mut Context<'_>) -> Poll<End> {
@@ -342,7 +343,7 @@ impl Flow {
                 return Poll::Ready(End::TimedOut(Code::RunTimeout));
             }
             if !self.response.blocked {
-                return Poll::Ready(End::TimedOut(Code::UpstreamReset));
+                return Poll::Ready(End::Truncated);
             }
             // The client holds back: that silence is not the endpoint's.
             since = crate::ids::now();
@@ -355,6 +356,23 @@ impl Flow {
         record.events = self.response.observer.events;
         record.bytes_in = self.request.observer.bytes;
         record.bytes_out = self.response.observer.bytes;
+    }
+}
+
+fn give_back(lease: &mut Option<Lease>, outcome: RunOutcome) {
+    if let Some(mut lease) = lease.take() {
+        lease.outcome(outcome);
+    }
+}
+
+fn learn_from_body(learn: &mut Option<Box<Learn>>, observer: &mut Observer, lease: &mut Option<Lease>, at_end: bool) {
+    if let Some(waiting) = learn
+        && let Some(extractor) = observer.take_extracted(at_end)
+    {
+        if let Some(lease) = lease {
+            waiting.from_body(&extractor, lease);
+        }
+        *learn = None;
     }
 }
 

@@ -34,7 +34,7 @@ const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 /// The endpoint's half of one exchange: owned, so that it can leave the client's task.
 pub struct Upstream {
     pub peer: Peer,
-    /// The connection had served another exchange before.
+    /// It is a kept HTTP/1.1 connection, which the endpoint may have been about to close.
     pub reused: bool,
     wire: Wire,
     method: Method,
@@ -47,7 +47,7 @@ enum Wire {
 
 /// Why no answer head came.
 pub struct Unanswered {
-    /// No endpoint has seen any of the request: any request may be tried again.
+    /// The endpoint has seen nothing of the request: any request may be tried again.
     pub unsent: bool,
     /// It was the connection that could not be used any more (or for one more stream), which says nothing of its endpoint.
     pub connection_spent: bool,
@@ -60,15 +60,14 @@ pub enum Connected {
     Http2 { connection: crate::proxy::pool::Multiplexed, stream: StreamCount },
 }
 
-/// Takes a pooled connection or opens one, within the connect time-out.
+/// Opens a connection, within the connect time-out.
 pub async fn connect(pool: &Pool, target: &Arc<Target>, connect_timeout: Duration) -> Result<Connected, ProxyError> {
-    if let Some(connected) = pooled(pool, target) {
-        return Ok(connected);
-    }
     let limit_reached =
         || ProxyError::new(Code::Overloaded, format!("pool.max_connections to {} is reached", target.address));
-    let counted = Counted::open(target).ok_or_else(limit_reached)?;
-    let opening = open(pool, target, counted);
+    let opening = async {
+        let counted = Counted::make_room(target).await.ok_or_else(limit_reached)?;
+        open(pool, target, counted).await
+    };
     match timeout(connect_timeout, Box::pin(opening)).await {
         Ok(result) => result,
         Err(_) => Err(ProxyError::new(
@@ -197,7 +196,7 @@ impl Upstream {
                 }
                 Ok(Upstream {
                     peer: Peer::Http2(Box::new(peer)),
-                    reused: true,
+                    reused: false,
                     wire: Wire::Http2 { response: Some(response), _stream: stream },
                     method: request.method.clone(),
                 })
@@ -209,14 +208,11 @@ impl Upstream {
     pub fn poll_response(&mut self, context: &mut Context<'_>) -> Poll<Result<ResponseHead, Unanswered>> {
         match (&mut self.peer, &mut self.wire) {
             (Peer::Http1(peer), _) => {
-                let length = match ready!(peer.poll_head(context, HEAD_LIMITS)) {
-                    Ok(length) => length,
-                    Err(fault) => return Poll::Ready(Err(head_fault(fault))),
+                let head = match ready!(peer.poll_head(context, HEAD_LIMITS)) {
+                    Ok(length) => peer.take_response(length, HEAD_LIMITS, &self.method).map_err(HeadFault::Head),
+                    Err(fault) => Err(fault),
                 };
-                Poll::Ready(
-                    peer.take_response(length, HEAD_LIMITS, &self.method)
-                        .map_err(|error| head_fault(HeadFault::Head(error))),
-                )
+                Poll::Ready(head.map_err(|fault| Unanswered { unsent: !peer.has_written(), ..head_fault(fault) }))
             }
             (Peer::Http2(peer), Wire::Http2 { response, .. }) => {
                 let Some(future) = response else { return Poll::Pending };

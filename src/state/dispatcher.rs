@@ -91,12 +91,12 @@ impl Dispatcher {
                 Ok(Placed { target, affinity, lease })
             }
             Err(unplaced) => {
-                if run.is_some() {
-                    self.metrics.rejected.inc();
-                }
                 let refusal = unplaced.refusal();
                 if refusal == Refusal::SessionLost {
-                    self.metrics.affinity[AffinityOutcome::Lost as usize].inc();
+                    self.metrics.affinity[refusal.affinity() as usize].inc();
+                }
+                if run.is_some() {
+                    self.metrics.rejected.inc();
                 }
                 Err(refusal)
             }

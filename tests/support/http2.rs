@@ -77,10 +77,22 @@ impl Http2Client {
 
     /// One whole exchange.
     pub async fn fetch(&self, request: HttpRequest<()>, body: &[u8]) -> Response {
-        let Http2Stream { mut send, response } = self.open(request, body.is_empty()).await;
+        self.fetch_with(request, body, &[]).await
+    }
+
+    /// As [`Http2Client::fetch`], with trailers behind the body.
+    pub async fn fetch_with(&self, request: HttpRequest<()>, body: &[u8], trailers: &[(&str, &str)]) -> Response {
+        let nothing = body.is_empty() && trailers.is_empty();
+        let Http2Stream { mut send, response } = self.open(request, nothing).await;
         let sending = async {
-            if !body.is_empty() {
-                send_all(&mut send, body, true).await;
+            if !nothing && send_all(&mut send, body, trailers.is_empty()).await && !trailers.is_empty() {
+                let mut map = http::HeaderMap::new();
+                for (name, value) in trailers {
+                    let name = http::HeaderName::try_from(*name).expect("a field name");
+                    map.append(name, value.parse().expect("a field value"));
+                }
+                // Where the stream was reset, the answer shows it.
+                let _ = send.send_trailers(map);
             }
             // The answer is the end of the exchange, whether or not it waited for the body.
             std::future::pending::<()>().await;

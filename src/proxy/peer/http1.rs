@@ -44,7 +44,11 @@ pub struct Http1 {
     chunk_left: usize,
     /// The TLS session may hold bytes.
     unflushed: bool,
+    /// Some bytes went out.
+    written: bool,
     finished: bool,
+    /// The head of the answer waits in `pending`, and no byte of it has gone out.
+    head_unsent: bool,
 }
 
 /// How the body that comes in ends.
@@ -105,7 +109,9 @@ impl Http1 {
             pending_start: 0,
             chunk_left: 0,
             unflushed: false,
+            written: false,
             finished: true,
+            head_unsent: false,
         }
     }
 
@@ -232,6 +238,19 @@ impl Http1 {
         self.outgoing = if framing == Framing::Chunked && !passes_chunks { Outgoing::Chunked } else { Outgoing::Raw };
         self.finished = false;
         self.chunk_left = 0;
+        self.head_unsent = true;
+    }
+
+    /// Takes the head back that [`Http1::begin_body`] followed, if no byte of it has gone out, so that another can be
+    /// written in its place.
+    pub fn take_back_head(&mut self) -> bool {
+        let unsent = self.head_unsent && self.pending_start == 0;
+        if unsent {
+            self.head_unsent = false;
+            self.pending.clear();
+            self.chunk_left = 0;
+        }
+        unsent
     }
 
     // ---- as a source ----
@@ -350,16 +369,21 @@ impl Http1 {
         self.source_ended() && self.held_start == self.held_end && self.start == self.end && self.ahead.is_empty()
     }
 
-    /// Ready when the connection ended, or is out of step (bytes where none may be): nothing to wait for any more.
+    /// Ready when the connection ended.
     pub fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        if self.start < self.end {
-            // Pipelined bytes: an end behind them can't be seen. They are looked at after this exchange.
-            return Poll::Pending;
+        // Pipelined bytes are looked at after this exchange; until the buffer is full an end behind them is seen.
+        while self.buffer.as_ref().is_none_or(|buffer| self.end < buffer.len()) {
+            match ready!(self.poll_fill(context, READ_BYTES)) {
+                Ok(0) | Err(_) => return Poll::Ready(()),
+                Ok(_) => {}
+            }
         }
-        match ready!(self.poll_fill(context, READ_BYTES)) {
-            Ok(0) | Err(_) => Poll::Ready(()),
-            Ok(_) => Poll::Pending,
-        }
+        Poll::Pending
+    }
+
+    /// Closes with a reset instead of an end, for a body that only the connection's end would end.
+    pub fn reset_on_close(&self) {
+        self.stream.reset_on_close();
     }
 
     /// Reads more bytes behind `end`; 0 is the end of the connection. Holds no buffer while it waits for the first.
@@ -427,6 +451,8 @@ impl Http1 {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.written = true;
+            self.head_unsent = false;
             self.unflushed = self.stream.buffers_writes();
             let of_pending = written.min(pending_length);
             self.pending_start += of_pending;
@@ -456,6 +482,8 @@ impl Http1 {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.written = true;
+            self.head_unsent = false;
             self.unflushed = self.stream.buffers_writes();
             self.pending_start += written;
             if self.pending_start == self.pending.len() {
@@ -495,6 +523,11 @@ impl Http1 {
     fn release_pending(&mut self) {
         self.pending_start = 0;
         if self.pending.capacity() > 256 { self.pending = Vec::new() } else { self.pending.clear() }
+    }
+
+    /// Since it was made from its stream, something went out: the other side may have seen it.
+    pub fn has_written(&self) -> bool {
+        self.written
     }
 
     /// Nothing waits to be written.

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 
+use crate::http1;
 use crate::message::Fields;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, SourceFault};
@@ -134,7 +135,11 @@ impl Http2 {
                     let trailers = ready!(incoming.poll_trailers(context)).map_err(cut)?;
                     self.incoming = None;
                     self.ended = true;
-                    return Poll::Ready(Ok(Next::End(trailers.map(|map| fields(&map)))));
+                    return Poll::Ready(Ok(Next::End(trailers.map(|map| {
+                        let mut trailers = fields(&map);
+                        trailers.retain(|name, _| http1::may_be_trailer(name));
+                        trailers
+                    }))));
                 }
             }
         }
