@@ -317,7 +317,7 @@ mod tests {
         assert!(!told.contains("x-forwarded-host"));
 
         let mut told = Fields::default();
-        apply(&mut told, &Peer { address: None, tls: false }, false, "http", "example.com");
+        apply(&mut told, &Peer::new(None, false), false, "http", "example.com");
         assert_eq!(told.get("forwarded"), Some(&b"for=unknown;host=example.com;proto=http"[..]));
         assert_eq!(told.get("x-forwarded-for"), Some(&b"unknown"[..]));
     }
