@@ -33,18 +33,20 @@ async fn run(arguments: &[&str], address: SocketAddr, path: &str) -> Output {
 /// A curl that is at work.
 struct Running {
     child: Child,
-    lines: mpsc::UnboundedReceiver<String>,
+    lines: mpsc::Receiver<String>,
 }
 
 impl Running {
     fn start(arguments: &[&str], address: SocketAddr, path: &str) -> Running {
         let mut child = curl(arguments, address, path).stdout(Stdio::piped()).spawn().expect(MISSING);
         let printed = BufReader::new(child.stdout.take().expect("piped"));
-        let (sender, lines) = mpsc::unbounded_channel();
+        let (sender, lines) = mpsc::channel(64);
         std::thread::spawn(move || {
             for line in printed.lines().map_while(Result::ok) {
                 // A test that has failed listens no more.
-                let _ = sender.send(line);
+                if sender.blocking_send(line).is_err() {
+                    return;
+                }
             }
         });
         Running { child, lines }

@@ -6,7 +6,9 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Backend, Body, Gate, Proxy, RawClient, Script, Step, eventually, start_proxy, within};
+use support::{
+    Backend, Body, Gate, Http2Client, Proxy, RawClient, Script, Step, eventually, http2_request, start_proxy, within,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -134,7 +136,7 @@ fn bad_heads() -> Vec<(&'static str, Vec<u8>, Refusal)> {
         bad("bare CR in a value", with("X-A: 1\r2\r\n", "")),
         bad("bare CR in the request line", line("GET /\rx HTTP/1.1")),
         bad("two CRs before the LF", b"GET / HTTP/1.1\r\nHost: a\r\r\n\r\n".to_vec()),
-        bad("NUL in a value", with("X-A: 1\02\r\n", "")),
+        bad("NUL in a value", with("X-A: 1\x002\r\n", "")),
         bad("NUL in a name", with("X\0A: 1\r\n", "")),
         bad("NUL in the target", line("GET /\0 HTTP/1.1")),
         bad("escape byte in a value", with("X-A: \x1b\r\n", "")),
@@ -587,7 +589,7 @@ async fn a_head_that_takes_too_long_closes_the_connection() {
     let backend = Backend::start().await;
     let limits = "listeners: [{address: \"127.0.0.1:0\", limits: {header_timeout: 300ms}}]\n";
     let proxy = start_proxy(&format!("{limits}{}", service(backend.url()))).await;
-    let began = std::time::Instant::now();
+    let began = tokio::time::Instant::now();
     let mut silent = proxy.connect().await;
     let mut begun = proxy.connect().await;
     begun.send("GET / HTTP/1.1\r\nHo").await;
@@ -597,7 +599,7 @@ async fn a_head_that_takes_too_long_closes_the_connection() {
     // Every byte is progress, and yet the head has its time and no more.
     let mut slow = proxy.connect().await;
     let mut bytes = b"GET / HTTP/1.1\r\nX-Slow: ".iter().chain(std::iter::repeat(&b'a'));
-    let began = std::time::Instant::now();
+    let began = tokio::time::Instant::now();
     let closed = async {
         let mut pace = tokio::time::interval(Duration::from_millis(20));
         while slow.try_send([*bytes.next().expect("endless")]).await.is_ok() {
@@ -626,4 +628,35 @@ async fn an_endpoint_never_sees_two_lengths_or_a_folded_line() {
     assert!(head.starts_with("POST /~b?q HTTP/1.1\r\nHost: "), "{head}");
     assert!(head.contains("\r\nContent-Length: 2\r\n") && head.contains("\r\nX-One: a\r\n"), "{head}");
     assert_eq!(request.body, b"hi");
+}
+
+#[tokio::test]
+async fn nothing_follows_a_connect_of_http2_before_the_endpoint_has_switched() {
+    let backend = Backend::start().await;
+    let proxy = proxy_before(&backend).await;
+    let client = Http2Client::connect(proxy.address).await;
+    let connect = || {
+        let mut request = http2_request("CONNECT", proxy.address, "/ws");
+        request.headers_mut().insert("sec-websocket-version", "13".parse().expect("a value"));
+        request.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
+        request
+    };
+    // Refused: what the client has sent already is no second request on the endpoint's connection.
+    let gate = Gate::new();
+    backend.next(Script::answer(403, &[], "no").after(&gate));
+    let mut stream = client.open_extended(connect()).await;
+    stream.send(SMUGGLED.as_bytes(), false).await;
+    backend.request(1).await;
+    gate.open();
+    assert_eq!(stream.response().await.0.status, 403);
+    assert_eq!(support::get(proxy.address, "/next", "").await.text(), "ok");
+    // Accepted: the early bytes are the tunnel's first.
+    backend.next(Script::tunnel("websocket"));
+    let mut stream = client.open_extended(connect()).await;
+    stream.send(b"early", false).await;
+    let (head, mut body) = stream.response().await;
+    assert_eq!(head.status, 200);
+    assert_eq!(within("the echo", body.data()).await.expect("data").expect("data"), "early".as_bytes());
+    let targets: Vec<_> = backend.requests().into_iter().map(|request| request.target).collect();
+    assert_eq!(targets, ["/ws", "/next", "/ws"]);
 }

@@ -307,6 +307,10 @@ async fn try_once(
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
         return Tried::Refused(error);
     }
+    if request.upgrade.is_some() && !client.is_http1() {
+        // What an HTTP/2 client sends on its CONNECT belongs to the tunnel, which the endpoint may yet refuse.
+        direction.skip_body();
+    }
     let interim_passes = asked.caller.version != Version::Http10;
     if !http1 && request.expect_continue {
         // Towards an HTTP/2 endpoint nobody would wait for the word: we say it.

@@ -68,6 +68,11 @@ impl Direction {
         matches!(self.stage, Stage::Done | Stage::Stopped)
     }
 
+    /// There is no body to move, only the end to mark.
+    pub fn skip_body(&mut self) {
+        self.stage = Stage::Finishing;
+    }
+
     pub fn stop(&mut self) {
         self.stage = Stage::Stopped;
     }
