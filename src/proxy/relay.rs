@@ -85,13 +85,13 @@ impl Direction {
 }
 
 /// Moves what can be moved: one read, one write, and again, until the source has nothing or the sink takes nothing.
-/// `source_ended` is called when the last byte has come in, before it goes out.
+/// `came_in` is called with what was noticed before it goes out; `true`: the last byte is among it.
 pub fn poll_pump(
     from: &mut Peer,
     to: &mut Peer,
     direction: &mut Direction,
     context: &mut Context<'_>,
-    mut source_ended: impl FnMut(&mut Observer),
+    mut came_in: impl FnMut(&mut Observer, bool),
 ) -> Poll<Result<(), PumpFault>> {
     loop {
         match direction.stage {
@@ -117,14 +117,12 @@ pub fn poll_pump(
                 }
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(PumpFault::Source(fault))),
                 Poll::Ready(Ok(Next::End(trailers))) => {
-                    source_ended(&mut direction.observer);
+                    came_in(&mut direction.observer, true);
                     direction.trailers = trailers;
                     direction.stage = Stage::Finishing;
                 }
                 Poll::Ready(Ok(Next::Bytes)) => {
-                    if from.source_ended() {
-                        source_ended(&mut direction.observer);
-                    }
+                    came_in(&mut direction.observer, from.source_ended());
                     if direction.observer.over_limit() {
                         return Poll::Ready(Err(PumpFault::OverLimit));
                     }
@@ -178,7 +176,7 @@ pub async fn until_answer(
                 return Poll::Ready(Answer::ClientGone);
             }
         } else {
-            match poll_pump(client, &mut upstream.peer, request, context, |_| {}) {
+            match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
                 Poll::Ready(Ok(())) | Poll::Pending => {}
                 Poll::Ready(Err(PumpFault::Sink(_))) => {
                     // The endpoint takes no more. It may have answered already; else the read tells what is wrong.
@@ -301,7 +299,7 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
     let Flow { upstream, request, response, tunnel, lease, learn, outcome, .. } = flow;
     if !request.over() {
-        match poll_pump(client, &mut upstream.peer, request, context, |_| {}) {
+        match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
             Poll::Pending => {}
             // A tunnel has ended when one of its sides has.
             Poll::Ready(Ok(())) if *tunnel => return Poll::Ready(End::ClientGone),
@@ -314,18 +312,19 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
             Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(End::ClientGone),
         }
     }
-    // Whoever has read the whole answer finds the run ended.
-    let answer_ended = |observer: &mut Observer| {
-        learn_from_body(learn, observer, lease, true);
-        give_back(lease, *outcome);
+    // Whoever has read an id can use it, and whoever has read the whole answer finds the run ended.
+    let came_in = |observer: &mut Observer, ended: bool| {
+        learn_from_body(learn, observer, lease, ended);
+        if ended {
+            give_back(lease, *outcome);
+        }
     };
-    match poll_pump(&mut upstream.peer, client, response, context, answer_ended) {
+    match poll_pump(&mut upstream.peer, client, response, context, came_in) {
         Poll::Ready(Ok(())) => return Poll::Ready(End::Whole),
         Poll::Ready(Err(PumpFault::Sink(_))) => return Poll::Ready(End::ClientGone),
         Poll::Ready(Err(PumpFault::Source(_) | PumpFault::OverLimit)) => return Poll::Ready(End::Truncated),
         Poll::Pending => {}
     }
-    learn_from_body(&mut flow.learn, &mut flow.response.observer, &mut flow.lease, false);
     if flow.request.over() && !flow.tunnel && client.poll_gone(context).is_ready() {
         return Poll::Ready(End::ClientGone);
     }
