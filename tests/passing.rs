@@ -691,6 +691,37 @@ async fn a_client_that_does_not_read_stops_the_endpoint() {
     }
 }
 
+#[tokio::test]
+async fn a_client_that_holds_back_single_tokens_costs_its_endpoint_no_connection() {
+    const TOKENS: usize = 30_000;
+    let backend = Backend::start_http2().await;
+    backend.each(|_| {
+        let mut steps = vec![Step::ReadBody, answer(200, &[], Body::Chunked)];
+        steps.extend((0..TOKENS).map(|_| Step::Data(b"data: a token......\n".to_vec())));
+        steps.push(Step::End);
+        Script(steps)
+    });
+    let proxy = start_proxy(&service(&backend, "").replace("endpoints:", "http: 2, endpoints:")).await;
+    let client = Http2Client::connect(proxy.address).await;
+    let stream = client.open(http2_request("GET", proxy.address, "/"), true).await;
+    let (head, mut body) = stream.head().await;
+    assert_eq!(head.status, 200);
+    // The client reads nothing: every frame is a small one, and all that flow control allows wait in the proxy.
+    let ended = async {
+        while backend.in_flight() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_millis(500), ended).await.is_err(), "held back, not closed");
+    let mut seen = 0;
+    while let Some(data) = within("data", body.data()).await {
+        let data = data.expect("the stream goes on");
+        seen += data.len();
+        body.flow_control().release_capacity(data.len()).expect("it was received");
+    }
+    assert_eq!(seen, TOKENS * 20);
+}
+
 // ---- leaving ----
 
 #[tokio::test]

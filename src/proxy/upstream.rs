@@ -31,6 +31,10 @@ const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 /// The same for all streams of a connection together.
 const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 
+/// What frames may cost beyond their bytes while they wait for clients to read, on one connection. Past it the connection
+/// is closed with every stream on it, so there is room for many clients that hold back streams of single tokens.
+const FRAME_OVERHEAD_BYTES_MAX: usize = 64 * 1024 * 1024;
+
 /// The endpoint's half of one exchange: owned, so that it can leave the client's task.
 pub struct Upstream {
     pub peer: Peer,
@@ -112,6 +116,7 @@ async fn open(pool: &Pool, target: &Arc<Target>, counted: Counted) -> Result<Con
     }
     let handshake = h2::client::Builder::new()
         .enable_push(false)
+        .data_frame_budget(FRAME_OVERHEAD_BYTES_MAX)
         .initial_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_header_list_size(HEAD_LIMITS.max_bytes as u32)

@@ -45,7 +45,7 @@ impl Http2Client {
     pub async fn over(io: impl Io + 'static) -> Http2Client {
         let mut builder = h2::client::Builder::new();
         // So that a stream that a test leaves unread does not use up what is meant for all.
-        builder.initial_connection_window_size(16 * 1024 * 1024);
+        builder.initial_connection_window_size(16 * 1024 * 1024).data_frame_budget(1 << 30);
         let (sender, connection) = within("HTTP/2 handshake", builder.handshake(io)).await.expect("a peer of HTTP/2");
         let connection = tokio::spawn(async move {
             // Its errors show at the streams.
@@ -178,7 +178,7 @@ pub(super) async fn serve(io: Box<dyn Io>, shared: Arc<Shared>) {
     let work = async {
         let mut builder = h2::server::Builder::new();
         // So that a stream that a script leaves unread does not use up what is meant for all.
-        builder.enable_connect_protocol().initial_connection_window_size(16 * 1024 * 1024);
+        builder.enable_connect_protocol().initial_connection_window_size(16 * 1024 * 1024).data_frame_budget(1 << 30);
         let Ok(mut connection) = builder.handshake::<_, Bytes>(io).await else { return };
         let mut exchanges = tokio::task::JoinSet::new();
         while let Some(Ok((request, respond))) = connection.accept().await {
