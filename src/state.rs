@@ -190,6 +190,8 @@ pub enum Evidence {
 pub enum Refusal {
     NoEndpoint,
     QueueFull,
+    /// The session's own endpoint is full, and no other will do.
+    PinnedFull,
     SessionLost,
 }
 
@@ -197,7 +199,7 @@ impl Refusal {
     pub fn code(self) -> Code {
         match self {
             Refusal::NoEndpoint => Code::NoEndpoint,
-            Refusal::QueueFull => Code::QueueFull,
+            Refusal::QueueFull | Refusal::PinnedFull => Code::QueueFull,
             Refusal::SessionLost => Code::SessionLost,
         }
     }
@@ -206,6 +208,7 @@ impl Refusal {
     pub fn affinity(self) -> AffinityOutcome {
         match self {
             Refusal::SessionLost => AffinityOutcome::Lost,
+            Refusal::PinnedFull => AffinityOutcome::Hit,
             Refusal::NoEndpoint | Refusal::QueueFull => AffinityOutcome::None,
         }
     }

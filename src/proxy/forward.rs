@@ -207,6 +207,7 @@ fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> R
 fn refused(refusal: Refusal, service: &Service) -> ProxyError {
     let detail = match refusal {
         Refusal::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
+        Refusal::PinnedFull => "the session's endpoint is at its run limit, and the session stays there".to_owned(),
         Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
         Refusal::NoEndpoint => format!("no endpoint of service {} is ready", service.name),
     };

@@ -118,7 +118,8 @@ impl Grant {
 impl Unplaced {
     pub fn refusal(self) -> Refusal {
         match self {
-            Unplaced::PinnedFull | Unplaced::Full => Refusal::QueueFull,
+            Unplaced::PinnedFull => Refusal::PinnedFull,
+            Unplaced::Full => Refusal::QueueFull,
             Unplaced::Empty => Refusal::NoEndpoint,
             Unplaced::Lost => Refusal::SessionLost,
         }
