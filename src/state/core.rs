@@ -819,11 +819,8 @@ impl Core {
             return;
         }
         let version = &self.versions[endpoint.version];
-        let all = version.endpoints.iter().filter(|number| self.endpoints[**number].configured).count();
-        let share = (all as f64 * max_ejected).floor() as u32;
-        let most = if max_ejected > 0.0 { share.max(1) } else { 0 };
         // The only one that is ready is as good as alone: ejecting it would help nobody.
-        if version.ready() < 2 || version.ejected >= most {
+        if version.ready() < 2 || version.ejected >= self.most_ejected(endpoint.version) {
             return;
         }
         let endpoint = &mut self.endpoints[number];
@@ -832,6 +829,25 @@ impl Core {
         self.versions[endpoint.version].ejected += 1;
         self.ejected.push(number);
         self.refresh(number, now);
+    }
+
+    /// How many endpoints of a version may be ejected at once: its share, at least one, but never a lone one.
+    fn most_ejected(&self, version: usize) -> u32 {
+        let config::Outlier { max_ejected, .. } = self.rules.outlier;
+        let endpoints = &self.versions[version].endpoints;
+        let all = endpoints.iter().filter(|number| self.endpoints[**number].configured).count();
+        if all < 2 || max_ejected <= 0.0 { 0 } else { ((all as f64 * max_ejected).floor() as u32).max(1) }
+    }
+
+    /// Readmits those who were ejected first, until a version has no more of them than it may.
+    fn readmit_surplus(&mut self, version: usize, now: Instant) {
+        let mut ejected: Vec<u32> = self.versions[version].endpoints.clone();
+        ejected.retain(|number| self.endpoints[*number].configured && self.endpoints[*number].ejected_until.is_some());
+        ejected.sort_by_key(|number| self.endpoints[*number].ejected_until);
+        let surplus = ejected.len().saturating_sub(self.most_ejected(version) as usize);
+        for number in ejected.into_iter().take(surplus) {
+            self.readmit(number, now);
+        }
     }
 
     fn readmit(&mut self, number: u32, now: Instant) {

@@ -60,6 +60,10 @@ impl Core {
             }
             self.refresh(number, now);
         }
+        // With fewer endpoints fewer may be ejected: the last one of a version must not be.
+        for version in 0..self.versions.len() {
+            self.readmit_surplus(version, now);
+        }
         for number in removed {
             self.settle(number, now);
         }
