@@ -28,6 +28,10 @@ impl Core {
             if self.rules.checked && !was_checked && endpoint.health.standing == HealthStanding::Unknown {
                 endpoint.health = Health { standing: HealthStanding::Healthy, against: 0, proven: true };
             }
+            // What a check said that is no more must not be held against anybody when there is one again.
+            if !self.rules.checked {
+                endpoint.health = Health::default();
+            }
             if self.rules.outlier.consecutive_failures == 0 {
                 endpoint.ejected_until = None;
             }
