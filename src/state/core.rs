@@ -25,6 +25,9 @@ const CREDIT_TIME: Duration = Duration::from_secs(10);
 /// Expired sessions that one pick cleans up at most.
 const EXPIRED_PER_PICK: usize = 16;
 
+/// Sessions that one pick evicts at most where the table is full.
+const EVICTED_PER_PICK: usize = 16;
+
 /// One service's live state.
 pub struct Core {
     name: Arc<str>,
@@ -680,7 +683,11 @@ impl Core {
     /// Makes a session, in place of the one idle for longest where the table is full. Its first exchange is opened by
     /// the caller, or here in [`Core::learn`]. `None`: every session is busy.
     fn pin(&mut self, key: &SessionKey, endpoint: u32, matched: bool, now: Instant) -> Option<u32> {
-        while self.sessions.len() >= self.rules.max_sessions {
+        // A table far above a limit that was just lowered shrinks in steps, so that nobody waits for it.
+        for _ in 0..EVICTED_PER_PICK {
+            if self.sessions.len() < self.rules.max_sessions {
+                break;
+            }
             let oldest = self.sessions.oldest()?;
             self.unpin(oldest);
         }
