@@ -16,6 +16,7 @@ use crate::message::{Framing, RequestHead, ResponseHead, Version};
 use crate::net::cookie::CookieSession;
 use crate::proxy::account::Record;
 use crate::proxy::connection::Connection;
+use crate::proxy::cut::Since;
 use crate::proxy::identify::{self, Identity};
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
@@ -80,6 +81,7 @@ pub async fn forward(
         }
         refused(refusal, service)
     })?;
+    let mut cuts = target.cut.count();
     record.affinity = affinity;
     record.run = lease.run_id();
     record.target = Some(target.clone());
@@ -117,7 +119,7 @@ pub async fn forward(
     let mut fresh = false;
     let (upstream, answer) = loop {
         let tried = try_once(
-            Attempt { asked: &asked, target: &target, deadlines, connect_timeout, ahead, fresh },
+            Attempt { asked: &asked, target: &target, cuts, deadlines, connect_timeout, ahead, fresh },
             client,
             &mut request,
             &mut direction,
@@ -169,6 +171,7 @@ pub async fn forward(
             }
             direction.restart();
             target = next;
+            cuts = target.cut.count();
             record.target = Some(target.clone());
             continue;
         }
@@ -178,7 +181,19 @@ pub async fn forward(
         return Err(unanswered.error);
     };
 
-    begin_answer(asked, client, request, identity, lease, target, upstream, direction, answer, deadlines, record)
+    begin_answer(
+        asked,
+        client,
+        request,
+        identity,
+        lease,
+        (target, cuts),
+        upstream,
+        direction,
+        answer,
+        deadlines,
+        record,
+    )
 }
 
 /// Nothing of the body was given to an endpoint: all that came in waits in front.
@@ -250,6 +265,8 @@ fn prepare(
 struct Attempt<'a> {
     asked: &'a Asked<'a>,
     target: &'a Arc<Target>,
+    /// [`crate::state::Cut::count`] when it was picked.
+    cuts: u64,
     deadlines: Deadlines,
     connect_timeout: Duration,
     /// Body bytes were read ahead, so the client's own chunk framing is lost.
@@ -284,7 +301,7 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, deadlines, connect_timeout, ahead, fresh } = attempt;
+    let Attempt { asked, target, cuts, deadlines, connect_timeout, ahead, fresh } = attempt;
     let pool = &asked.connection.worker.pool;
     let kept = if fresh { None } else { upstream::pooled(pool, target) };
     let connected = match kept {
@@ -335,7 +352,8 @@ async fn try_once(
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
-    match relay::until_answer(client, &mut upstream, direction, deadlines, interim_passes, timer).await {
+    let drain = Since { cut: &target.cut, count: cuts };
+    match relay::until_answer(client, &mut upstream, direction, (deadlines, drain), interim_passes, timer).await {
         Answer::Head(head) => Tried::Answered(upstream, head),
         Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
@@ -368,7 +386,7 @@ fn begin_answer(
     request: RequestHead,
     identity: Identity,
     mut lease: Lease,
-    target: Arc<Target>,
+    (target, cuts): (Arc<Target>, u64),
     mut upstream: Upstream,
     direction: Direction,
     mut answer: ResponseHead,
@@ -473,6 +491,8 @@ fn begin_answer(
     Ok(Forwarded::Streaming(Box::new(Flow {
         upstream,
         lease: Some(lease),
+        target,
+        cuts,
         request: request_direction,
         response: Direction::new(raw, response_observer),
         tunnel,

@@ -310,11 +310,19 @@ impl Core {
     /// Starts or ends an operator's drain of all endpoints at an address (or identity). False where there is none.
     pub fn set_drained(&mut self, address: &str, drained: bool, now: Instant) -> bool {
         let now = self.advance(now);
+        let deadline = now + self.rules.drain_timeout;
         let mut found = false;
         for number in self.endpoints.numbers() {
             let endpoint = &mut self.endpoints[number];
             if endpoint.configured && (&*endpoint.target.address == address || &*endpoint.identity == address) {
                 endpoint.drained = drained;
+                if drained {
+                    endpoint.drain_deadline.get_or_insert(deadline);
+                } else {
+                    endpoint.drain_deadline = None;
+                    // What was cut at its end was no fault of the endpoint.
+                    endpoint.failures = 0;
+                }
                 found = true;
                 self.refresh(number, now);
             }
@@ -340,13 +348,17 @@ impl Core {
         (forgotten, (end < slots).then_some(end))
     }
 
-    /// What is due with time: slow starts and ejections that are over, removed endpoints past their deadline, credits.
+    /// What is due with time: slow starts and ejections that are over, drains past their deadline, credits.
     pub fn tick(&mut self, now: Instant) {
         let now = self.advance(now);
         for version in 0..self.versions.len() {
             self.graduate(version, now);
         }
         for number in self.endpoints.numbers() {
+            let endpoint = &mut self.endpoints[number];
+            if endpoint.drain_deadline.take_if(|deadline| now >= *deadline).is_some() && !endpoint.idle() {
+                endpoint.target.cut.now();
+            }
             self.settle(number, now);
         }
     }
@@ -820,7 +832,7 @@ impl Core {
 
     /// Ejects an endpoint that failed too often, where its version can do without.
     fn judge(&mut self, number: u32, now: Instant) {
-        let config::Outlier { consecutive_failures, eject_for, max_ejected } = self.rules.outlier;
+        let config::Outlier { consecutive_failures, eject_for, .. } = self.rules.outlier;
         let endpoint = &self.endpoints[number];
         if consecutive_failures == 0 || endpoint.failures < consecutive_failures || !endpoint.ready {
             return;

@@ -47,7 +47,7 @@ impl Core {
         }
         removed.retain(|number| !self.endpoints[*number].configured);
         for number in &removed {
-            self.endpoints[*number].drain_deadline = Some(now + self.rules.drain_timeout);
+            self.endpoints[*number].drain_deadline.get_or_insert(now + self.rules.drain_timeout);
         }
         self.applied = true;
 
@@ -127,7 +127,9 @@ impl Core {
         };
         let endpoint = &mut self.endpoints[number];
         endpoint.configured = true;
-        endpoint.drain_deadline = None;
+        if !endpoint.drained {
+            endpoint.drain_deadline = None;
+        }
         if endpoint.version != version {
             endpoint.version = version;
             endpoint.pass = 0;
@@ -140,7 +142,7 @@ impl Core {
         }
         if endpoint.target.retired() || !describes(&settings, &endpoint.target) {
             endpoint.target.retire();
-            endpoint.target = Arc::new(Target::new(settings));
+            endpoint.target = Arc::new(endpoint.target.replaced(settings));
         }
         number
     }
