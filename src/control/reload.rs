@@ -298,9 +298,17 @@ impl Reloader {
         let path = self.path.clone();
         let loaded = tokio::task::spawn_blocking(move || config::load(&path))
             .await
-            .map_err(|failure| self.refusal("", format!("reading the configuration broke off: {failure}")))??;
-
+            .map_err(|failure| self.refusal("", format!("reading the configuration broke off: {failure}")))?;
         let current = self.running.snapshot.load_full();
+        let loaded = match loaded {
+            Ok(loaded) => loaded,
+            Err(problems) => {
+                // A renewed certificate must not wait, and expire, for a mistake elsewhere to be mended. One that is bad
+                // itself is among the problems already.
+                let _ = self.builder.refresh_certificates(&current);
+                return Err(problems);
+            }
+        };
         let sha256 = loaded.sha256.clone();
         let files = loaded.files.clone();
         if self.builder.means_the_same(&current, &loaded) {
