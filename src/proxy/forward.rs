@@ -143,8 +143,9 @@ pub async fn forward(
                 unanswered
             }
         };
-        // That our own bound on connections is reached says nothing of the endpoint.
-        if !unanswered.connection_spent && unanswered.error.code != Code::Overloaded {
+        // Neither that our own bound on connections is reached nor that we cut it says anything of the endpoint.
+        let drain_over = target.cut.count() != cuts;
+        if !drain_over && !unanswered.connection_spent && unanswered.error.code != Code::Overloaded {
             lease.report(Evidence::Bad, ids::now());
         }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
@@ -152,7 +153,7 @@ pub async fn forward(
         let may_retry = attempt < service.config.attempts
             && !timed_out
             && whole
-            && (unanswered.unsent || (idempotent && unanswered.error.code == Code::UpstreamReset));
+            && (unanswered.unsent || (idempotent && !drain_over && unanswered.error.code == Code::UpstreamReset));
         let next = if !may_retry {
             None
         } else if unanswered.connection_spent {

@@ -320,8 +320,6 @@ impl Core {
                     endpoint.drain_deadline.get_or_insert(deadline);
                 } else {
                     endpoint.drain_deadline = None;
-                    // What was cut at its end was no fault of the endpoint.
-                    endpoint.failures = 0;
                 }
                 found = true;
                 self.refresh(number, now);
