@@ -4,8 +4,10 @@
 //! [`Metrics::render`] writes it from a [`Scrape`] of the live state, so that the series of a removed endpoint vanish
 //! with it and no gauge can drift from the truth.
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use prometheus::core::Collector;
@@ -222,7 +224,10 @@ impl Metrics {
     pub fn version(&self, service: &str, version: &str) -> Arc<VersionMetrics> {
         let mut handles = self.handles();
         let key = (service.to_owned(), version.to_owned());
-        let handle = handles.versions.entry(key).or_insert_with(|| {
+        if !handles.versions.contains_key(&key) {
+            handles.versions.make_room(|(service, version)| self.forget_version(service, version));
+        }
+        let handle = handles.versions.entry(key, || {
             let labels = &[service, version];
             Arc::new(VersionMetrics {
                 runs: RUN_OUTCOMES.map(|outcome| self.runs.with_label_values(&[service, version, outcome])),
@@ -239,7 +244,10 @@ impl Metrics {
     /// The series of a service; the same label gives the same handle.
     pub fn service(&self, service: &str) -> Arc<ServiceMetrics> {
         let mut handles = self.handles();
-        let handle = handles.services.entry(service.to_owned()).or_insert_with(|| {
+        if !handles.services.contains_key(service) {
+            handles.services.make_room(|service| self.forget_service(service));
+        }
+        let handle = handles.services.entry(service.to_owned(), || {
             Arc::new(ServiceMetrics {
                 affinity: AFFINITY_OUTCOMES.map(|outcome| self.affinity.with_label_values(&[service, outcome])),
                 rejected: self.runs.with_label_values(&[service, "", "rejected"]),
@@ -263,7 +271,10 @@ impl Metrics {
     pub fn route(&self, listener: &str, route: &str) -> Arc<RouteMetrics> {
         let mut handles = self.handles();
         let key = (listener.to_owned(), route.to_owned());
-        let handle = handles.routes.entry(key).or_insert_with(|| {
+        if !handles.routes.contains_key(&key) {
+            handles.routes.make_room(|(listener, route)| self.forget_route(listener, route));
+        }
+        let handle = handles.routes.entry(key, || {
             Arc::new(RouteMetrics {
                 family: self.requests.clone(),
                 listener: listener.to_owned(),
@@ -307,19 +318,92 @@ impl Metrics {
         family
     }
 
+    // Removing a series that is not there is an error, and no harm.
+
+    fn forget_version(&self, service: &str, version: &str) {
+        for outcome in RUN_OUTCOMES {
+            let _ = self.runs.remove_label_values(&[service, version, outcome]);
+        }
+        for direction in ["request", "response"] {
+            let _ = self.stream_bytes.remove_label_values(&[service, version, direction]);
+        }
+        let _ = self.stream_events.remove_label_values(&[service, version]);
+        let _ = self.run_duration.remove_label_values(&[service, version]);
+        let _ = self.time_to_first_event.remove_label_values(&[service, version]);
+    }
+
+    fn forget_service(&self, service: &str) {
+        for outcome in AFFINITY_OUTCOMES {
+            let _ = self.affinity.remove_label_values(&[service, outcome]);
+        }
+        let _ = self.runs.remove_label_values(&[service, "", "rejected"]);
+        let _ = self.queue_wait.remove_label_values(&[service]);
+    }
+
+    fn forget_route(&self, listener: &str, route: &str) {
+        for class in STATUS_CLASSES {
+            for code in Code::ALL.map(Code::as_str).into_iter().chain(["none"]) {
+                let _ = self.requests.remove_label_values(&[listener, route, class, code]);
+            }
+        }
+    }
+
     fn handles(&self) -> MutexGuard<'_, Handles> {
         // The maps are never left half changed, so a panic elsewhere does not spoil them.
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Every handle that was asked for. Bounded by the names in the configurations this process has seen.
+/// Names that left the configuration keep their counters, so that no last increment is missed; but of each kind only so
+/// many, since a process may live through any number of rollouts with a new version name each.
+const FORMER_MAX: usize = 100;
+
+/// Every handle that was asked for.
 #[derive(Default)]
 struct Handles {
-    versions: HashMap<(String, String), Arc<VersionMetrics>>,
-    services: HashMap<String, Arc<ServiceMetrics>>,
+    versions: Known<(String, String), VersionMetrics>,
+    services: Known<String, ServiceMetrics>,
     listeners: HashMap<String, Arc<ListenerMetrics>>,
-    routes: HashMap<(String, String), Arc<RouteMetrics>>,
+    routes: Known<(String, String), RouteMetrics>,
+}
+
+/// Handles in the order in which they were first asked for.
+struct Known<K, T> {
+    handles: HashMap<K, (u64, Arc<T>)>,
+    asked: u64,
+}
+
+impl<K, T> Default for Known<K, T> {
+    fn default() -> Known<K, T> {
+        Known { handles: HashMap::new(), asked: 0 }
+    }
+}
+
+impl<K: Clone + Eq + Hash, T> Known<K, T> {
+    fn contains_key<Q: Eq + Hash + ?Sized>(&self, key: &Q) -> bool
+    where
+        K: Borrow<Q>,
+    {
+        self.handles.contains_key(key)
+    }
+
+    fn entry(&mut self, key: K, make: impl FnOnce() -> Arc<T>) -> &Arc<T> {
+        self.asked += 1;
+        let asked = self.asked;
+        &self.handles.entry(key).or_insert_with(|| (asked, make())).1
+    }
+
+    /// Forgets the oldest of those that nobody else holds, down to one less than [`FORMER_MAX`].
+    fn make_room(&mut self, forget: impl Fn(&K)) {
+        let former = self.handles.iter().filter(|(_, (_, handle))| Arc::strong_count(handle) == 1);
+        let mut former: Vec<(u64, K)> = former.map(|(key, (asked, _))| (*asked, key.clone())).collect();
+        let surplus = (former.len() + 1).saturating_sub(FORMER_MAX);
+        former.sort_by_key(|(asked, _)| *asked);
+        for (_, key) in former.into_iter().take(surplus) {
+            forget(&key);
+            self.handles.remove(&key);
+        }
+    }
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, family: C) -> C {
@@ -547,6 +631,27 @@ mod tests {
             versions: vec![version],
         };
         Scrape { generation: 4, reloads_failed: 1, services: vec![service], ..Scrape::default() }
+    }
+
+    #[test]
+    fn names_that_left_the_configuration_are_forgotten_in_the_end() {
+        let metrics = Metrics::new();
+        let kept = metrics.version("support", "kept");
+        kept.runs[0].inc();
+        for number in 0..1_000 {
+            metrics.version("support", &format!("v{number}")).runs[0].inc();
+            metrics.route("public", &format!("/{number}")).record(200, None);
+            metrics.service(&format!("s{number}")).affinity[0].inc();
+        }
+        let text = metrics.render(&Scrape::default());
+        let count =
+            |name: &str, more: &str| text.lines().filter(|line| line.starts_with(name) && line.contains(more)).count();
+        assert_eq!(count("longhaul_runs_total{", "completed"), FORMER_MAX + 1);
+        assert_eq!(count("longhaul_run_duration_seconds_count{", ""), FORMER_MAX + 1);
+        assert_eq!(count("longhaul_requests_total{", ""), FORMER_MAX);
+        assert_eq!(count("longhaul_affinity_total{", "new"), FORMER_MAX);
+        assert_eq!(count("longhaul_runs_total{", "\"kept\""), 8, "it is still held");
+        assert_eq!(count("longhaul_runs_total{", "\"v999\""), 8, "one that left just now is still told");
     }
 
     /// Reads the exposition strictly: HELP and TYPE once before the samples of a family, families in one piece, no

@@ -20,6 +20,7 @@ pub mod accept;
 pub mod account;
 pub mod buffer;
 pub mod connection;
+pub mod cut;
 pub mod edits;
 pub mod forward;
 pub mod forwarded;
@@ -128,7 +129,7 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
     let run_outcome = match end {
         End::Whole => flow.outcome,
         End::ClientGone => RunOutcome::Cancelled,
-        End::Truncated => RunOutcome::Truncated,
+        End::Truncated | End::DrainOver => RunOutcome::Truncated,
         End::TimedOut(_) => RunOutcome::TimedOut,
         End::Refused(_) => RunOutcome::Cancelled,
     };
@@ -158,7 +159,7 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
             }
         }
         End::ClientGone => After::Close,
-        End::Truncated => {
+        End::Truncated | End::DrainOver => {
             record.code = Some(Code::UpstreamReset);
             After::Close
         }
@@ -184,6 +185,7 @@ fn cut_short(end: End) -> Option<ProxyError> {
             Code::UpstreamReset,
             "the endpoint broke its answer off, or sent a malformed body, right behind its head",
         )),
+        End::DrainOver => Some(ProxyError::new(Code::UpstreamReset, "the endpoint's drain has reached drain.timeout")),
         End::TimedOut(code) | End::Refused(code) => Some(ProxyError::new(code, code.title())),
     }
 }

@@ -8,9 +8,10 @@ pub mod sessions;
 pub mod status;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use crate::config;
 use crate::error::Code;
@@ -41,7 +42,33 @@ pub struct Target {
     pub give_way: Notify,
     /// Told when a connection has closed, has become idle, or is not idle any more.
     pub connections_changed: Notify,
+    /// Shared with the targets that replace this one: exchanges that began under older settings are cut, too.
+    pub cut: Arc<Cut>,
     retired: AtomicBool,
+}
+
+/// Tells the exchanges with an endpoint that its drain has taken as long as it may, and that what is left is cut.
+#[derive(Default)]
+pub struct Cut {
+    count: AtomicU64,
+    told: Notify,
+}
+
+impl Cut {
+    /// How often it came to that. An exchange compares with what it was when its endpoint was picked.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Is woken by the next one.
+    pub fn told(&self) -> Notified<'_> {
+        self.told.notified()
+    }
+
+    pub fn now(&self) {
+        self.count.fetch_add(1, Ordering::Release);
+        self.told.notify_waiters();
+    }
 }
 
 /// How to do TLS towards an endpoint.
@@ -66,7 +93,7 @@ pub struct TargetSettings {
 
 impl Target {
     pub fn new(settings: TargetSettings) -> Target {
-        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         let TargetSettings { service, version, url, http, host, headers, pool, tls, metrics } = settings;
         Target {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -84,8 +111,14 @@ impl Target {
             idle_connections: AtomicUsize::new(0),
             give_way: Notify::new(),
             connections_changed: Notify::new(),
+            cut: Arc::default(),
             retired: AtomicBool::new(false),
         }
+    }
+
+    /// The same endpoint under other settings.
+    pub fn replaced(&self, settings: TargetSettings) -> Target {
+        Target { cut: Arc::clone(&self.cut), ..Target::new(settings) }
     }
 
     /// No idle connection to it is worth keeping: it was removed, or its settings were replaced.
@@ -190,6 +223,8 @@ pub enum Evidence {
 pub enum Refusal {
     NoEndpoint,
     QueueFull,
+    /// The session's own endpoint is full, and no other will do.
+    PinnedFull,
     SessionLost,
 }
 
@@ -197,7 +232,7 @@ impl Refusal {
     pub fn code(self) -> Code {
         match self {
             Refusal::NoEndpoint => Code::NoEndpoint,
-            Refusal::QueueFull => Code::QueueFull,
+            Refusal::QueueFull | Refusal::PinnedFull => Code::QueueFull,
             Refusal::SessionLost => Code::SessionLost,
         }
     }
@@ -206,6 +241,7 @@ impl Refusal {
     pub fn affinity(self) -> AffinityOutcome {
         match self {
             Refusal::SessionLost => AffinityOutcome::Lost,
+            Refusal::PinnedFull => AffinityOutcome::Hit,
             Refusal::NoEndpoint | Refusal::QueueFull => AffinityOutcome::None,
         }
     }

@@ -42,6 +42,48 @@ async fn tls_chooses_the_certificate_by_name_and_the_version_by_alpn() {
 }
 
 #[tokio::test]
+async fn certificates_rotate_and_a_broken_pair_leaves_the_old_one() {
+    let backend = Backend::start().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let [first, second, third] = ["a", "b", "c"].map(|name| {
+        let directory = directory.path().join(name);
+        std::fs::create_dir(&directory).expect("writable");
+        Certificate::create(&directory, &["one.test"])
+    });
+    let served = (directory.path().join("tls.crt"), directory.path().join("tls.key"));
+    let put = |certificate: &Certificate, key: &Certificate| {
+        std::fs::copy(&certificate.cert_file, &served.0).expect("writable");
+        std::fs::copy(&key.key_file, &served.1).expect("writable");
+    };
+    put(&first, &first);
+    let config = format!(
+        "listeners: [{{address: \"127.0.0.1:0\", tls: {{certificates: [{{cert_file: \"{}\", key_file: \"{}\"}}]}}}}]\n{}",
+        served.0.display(),
+        served.1.display(),
+        service(&backend)
+    );
+    let proxy = start_proxy(&config).await;
+    // A client trusts one certificate alone.
+    let serves = async |certificate: &Certificate| {
+        let mut client = RawClient::connect_tls(proxy.address, "one.test", certificate.client(&["http/1.1"])).await;
+        client.send("GET / HTTP/1.1\r\nHost: one.test\r\n\r\n").await;
+        assert_eq!(client.read_response().await.text(), "ok");
+    };
+    serves(&first).await;
+    put(&second, &second);
+    assert_eq!(proxy.reload(&config).await.status(), 200);
+    serves(&second).await;
+    put(&third, &first);
+    let refused = proxy.reload(&config).await;
+    assert_eq!(refused.status(), 400, "{refused:?}");
+    serves(&second).await;
+    // A renewed one does not wait until a mistake elsewhere is mended.
+    put(&third, &third);
+    assert_eq!(proxy.reload(&format!("{config}mistake: 1\n")).await.status(), 400);
+    serves(&third).await;
+}
+
+#[tokio::test]
 async fn a_unix_socket_is_served_and_reached() {
     let directory = tempfile::tempdir().expect("a directory");
     let backend = Backend::start_unix(&directory.path().join("agent.sock")).await;

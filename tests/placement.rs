@@ -391,6 +391,23 @@ fn keys(world: &mut World) -> Vec<String> {
 }
 
 #[test]
+fn a_lower_bound_of_the_table_is_reached_in_steps() {
+    let mut world = World::new(&fleet(1..=2));
+    for number in 0..10_000 {
+        world.serve(&format!("old-{number}"));
+    }
+    world.apply(&fleet(1..=2).with(|config| config.session.max_sessions = 10));
+    assert_eq!(world.sessions(), 10_000, "a lower limit cuts nothing at once");
+    assert_eq!(world.serve("new-0").1, AffinityOutcome::New);
+    assert_eq!(world.sessions(), 10_000 + 1 - 16);
+    for number in 1..1_000 {
+        assert_eq!(world.serve(&format!("new-{number}")).1, AffinityOutcome::New);
+    }
+    assert_eq!(world.sessions(), 10);
+    assert_eq!(world.serve("new-999").1, AffinityOutcome::Hit, "the youngest are left");
+}
+
+#[test]
 fn learned_ids_become_the_key_or_an_alias() {
     let mut world = World::new(&fleet(1..=3));
     let mut grant = world.keyless(Kind::Start).expect("a place");
@@ -591,6 +608,99 @@ fn failing_endpoints_are_ejected_within_bounds() {
     let mut alone = World::new(&fleet([1]));
     alone.fail(1, 20);
     assert_eq!(alone.endpoint(1).expect("there").state, EndpointState::Ready);
+}
+
+#[test]
+fn a_reload_leaves_no_lone_endpoint_ejected() {
+    let mut world = World::new(&fleet(1..=3));
+    world.fail(1, 5);
+    assert_eq!(world.endpoint(1).expect("there").state, EndpointState::Ejected);
+    world.apply(&fleet(1..=2));
+    assert_eq!(world.endpoint(1).expect("there").state, EndpointState::Ejected, "another is left");
+    world.apply(&fleet([1]));
+    assert_eq!(world.endpoint(1).expect("there").state, EndpointState::Ready);
+    let grant = world.core_start();
+    assert_eq!(world.port(&grant), 1);
+}
+
+#[test]
+fn what_an_abolished_check_said_is_forgotten() {
+    let checked = fleet(1..=2).with(|config| config.health.tcp = true);
+    let mut world = World::new(&checked);
+    world.probe(1, true);
+    world.probe(2, false);
+    world.apply(&fleet(1..=2));
+    world.apply(&checked);
+    assert_eq!(world.endpoint(2).expect("there").state, EndpointState::Ready, "it has served without a check");
+}
+
+#[test]
+fn a_drain_past_its_time_cuts_what_is_left_once() {
+    for removed in [false, true] {
+        let mut world = World::new(&fleet(1..=2));
+        let grants = [world.core_start(), world.core_start()];
+        let on = |port| grants.iter().find(|grant| world.port(grant) == port).expect("one on each");
+        let (leaving, staying) = (world.core.target(on(2)), world.core.target(on(1)));
+        if removed {
+            world.apply(&fleet([1]));
+        } else {
+            world.drain(2);
+            world.wait(Duration::from_secs(300));
+            // Neither a reload nor a second call begins it anew.
+            world.apply(&fleet(1..=2));
+            world.drain(2);
+            world.wait(Duration::from_secs(299));
+        }
+        world.core.tick(world.now);
+        assert_eq!(leaving.cut.count(), 0, "its time is not over");
+        world.wait(if removed { Duration::from_secs(600) } else { Duration::from_secs(1) });
+        for _ in 0..3 {
+            world.core.tick(world.now);
+        }
+        assert_eq!((leaving.cut.count(), staying.cut.count()), (1, 0));
+        for grant in grants {
+            world.finish(grant);
+        }
+    }
+    let mut world = World::new(&fleet(1..=2));
+    let grant = world.core_start();
+    let port = world.port(&grant);
+    world.drain(port);
+    assert!(world.core.set_drained(&support::url(port).address(), false, world.now));
+    world.wait(Duration::from_secs(3600));
+    world.core.tick(world.now);
+    assert_eq!(world.core.target(&grant).cut.count(), 0, "the drain was called off");
+}
+
+#[test]
+fn an_endpoint_that_comes_back_while_it_drains_keeps_its_count() {
+    let mut world = World::new(&fleet(1..=2));
+    let grants: Vec<Grant> = (0..6).map(|_| world.core_start()).collect();
+    world.apply(&fleet([1]));
+    world.apply(&fleet(1..=2));
+    assert_eq!((world.outstanding(1), world.outstanding(2)), (3, 3));
+    world.wait(Duration::from_secs(3600));
+    world.core.tick(world.now);
+    assert_eq!(world.endpoint(2).expect("there").state, EndpointState::Ready);
+    // Also after its time was over.
+    world.apply(&fleet([1]));
+    world.wait(Duration::from_secs(600));
+    world.core.tick(world.now);
+    world.apply(&fleet(1..=2));
+    assert_eq!(world.outstanding(2), 3);
+    let next = world.core_start();
+    assert!(!world.core.target(&next).retired());
+    for grant in grants.into_iter().chain([next]) {
+        world.finish(grant);
+    }
+    assert_eq!((world.outstanding(1), world.outstanding(2)), (0, 0));
+}
+
+#[test]
+fn a_full_pin_is_told_as_a_hit() {
+    assert_eq!(Unplaced::PinnedFull.refusal().affinity(), AffinityOutcome::Hit);
+    assert_eq!(Unplaced::PinnedFull.refusal().code(), Unplaced::Full.refusal().code());
+    assert_eq!(Unplaced::Full.refusal().affinity(), AffinityOutcome::None);
 }
 
 // Retrying.

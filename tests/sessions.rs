@@ -447,6 +447,110 @@ async fn a_full_endpoint_is_429_until_a_run_ends() {
 }
 
 #[tokio::test]
+async fn a_full_pin_is_told_as_a_hit() {
+    let backends = several(2).await;
+    backends.iter().for_each(Backend::drip_each);
+    let proxy = start_proxy(&pinned(&backends, "    runs: {max_per_endpoint: 1}\n")).await;
+    let (_client, drip, _) = stream(&proxy, &backends, "X-Session-Id: anna\r\n").await;
+    drip.event("at work").await;
+    let full = run(&proxy, "anna").await;
+    assert_eq!((full.status(), affinity(&full)), (429, "hit"), "{full:?}");
+    assert_eq!(full.code().as_deref(), Some("queue_full"));
+    proxy.metric_becomes("longhaul_affinity_total", &["outcome=\"hit\""], 1.0).await;
+}
+
+#[tokio::test]
+async fn a_drain_past_its_time_cuts_visibly() {
+    for removed in [false, true] {
+        let backends = several(2).await;
+        backends.iter().for_each(Backend::drip_each);
+        let more = "    drain: {timeout: 300ms}\n";
+        let proxy = start_proxy(&pinned(&backends, more)).await;
+        let (mut streaming, _first, home) = stream(&proxy, &backends, "X-Session-Id: anna\r\n").await;
+        // One that has no answer yet, on the same endpoint.
+        let gate = Gate::new();
+        let held = gate.clone();
+        backends[home].each(move |_| Script::ok("late").after(&held));
+        let mut waiting = proxy.connect().await;
+        waiting.send("POST /run HTTP/1.1\r\nHost: a\r\nX-Session-Id: anna\r\nContent-Length: 0\r\n\r\n").await;
+        eventually("both are there", || backends[home].in_flight() == 2).await;
+        let (mut other, other_drip, elsewhere) = stream(&proxy, &backends, "X-Session-Id: otto\r\n").await;
+        assert_ne!(elsewhere, home);
+        if removed {
+            assert_eq!(proxy.reload(&pinned(&backends[elsewhere..=elsewhere], more)).await.status(), 200);
+        } else {
+            assert_eq!(proxy.drain("support", &backends[home].name(), false).await.status(), 200);
+        }
+        streaming.closed().await;
+        let answer = waiting.read_response().await;
+        assert_eq!((answer.status(), answer.code().as_deref()), (502, Some("upstream_reset")), "{answer:?}");
+        proxy.metric_becomes("longhaul_runs_total", &["outcome=\"truncated\""], 1.0).await;
+        proxy.metric_becomes("longhaul_outstanding_runs", &["service=\"support\""], 1.0).await;
+        other_drip.finish().await;
+        assert_eq!(other.read_chunk().await, None, "nobody else is cut");
+    }
+}
+
+#[tokio::test]
+async fn a_thousand_reloads_leave_nothing_behind() {
+    let backends = several(2).await;
+    let proxy = start_proxy(&pinned(&backends, "")).await;
+    let config = |round: usize| {
+        let own = format!("http://127.0.0.1:{}", 20_000 + round);
+        pinned(&backends, "")
+            .replace("name: stable", &format!("name: v{round}"))
+            .replace("endpoints: [", &format!("endpoints: [\"{own}\", "))
+    };
+    let descriptors = || std::fs::read_dir("/proc/self/fd").expect("Linux").count();
+    let mut series = 0;
+    let mut before = 0;
+    for round in 0..1_000 {
+        assert_eq!(proxy.reload(&config(round)).await.status(), 200);
+        if round == 200 {
+            assert_eq!(run(&proxy, "anna").await.status(), 200);
+            series = proxy.admin("GET", "/metrics").await.text().lines().count();
+            before = descriptors();
+        }
+    }
+    assert_eq!(run(&proxy, "anna").await.status(), 200);
+    let text = proxy.admin("GET", "/metrics").await.text();
+    assert!(text.lines().count() <= series + 60, "{series} lines became {}", text.lines().count());
+    let endpoints = |text: &str| text.lines().filter(|line| line.starts_with("longhaul_endpoint_outstanding")).count();
+    assert_eq!(endpoints(&text), 3, "those of removed endpoints vanish");
+    // Other tests of this process have connections of their own.
+    eventually("no descriptor is left", || descriptors() <= before + 50).await;
+}
+
+#[tokio::test]
+async fn a_storm_of_reloads_ends_with_the_last_file() {
+    let backends = several(2).await;
+    backends.iter().for_each(Backend::drip_each);
+    let proxy = start_proxy(&pinned(&backends, "")).await;
+    let (mut client, drip, _) = stream(&proxy, &backends, "X-Session-Id: anna\r\n").await;
+    let mut asking = tokio::task::JoinSet::new();
+    for round in 0..100 {
+        let admin = proxy.admin;
+        asking.spawn(async move { ask_admin(admin, "POST", "/api/v1/reload").await.status() });
+        if round % 10 == 0 {
+            // Every second one is refused.
+            let more = if round % 20 == 0 { format!("    slow_start: {round}s\n") } else { "    slow: 1\n".to_owned() };
+            proxy.reload(&pinned(&backends, &more)).await;
+        }
+    }
+    for status in asking.join_all().await {
+        assert!(status == 200 || status == 400, "{status}");
+    }
+    assert_eq!(proxy.reload(&pinned(&backends, "    slow_start: 77s\n")).await.status(), 200);
+    let effective = proxy.admin("GET", "/api/v1/config").await.text();
+    assert!(effective.contains("77s"), "{effective}");
+    proxy.metric_becomes("longhaul_outstanding_runs", &["service=\"support\""], 1.0).await;
+    drip.event("still here").await;
+    client.read_chunks_until("still here").await;
+    drip.finish().await;
+    assert_eq!(client.read_chunk().await, None);
+}
+
+#[tokio::test]
 async fn a_bad_file_changes_nothing_and_the_same_meaning_is_no_new_generation() {
     let backends = several(1).await;
     let config = pinned(&backends, "");

@@ -9,6 +9,9 @@ const DEPTH_MAX: usize = 64;
 /// Nodes after aliases are expanded, so that nested aliases can't blow up memory.
 const NODES_MAX: usize = 500_000;
 
+/// What `!!` may say of a value.
+const CORE_TAGS: [&str; 7] = ["str", "int", "float", "bool", "null", "seq", "map"];
+
 /// A value in the file.
 #[derive(Clone, Debug)]
 pub struct Node {
@@ -254,7 +257,7 @@ impl Builder {
 fn refuse_tag(tag: Option<&Tag>, spot: Spot) -> Result<bool, SyntaxError> {
     match tag {
         None => Ok(false),
-        Some(tag) if tag.is_yaml_core_schema() => Ok(tag.suffix == "str"),
+        Some(tag) if tag.is_yaml_core_schema() && CORE_TAGS.contains(&tag.suffix.as_str()) => Ok(tag.suffix == "str"),
         Some(tag) => {
             Err(SyntaxError { spot, message: format!("tags are not supported: remove {}", quote(&tag.to_string())) })
         }
@@ -283,6 +286,15 @@ mod tests {
         assert_eq!(inner[0].spot, Spot { line: 3, column: 13 });
         assert_eq!(inner[1].spot, Spot { line: 3, column: 16 });
         assert!(matches!(&inner[1].data, Data::Scalar(scalar) if !scalar.plain));
+    }
+
+    #[test]
+    fn tags_of_other_programs_are_refused() {
+        for text in ["a: !secret x", "a: !!python/object x", "a: !!binary eA=="] {
+            let error = parse(text).expect_err("refused");
+            assert!(error.message.contains("tags are not supported"), "{}", error.message);
+        }
+        assert!(parse("a: !!str 5").is_ok());
     }
 
     #[test]

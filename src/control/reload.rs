@@ -290,12 +290,25 @@ impl Reloader {
         if self.listeners_closed {
             return Err(self.refusal("", "the proxy is draining and takes no new configuration".to_owned()));
         }
+        if std::fs::metadata(&self.path).is_ok_and(|it| !it.is_file()) {
+            // Opening a pipe again would wait for a writer for ever, and every later reload with it.
+            let message = format!("{} is no regular file: only those can be reloaded", self.path.display());
+            return Err(self.refusal("", message));
+        }
         let path = self.path.clone();
         let loaded = tokio::task::spawn_blocking(move || config::load(&path))
             .await
-            .map_err(|failure| self.refusal("", format!("reading the configuration broke off: {failure}")))??;
-
+            .map_err(|failure| self.refusal("", format!("reading the configuration broke off: {failure}")))?;
         let current = self.running.snapshot.load_full();
+        let loaded = match loaded {
+            Ok(loaded) => loaded,
+            Err(problems) => {
+                // A renewed certificate must not wait, and expire, for a mistake elsewhere to be mended. One that is bad
+                // itself is among the problems already.
+                let _ = self.builder.refresh_certificates(&current);
+                return Err(problems);
+            }
+        };
         let sha256 = loaded.sha256.clone();
         let files = loaded.files.clone();
         if self.builder.means_the_same(&current, &loaded) {
@@ -867,6 +880,8 @@ fn problem(path: &str, message: String) -> Problem {
 }
 
 fn one_problem(file: &str, path: &str, message: String) -> Problems {
+    // As `check` calls what is wrong with the file as a whole.
+    let path = if path.is_empty() { "(file)" } else { path };
     Problems { file: file.to_owned(), list: vec![problem(path, message)] }
 }
 

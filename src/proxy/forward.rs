@@ -16,6 +16,7 @@ use crate::message::{Framing, RequestHead, ResponseHead, Version};
 use crate::net::cookie::CookieSession;
 use crate::proxy::account::Record;
 use crate::proxy::connection::Connection;
+use crate::proxy::cut::Since;
 use crate::proxy::identify::{self, Identity};
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
@@ -80,6 +81,7 @@ pub async fn forward(
         }
         refused(refusal, service)
     })?;
+    let mut cuts = target.cut.count();
     record.affinity = affinity;
     record.run = lease.run_id();
     record.target = Some(target.clone());
@@ -117,7 +119,7 @@ pub async fn forward(
     let mut fresh = false;
     let (upstream, answer) = loop {
         let tried = try_once(
-            Attempt { asked: &asked, target: &target, deadlines, connect_timeout, ahead, fresh },
+            Attempt { asked: &asked, target: &target, cuts, deadlines, connect_timeout, ahead, fresh },
             client,
             &mut request,
             &mut direction,
@@ -141,8 +143,9 @@ pub async fn forward(
                 unanswered
             }
         };
-        // That our own bound on connections is reached says nothing of the endpoint.
-        if !unanswered.connection_spent && unanswered.error.code != Code::Overloaded {
+        // Neither that our own bound on connections is reached nor that we cut it says anything of the endpoint.
+        let drain_over = target.cut.count() != cuts;
+        if !drain_over && !unanswered.connection_spent && unanswered.error.code != Code::Overloaded {
             lease.report(Evidence::Bad, ids::now());
         }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
@@ -150,7 +153,7 @@ pub async fn forward(
         let may_retry = attempt < service.config.attempts
             && !timed_out
             && whole
-            && (unanswered.unsent || (idempotent && unanswered.error.code == Code::UpstreamReset));
+            && (unanswered.unsent || (idempotent && !drain_over && unanswered.error.code == Code::UpstreamReset));
         let next = if !may_retry {
             None
         } else if unanswered.connection_spent {
@@ -169,6 +172,7 @@ pub async fn forward(
             }
             direction.restart();
             target = next;
+            cuts = target.cut.count();
             record.target = Some(target.clone());
             continue;
         }
@@ -178,7 +182,19 @@ pub async fn forward(
         return Err(unanswered.error);
     };
 
-    begin_answer(asked, client, request, identity, lease, target, upstream, direction, answer, deadlines, record)
+    begin_answer(
+        asked,
+        client,
+        request,
+        identity,
+        lease,
+        (target, cuts),
+        upstream,
+        direction,
+        answer,
+        deadlines,
+        record,
+    )
 }
 
 /// Nothing of the body was given to an endpoint: all that came in waits in front.
@@ -207,6 +223,7 @@ fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> R
 fn refused(refusal: Refusal, service: &Service) -> ProxyError {
     let detail = match refusal {
         Refusal::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
+        Refusal::PinnedFull => "the session's endpoint is at its run limit, and the session stays there".to_owned(),
         Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
         Refusal::NoEndpoint => format!("no endpoint of service {} is ready", service.name),
     };
@@ -249,6 +266,8 @@ fn prepare(
 struct Attempt<'a> {
     asked: &'a Asked<'a>,
     target: &'a Arc<Target>,
+    /// [`crate::state::Cut::count`] when it was picked.
+    cuts: u64,
     deadlines: Deadlines,
     connect_timeout: Duration,
     /// Body bytes were read ahead, so the client's own chunk framing is lost.
@@ -283,7 +302,7 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, deadlines, connect_timeout, ahead, fresh } = attempt;
+    let Attempt { asked, target, cuts, deadlines, connect_timeout, ahead, fresh } = attempt;
     let pool = &asked.connection.worker.pool;
     let kept = if fresh { None } else { upstream::pooled(pool, target) };
     let connected = match kept {
@@ -334,7 +353,8 @@ async fn try_once(
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
-    match relay::until_answer(client, &mut upstream, direction, deadlines, interim_passes, timer).await {
+    let drain = Since { cut: &target.cut, count: cuts };
+    match relay::until_answer(client, &mut upstream, direction, (deadlines, drain), interim_passes, timer).await {
         Answer::Head(head) => Tried::Answered(upstream, head),
         Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
@@ -367,7 +387,7 @@ fn begin_answer(
     request: RequestHead,
     identity: Identity,
     mut lease: Lease,
-    target: Arc<Target>,
+    (target, cuts): (Arc<Target>, u64),
     mut upstream: Upstream,
     direction: Direction,
     mut answer: ResponseHead,
@@ -472,6 +492,8 @@ fn begin_answer(
     Ok(Forwarded::Streaming(Box::new(Flow {
         upstream,
         lease: Some(lease),
+        target,
+        cuts,
         request: request_direction,
         response: Direction::new(raw, response_observer),
         tunnel,

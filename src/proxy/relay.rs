@@ -2,20 +2,23 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use crate::error::{Code, ProxyError};
 use crate::message::{Fields, ResponseHead};
 use crate::proxy::account::Record;
+use crate::proxy::cut::{Hearing, Since};
 use crate::proxy::edits;
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{Unanswered, Upstream};
-use crate::state::RunOutcome;
 use crate::state::dispatcher::Lease;
+use crate::state::{RunOutcome, Target};
 
 /// Interim answers (1xx) of one exchange; more are an endpoint gone mad.
 const INTERIM_ANSWERS_MAX: u32 = 64;
@@ -165,11 +168,13 @@ pub async fn until_answer(
     client: &mut Peer,
     upstream: &mut Upstream,
     request: &mut Direction,
-    deadlines: Deadlines,
+    (deadlines, drain): (Deadlines, Since<'_>),
     interim_passes: bool,
     timer: &mut Timer,
 ) -> Answer {
     let mut interim_answers = 0;
+    let mut told = pin!(drain.cut.told());
+    let mut cut = Hearing::new(drain);
     poll_fn(|context| {
         if request.over() {
             if client.poll_gone(context).is_ready() {
@@ -214,6 +219,10 @@ pub async fn until_answer(
         if let Poll::Ready(Err(_)) = client.poll_flush(context) {
             return Poll::Ready(Answer::ClientGone);
         }
+        if cut.poll(told.as_mut(), context).is_ready() {
+            let error = ProxyError::new(Code::UpstreamReset, "the endpoint's drain has reached drain.timeout");
+            return Poll::Ready(Answer::None(Unanswered { unsent: false, connection_spent: false, error }));
+        }
         timer.poll_passed(context, deadlines.before_answer()).map(|()| Answer::None(deadlines.missed_answer()))
     })
     .await
@@ -249,6 +258,9 @@ pub struct Flow {
     pub upstream: Upstream,
     /// Given back with the endpoint's last byte.
     pub lease: Option<Lease>,
+    pub target: Arc<Target>,
+    /// [`crate::state::Cut::count`] when the endpoint was picked.
+    pub cuts: u64,
     pub request: Direction,
     pub response: Direction,
     pub tunnel: bool,
@@ -274,6 +286,8 @@ pub enum End {
     ClientGone,
     /// The endpoint broke off, fell silent, or sent nonsense.
     Truncated,
+    /// The endpoint's drain took as long as it may.
+    DrainOver,
     /// It took longer than it may.
     TimedOut(Code),
     /// The rest of the request can't be served.
@@ -283,6 +297,9 @@ pub enum End {
 /// Relays until both bodies have ended or one side is gone.
 pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> End {
     let mut last_moved = crate::ids::now();
+    let target = flow.target.clone();
+    let mut told = pin!(target.cut.told());
+    let mut cut = Hearing::new(Since { cut: &target.cut, count: flow.cuts });
     poll_fn(|context| {
         let end = poll_both(client, flow, context);
         if std::mem::take(&mut flow.request.moved) | std::mem::take(&mut flow.response.moved) {
@@ -290,6 +307,10 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
         }
         if end.is_ready() {
             return end;
+        }
+        // What the endpoint has finished is only on its way to the client.
+        if flow.lease.is_some() && cut.poll(told.as_mut(), context).is_ready() {
+            return Poll::Ready(End::DrainOver);
         }
         flow.poll_time_outs(last_moved, timer, context)
     })

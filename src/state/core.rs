@@ -25,6 +25,9 @@ const CREDIT_TIME: Duration = Duration::from_secs(10);
 /// Expired sessions that one pick cleans up at most.
 const EXPIRED_PER_PICK: usize = 16;
 
+/// Sessions that one pick evicts at most where the table is full.
+const EVICTED_PER_PICK: usize = 16;
+
 /// One service's live state.
 pub struct Core {
     name: Arc<str>,
@@ -118,7 +121,8 @@ impl Grant {
 impl Unplaced {
     pub fn refusal(self) -> Refusal {
         match self {
-            Unplaced::PinnedFull | Unplaced::Full => Refusal::QueueFull,
+            Unplaced::PinnedFull => Refusal::PinnedFull,
+            Unplaced::Full => Refusal::QueueFull,
             Unplaced::Empty => Refusal::NoEndpoint,
             Unplaced::Lost => Refusal::SessionLost,
         }
@@ -306,11 +310,17 @@ impl Core {
     /// Starts or ends an operator's drain of all endpoints at an address (or identity). False where there is none.
     pub fn set_drained(&mut self, address: &str, drained: bool, now: Instant) -> bool {
         let now = self.advance(now);
+        let deadline = now + self.rules.drain_timeout;
         let mut found = false;
         for number in self.endpoints.numbers() {
             let endpoint = &mut self.endpoints[number];
             if endpoint.configured && (&*endpoint.target.address == address || &*endpoint.identity == address) {
                 endpoint.drained = drained;
+                if drained {
+                    endpoint.drain_deadline.get_or_insert(deadline);
+                } else {
+                    endpoint.drain_deadline = None;
+                }
                 found = true;
                 self.refresh(number, now);
             }
@@ -336,13 +346,17 @@ impl Core {
         (forgotten, (end < slots).then_some(end))
     }
 
-    /// What is due with time: slow starts and ejections that are over, removed endpoints past their deadline, credits.
+    /// What is due with time: slow starts and ejections that are over, drains past their deadline, credits.
     pub fn tick(&mut self, now: Instant) {
         let now = self.advance(now);
         for version in 0..self.versions.len() {
             self.graduate(version, now);
         }
         for number in self.endpoints.numbers() {
+            let endpoint = &mut self.endpoints[number];
+            if endpoint.drain_deadline.take_if(|deadline| now >= *deadline).is_some() && !endpoint.idle() {
+                endpoint.target.cut.now();
+            }
             self.settle(number, now);
         }
     }
@@ -679,7 +693,11 @@ impl Core {
     /// Makes a session, in place of the one idle for longest where the table is full. Its first exchange is opened by
     /// the caller, or here in [`Core::learn`]. `None`: every session is busy.
     fn pin(&mut self, key: &SessionKey, endpoint: u32, matched: bool, now: Instant) -> Option<u32> {
-        while self.sessions.len() >= self.rules.max_sessions {
+        // A table far above a limit that was just lowered shrinks in steps, so that nobody waits for it.
+        for _ in 0..EVICTED_PER_PICK {
+            if self.sessions.len() < self.rules.max_sessions {
+                break;
+            }
             let oldest = self.sessions.oldest()?;
             self.unpin(oldest);
         }
@@ -812,17 +830,14 @@ impl Core {
 
     /// Ejects an endpoint that failed too often, where its version can do without.
     fn judge(&mut self, number: u32, now: Instant) {
-        let config::Outlier { consecutive_failures, eject_for, max_ejected } = self.rules.outlier;
+        let config::Outlier { consecutive_failures, eject_for, .. } = self.rules.outlier;
         let endpoint = &self.endpoints[number];
         if consecutive_failures == 0 || endpoint.failures < consecutive_failures || !endpoint.ready {
             return;
         }
         let version = &self.versions[endpoint.version];
-        let all = version.endpoints.iter().filter(|number| self.endpoints[**number].configured).count();
-        let share = (all as f64 * max_ejected).floor() as u32;
-        let most = if max_ejected > 0.0 { share.max(1) } else { 0 };
         // The only one that is ready is as good as alone: ejecting it would help nobody.
-        if version.ready() < 2 || version.ejected >= most {
+        if version.ready() < 2 || version.ejected >= self.most_ejected(endpoint.version) {
             return;
         }
         let endpoint = &mut self.endpoints[number];
@@ -831,6 +846,25 @@ impl Core {
         self.versions[endpoint.version].ejected += 1;
         self.ejected.push(number);
         self.refresh(number, now);
+    }
+
+    /// How many endpoints of a version may be ejected at once: its share, at least one, but never a lone one.
+    fn most_ejected(&self, version: usize) -> u32 {
+        let config::Outlier { max_ejected, .. } = self.rules.outlier;
+        let endpoints = &self.versions[version].endpoints;
+        let all = endpoints.iter().filter(|number| self.endpoints[**number].configured).count();
+        if all < 2 || max_ejected <= 0.0 { 0 } else { ((all as f64 * max_ejected).floor() as u32).max(1) }
+    }
+
+    /// Readmits those who were ejected first, until a version has no more of them than it may.
+    fn readmit_surplus(&mut self, version: usize, now: Instant) {
+        let mut ejected: Vec<u32> = self.versions[version].endpoints.clone();
+        ejected.retain(|number| self.endpoints[*number].configured && self.endpoints[*number].ejected_until.is_some());
+        ejected.sort_by_key(|number| self.endpoints[*number].ejected_until);
+        let surplus = ejected.len().saturating_sub(self.most_ejected(version) as usize);
+        for number in ejected.into_iter().take(surplus) {
+            self.readmit(number, now);
+        }
     }
 
     fn readmit(&mut self, number: u32, now: Instant) {

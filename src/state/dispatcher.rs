@@ -92,7 +92,8 @@ impl Dispatcher {
             }
             Err(unplaced) => {
                 let refusal = unplaced.refusal();
-                if refusal == Refusal::SessionLost {
+                // What the client is told of its session counts, also where nothing was placed.
+                if refusal.affinity() != AffinityOutcome::None {
                     self.metrics.affinity[refusal.affinity() as usize].inc();
                 }
                 if run.is_some() {

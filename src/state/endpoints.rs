@@ -38,7 +38,7 @@ pub(crate) struct Endpoint {
     pub drained: bool,
     /// Removed, and its drain is over.
     pub gone: bool,
-    /// Set while it was removed and still finishes: when that ends at the latest.
+    /// Set while it drains, removed or by an operator: when that ends at the latest and what is left is cut.
     pub drain_deadline: Option<Instant>,
     pub health: Health,
     pub failures: u32,

@@ -28,6 +28,10 @@ impl Core {
             if self.rules.checked && !was_checked && endpoint.health.standing == HealthStanding::Unknown {
                 endpoint.health = Health { standing: HealthStanding::Healthy, against: 0, proven: true };
             }
+            // What a check said that is no more must not be held against anybody when there is one again.
+            if !self.rules.checked {
+                endpoint.health = Health::default();
+            }
             if self.rules.outlier.consecutive_failures == 0 {
                 endpoint.ejected_until = None;
             }
@@ -43,7 +47,7 @@ impl Core {
         }
         removed.retain(|number| !self.endpoints[*number].configured);
         for number in &removed {
-            self.endpoints[*number].drain_deadline = Some(now + self.rules.drain_timeout);
+            self.endpoints[*number].drain_deadline.get_or_insert(now + self.rules.drain_timeout);
         }
         self.applied = true;
 
@@ -59,6 +63,10 @@ impl Core {
                 self.ejected.push(number);
             }
             self.refresh(number, now);
+        }
+        // With fewer endpoints fewer may be ejected: the last one of a version must not be.
+        for version in 0..self.versions.len() {
+            self.readmit_surplus(version, now);
         }
         for number in removed {
             self.settle(number, now);
@@ -119,7 +127,9 @@ impl Core {
         };
         let endpoint = &mut self.endpoints[number];
         endpoint.configured = true;
-        endpoint.drain_deadline = None;
+        if !endpoint.drained {
+            endpoint.drain_deadline = None;
+        }
         if endpoint.version != version {
             endpoint.version = version;
             endpoint.pass = 0;
@@ -132,7 +142,7 @@ impl Core {
         }
         if endpoint.target.retired() || !describes(&settings, &endpoint.target) {
             endpoint.target.retire();
-            endpoint.target = Arc::new(Target::new(settings));
+            endpoint.target = Arc::new(endpoint.target.replaced(settings));
         }
         number
     }
