@@ -1,5 +1,6 @@
 //! Admin: the API, probes, metrics and live page of a running proxy.
 
+mod document;
 mod guard;
 mod page;
 mod problem;
@@ -15,7 +16,7 @@ use axum::extract::{Extension, Path, Query, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use axum::{Json, Router, middleware};
+use axum::{Router, middleware};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde_json::json;
@@ -32,6 +33,7 @@ use crate::metrics;
 use crate::net::listen::{self, Accepted, Socket};
 use crate::snapshot::Running;
 use crate::state::dispatcher::Dispatcher;
+use document::Json;
 use guard::Reader;
 use problem::Problem;
 
@@ -134,11 +136,11 @@ fn router(context: Arc<Context>, access: guard::Access) -> Router {
             .route("/api/v1/reload", post(reload))
             .route("/api/v1/sessions", get(sessions).delete(forget_sessions))
             .route("/api/v1/runs", get(runs))
-            .route("/api/v1/runs/{id}", delete(not_yet))
+            .route("/api/v1/runs/{id}", delete(async || not_yet("ending a run is not available yet")))
             .route("/api/v1/services/{service}/endpoints/{address}/drain", post(drain_endpoint))
             .route("/api/v1/services/{service}/endpoints/{address}/undrain", post(undrain_endpoint))
-            .route("/api/v1/services/{service}/rollout", get(not_yet))
-            .route("/api/v1/services/{service}/rollout/{action}", post(not_yet))
+            .route("/api/v1/services/{service}/rollout", get(no_rollout))
+            .route("/api/v1/services/{service}/rollout/{action}", post(no_rollout))
             .route("/api/v1/drain", post(drain))
             .route("/api/v1/metrics", get(metrics_json)),
     };
@@ -253,23 +255,30 @@ async fn drain_endpoint(
     State(context): Shared,
     Path((service, address)): Path<(String, String)>,
 ) -> Result<Response, Problem> {
-    let found = dispatcher(&context, &service)?.drain_endpoint(&address, ids::now());
-    endpoint_answer(&service, &address, found, "draining")
+    let dispatcher = dispatcher(&context, &service)?;
+    let found = dispatcher.drain_endpoint(&address, ids::now());
+    endpoint_answer(&dispatcher, &address, found, "draining")
 }
 
 async fn undrain_endpoint(
     State(context): Shared,
     Path((service, address)): Path<(String, String)>,
 ) -> Result<Response, Problem> {
-    let found = dispatcher(&context, &service)?.undrain_endpoint(&address, ids::now());
-    endpoint_answer(&service, &address, found, "undrained")
+    let dispatcher = dispatcher(&context, &service)?;
+    let found = dispatcher.undrain_endpoint(&address, ids::now());
+    endpoint_answer(&dispatcher, &address, found, "undrained")
 }
 
-fn endpoint_answer(service: &str, address: &str, found: bool, done: &str) -> Result<Response, Problem> {
+fn endpoint_answer(dispatcher: &Dispatcher, address: &str, found: bool, done: &str) -> Result<Response, Problem> {
     if !found {
-        return Err(Problem::not_found(&format!("{service} has no endpoint {address}")));
+        let service = dispatcher.name();
+        let known = dispatcher.status(ids::now()).versions.into_iter().flat_map(|version| version.endpoints);
+        let known: Vec<String> = known.map(|endpoint| endpoint.address).take(NAMES_MAX).collect();
+        let known = if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
+        return Err(Problem::not_found(&format!("{service} has no endpoint {address}; {known}")));
     }
-    Ok(Json(json!({ "service": service, "endpoint": address, "result": done })).into_response())
+    let service = dispatcher.name();
+    Ok(Json(json!({ "service": **service, "endpoint": address, "result": done })).into_response())
 }
 
 async fn drain(State(context): Shared) -> Response {
@@ -277,8 +286,12 @@ async fn drain(State(context): Shared) -> Response {
     (StatusCode::ACCEPTED, Json(json!({ "draining": true }))).into_response()
 }
 
-async fn not_yet() -> Problem {
-    Problem::new(StatusCode::NOT_IMPLEMENTED, "not_available", "not available yet")
+async fn no_rollout() -> Problem {
+    not_yet("rollouts are not available yet; change `weight` in the configuration")
+}
+
+fn not_yet(what: &str) -> Problem {
+    Problem::new(StatusCode::NOT_IMPLEMENTED, "not_available", what)
 }
 
 fn draining(context: &Context) -> bool {
@@ -286,8 +299,12 @@ fn draining(context: &Context) -> bool {
 }
 
 fn dispatcher(context: &Context, service: &str) -> Result<Arc<Dispatcher>, Problem> {
-    let found = view::dispatchers(context).into_iter().find(|dispatcher| dispatcher.name().as_ref() == service);
-    found.ok_or_else(|| Problem::not_found(&format!("there is no service {service}")))
+    let all = view::dispatchers(context);
+    if let Some(found) = all.iter().find(|dispatcher| dispatcher.name().as_ref() == service) {
+        return Ok(Arc::clone(found));
+    }
+    let known: Vec<&str> = all.iter().map(|dispatcher| dispatcher.name().as_ref()).take(NAMES_MAX).collect();
+    Err(Problem::not_found(&format!("there is no service {service}; there are: {}", known.join(", "))))
 }
 
 /// That of the named service, or all.
@@ -327,6 +344,8 @@ impl Known {
 /// Rows of sessions or runs where `limit` is not given.
 const ROWS_DEFAULT: usize = 1000;
 const ROWS_MAX: usize = 100_000;
+/// How many names an error lists of those that would be right.
+const NAMES_MAX: usize = 20;
 
 const CONNECTIONS_MAX: usize = 256;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);

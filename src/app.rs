@@ -100,7 +100,7 @@ pub fn build(options: Options) -> Result<App, StartError> {
     if let Err(failure) = net::raise_descriptor_limit() {
         tracing::warn!("the descriptor limit could not be raised: {failure}");
     }
-    reload::log_warnings(&loaded);
+    reload::log_warnings(&config_path.display().to_string(), &loaded);
     let admin_address = loaded.config.admin.address.clone();
     let metrics = Metrics::new();
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());

@@ -52,11 +52,13 @@ enum Command {
     Sessions {
         #[command(flatten)]
         admin: Admin,
+        /// Only those of this service
         #[arg(long)]
         service: Option<String>,
         /// Only the session with this key
         #[arg(long)]
         key: Option<String>,
+        /// At most so many rows; 1000 where it is not given
         #[arg(long)]
         limit: Option<usize>,
     },
@@ -64,11 +66,13 @@ enum Command {
     Runs {
         #[command(flatten)]
         admin: Admin,
+        /// Only those of this service
         #[arg(long)]
         service: Option<String>,
         /// Only the runs of the session with this key
         #[arg(long)]
         session: Option<String>,
+        /// At most so many rows; 1000 where it is not given
         #[arg(long)]
         limit: Option<usize>,
     },
@@ -76,6 +80,7 @@ enum Command {
     Drain {
         #[command(flatten)]
         admin: Admin,
+        /// Its service
         #[arg(requires = "endpoint")]
         service: Option<String>,
         /// Its host:port
@@ -88,14 +93,16 @@ enum Command {
     Undrain {
         #[command(flatten)]
         admin: Admin,
+        /// Its service
         service: String,
         /// Its host:port
         endpoint: String,
     },
-    /// Move traffic from one version to another in steps
+    /// Move traffic from one version to another in steps (not available yet)
     Rollout {
         #[command(flatten)]
         admin: Admin,
+        /// The service whose versions change
         service: String,
         #[arg(value_enum, default_value_t = RolloutAction::Status)]
         action: RolloutAction,
@@ -104,6 +111,7 @@ enum Command {
 
 #[derive(Args)]
 struct ConfigFile {
+    /// The configuration file; paths in it are relative to it
     #[arg(short, long = "config", default_value = "longhaul.yaml", value_name = "FILE")]
     config: PathBuf,
 }
@@ -161,7 +169,7 @@ pub fn main() -> ExitCode {
             admin.call(async |client| steer::undrain_endpoint(client, &service, &endpoint, admin.json).await)
         }
         Command::Rollout { admin: _, service: _, action: _ } => {
-            complain("rollout: not available yet");
+            complain("rollout: not available yet; change `weight` in the configuration");
             ExitCode::from(2)
         }
     }
@@ -170,7 +178,11 @@ pub fn main() -> ExitCode {
 fn run(config_path: PathBuf) -> ExitCode {
     let loaded = match config::load(&config_path) {
         Ok(loaded) => loaded,
-        Err(problems) => return failure(problems),
+        Err(problems) => {
+            // As `check` prints them: each on a line of its own that begins with the file.
+            let _ = writeln!(std::io::stderr(), "{problems}");
+            return ExitCode::FAILURE;
+        }
     };
     let diagnostics = logging::init(&loaded.config.log);
     let options = app::Options {

@@ -40,6 +40,9 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
     let mut bytes = Vec::new();
     let read = std::fs::File::open(path).and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
     match read {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return fail("there is no such file; `-c FILE` names another".to_owned());
+        }
         Err(error) => return fail(error.to_string()),
         Ok(length) if length as u64 > FILE_BYTES_MAX => return fail("it is larger than 16MiB".to_owned()),
         Ok(_) => {}

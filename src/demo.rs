@@ -83,7 +83,7 @@ fn configuration(port: u16, admin_port: u16, agents: &[Agent]) -> String {
 listeners:
   - {{name: demo, address: \"127.0.0.1:{port}\"}}
 admin: {{address: \"127.0.0.1:{admin_port}\"}}
-log: {{level: error, access: false, session_ids: plain}}
+log: {{level: error, access: false}}
 shutdown: {{delay: 0s, timeout: 5s}}
 services:
   - name: {service}

@@ -181,7 +181,7 @@ impl Metrics {
             ),
             time_to_first_event: histogram(
                 "longhaul_time_to_first_event_seconds",
-                "From dispatch to the first event of a stream, or the first body byte of another answer.",
+                "From the request's head to the first event of a stream, or the first body byte of another answer.",
                 &["service", "version"],
                 WAIT_BUCKETS,
             ),

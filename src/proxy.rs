@@ -248,6 +248,7 @@ async fn begin(
                 head.fields.append("longhaul-affinity", b"none");
                 record.status = head.status.as_u16();
                 let body = respond::for_method(&caller.method, &mut head, body);
+                record.own_bytes_out = body.len() as u64;
                 let close = after_own_answer(client, caller, connection) != After::KeepAlive;
                 respond::send(client, &mut head, body, caller.version, close, timer).await;
             }
@@ -310,6 +311,7 @@ async fn answer_error(
         head.fields.append("longhaul-run-id", &text);
     }
     let body = respond::for_method(&caller.method, &mut head, body);
+    record.own_bytes_out = body.len() as u64;
     let after = after_own_answer(client, caller, connection);
     if respond::send(client, &mut head, body, caller.version, after != After::KeepAlive, timer).await {
         after

@@ -338,3 +338,59 @@ fn the_live_page_may_run_only_its_own_script() {
     assert!(page.head.contains("cache-control: no-store"));
     assert!(page.body.starts_with("<!doctype html>"));
 }
+
+#[test]
+fn answers_end_with_a_line_end_and_errors_name_what_there_is() {
+    let proxy = start("{address: \"127.0.0.1:0\"}");
+    for request in [
+        "GET /healthz",
+        "GET /readyz",
+        "GET /busy",
+        "GET /metrics",
+        "GET /api/v1/status",
+        "GET /api/v1/config",
+        "GET /api/v1/metrics",
+        "GET /api/v1/sessions",
+        "GET /api/v1/runs",
+        "POST /api/v1/reload",
+        "GET /nowhere",
+        "DELETE /api/v1/runs/x",
+        "GET /api/v1/services/support/rollout",
+    ] {
+        let answer = proxy.ask(request);
+        assert!(answer.body.ends_with('\n') && !answer.body.ends_with("\n\n"), "{request}: {:?}", answer.body);
+    }
+    let unknown = proxy.ask("POST /api/v1/services/supprot/endpoints/x/drain");
+    assert_eq!(unknown.json()["detail"], "there is no service supprot; there are: support");
+    let unknown = proxy.ask("POST /api/v1/services/support/endpoints/x/drain");
+    assert_eq!(unknown.json()["detail"], "support has no endpoint x; it has 10.0.0.11:8000, 10.0.0.12:8000");
+}
+
+/// docs/operations.md, held against what is served.
+#[test]
+fn the_document_names_every_metric_and_every_code() {
+    let document = include_str!("../docs/operations.md");
+    let proxy = start("{address: \"127.0.0.1:0\"}");
+    let _run = proxy.start_run("anna");
+    assert_eq!(proxy.ask("POST /api/v1/services/support/endpoints/10.0.0.11%3A8000/drain").status, 200);
+    let text = proxy.ask("GET /metrics").body;
+    let mut served: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .chain(["longhaul_requests_total"])
+        .collect();
+    served.sort_unstable();
+    served.dedup();
+    let quoted = document.split('`').skip(1).step_by(2);
+    let mut named: Vec<&str> = quoted.filter(|name| name.starts_with("longhaul_")).collect();
+    named.sort_unstable();
+    named.dedup();
+    assert_eq!(named, served);
+
+    for code in longhaul::error::Code::ALL {
+        let name = format!("`{}`", code.as_str());
+        let status = code.status();
+        let mut rows = document.lines().filter(|line| line.starts_with('|') && line.contains(&name));
+        assert!(rows.any(|row| row.contains(status.as_str())), "{name} with {status} is in no row");
+    }
+}

@@ -128,7 +128,7 @@ fn labels_of_routes_are_their_path_or_host() {
 #[test]
 fn a_file_that_is_not_there_is_a_problem_too() {
     let problems = config::load(Path::new("/nonexistent/longhaul.yaml")).expect_err("it is not there");
-    let expected = "/nonexistent/longhaul.yaml:1:1: (file): cannot read /nonexistent/longhaul.yaml: No such file or directory (os error 2)";
+    let expected = "/nonexistent/longhaul.yaml:1:1: (file): cannot read /nonexistent/longhaul.yaml: there is no such file; `-c FILE` names another";
     assert_eq!(problems.to_string(), expected);
 }
 

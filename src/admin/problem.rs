@@ -69,7 +69,7 @@ impl IntoResponse for Problem {
         if let Some(problems) = self.problems {
             body["problems"] = problems;
         }
-        let mut response = (self.status, body.to_string()).into_response();
+        let mut response = (self.status, format!("{body}\n")).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if self.status == StatusCode::UNAUTHORIZED {

@@ -74,7 +74,9 @@ fn status_text(status: &Value) -> String {
     );
     for listener in list(&status["listeners"]) {
         let [name, address, connections] = ["name", "address", "connections"].map(|field| cell(&listener[field]));
-        text.push_str(&format!("listener {name} on {address}: {connections} connections\n"));
+        // A listener without a name of its own is called by its address.
+        let on = if name == address { String::new() } else { format!(" on {address}") };
+        text.push_str(&format!("listener {name}{on}: {connections} open connections\n"));
     }
     if let Some(error) = config["last_error"].as_str() {
         text.push_str(&format!("the last reload was refused, nothing changed:\n{error}\n"));

@@ -419,7 +419,7 @@ impl Reloader {
                     info!(generation, sha256, "the configuration means the same as before: kept");
                 } else {
                     info!(generation, sha256, "new configuration in effect");
-                    log_warnings(&self.running.snapshot.load().loaded);
+                    log_warnings(&self.builder.file, &self.running.snapshot.load().loaded);
                 }
             }
             Err(problems) => {
@@ -445,9 +445,9 @@ impl Reloader {
 }
 
 /// Logs what is not wrong but worth a line.
-pub fn log_warnings(loaded: &Loaded) {
+pub fn log_warnings(file: &str, loaded: &Loaded) {
     for problem in &loaded.warnings {
-        warn!("{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message);
+        warn!("{file}:{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message);
     }
 }
 
@@ -830,17 +830,9 @@ pub(crate) fn bind_private(address: &Address) -> Result<(Address, Socket), Strin
 }
 
 fn bind_by(listen: fn(&Address) -> std::io::Result<Socket>, address: &Address) -> Result<(Address, Socket), String> {
-    let fail = |failure: std::io::Error| {
-        let hint = match failure.kind() {
-            std::io::ErrorKind::AddrInUse => "; stop what listens there, or choose another address",
-            std::io::ErrorKind::PermissionDenied => "; choose a port above 1023, or grant the right to bind it",
-            std::io::ErrorKind::AddrNotAvailable => "; choose an address of this machine",
-            _ => "",
-        };
-        format!("can't listen on {}: {failure}{hint}", display(address))
-    };
-    let socket = listen(address).map_err(fail)?;
-    let local_address = socket.local_address().map_err(fail)?;
+    let socket = listen(address).map_err(|failure| failure.to_string())?;
+    let local_address =
+        socket.local_address().map_err(|failure| format!("can't listen on {}: {failure}", display(address)))?;
     Ok((local_address, socket))
 }
 

@@ -98,7 +98,7 @@ impl Tour<'_> {
                     format!(
                         "(for i in 1 2; do curl -sN http://{proxy}/slow -H 'accept: text/event-stream' > /dev/null & done)"
                     ),
-                    format!("{program} status{admin_option}"),
+                    format!("sleep 1; {program} status{admin_option}"),
                 ],
             },
             Step {
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn commands_name_the_admin_address_only_where_it_is_not_the_default() {
-        assert!(tour(9901).contains("longhaul status\n"));
+        assert!(tour(9901).contains("sleep 1; longhaul status\n"));
         assert!(tour(4444).contains("longhaul status --admin http://127.0.0.1:4444\n"));
     }
 

@@ -29,9 +29,15 @@ pub struct FramingError(pub &'static str);
 #[derive(Debug)]
 pub struct Chunks {
     state: State,
-    max_trailer_bytes: usize,
-    trailer_section: Vec<u8>,
-    trailers: Option<Fields>,
+    max_trailer_bytes: u32,
+    /// Made when there are some, which is rare.
+    trailers: Option<Box<Trailers>>,
+}
+
+#[derive(Debug, Default)]
+struct Trailers {
+    section: Vec<u8>,
+    fields: Option<Fields>,
 }
 
 /// What the start of the input is.
@@ -70,7 +76,7 @@ enum State {
     /// After a size; `begun` once the semicolon was there.
     Extension {
         value: u64,
-        length: usize,
+        length: u32,
         begun: bool,
     },
     SizeLineFeed {
@@ -108,8 +114,8 @@ enum Step {
 
 impl Chunks {
     /// At the start of a body. Trailers over `max_trailer_bytes` are an error.
-    pub fn new(max_trailer_bytes: usize) -> Chunks {
-        Chunks { state: START, max_trailer_bytes, trailer_section: Vec::new(), trailers: None }
+    pub fn new(max_trailer_bytes: u32) -> Chunks {
+        Chunks { state: START, max_trailer_bytes, trailers: None }
     }
 
     /// Looks at the start of `input`, and takes the piece that it returns as read.
@@ -173,7 +179,7 @@ impl Chunks {
     /// After the end: the trailers, without those that must not be there. `Some` whenever a trailer section came, even
     /// if nothing is left of it: [`Pass::forward`] then lacks the final empty line. `None` the second time.
     pub fn take_trailers(&mut self) -> Option<Fields> {
-        self.trailers.take()
+        self.trailers.take().and_then(|trailers| trailers.fields)
     }
 
     /// Looks at the start of `input`, which is not empty.
@@ -283,7 +289,7 @@ impl Chunks {
         Ok(Step::Keep(1))
     }
 
-    fn extension(&mut self, input: &[u8], value: u64, length: usize, begun: bool) -> Result<Step, FramingError> {
+    fn extension(&mut self, input: &[u8], value: u64, length: u32, begun: bool) -> Result<Step, FramingError> {
         let mut begun = begun;
         let mut count = 0;
         for &byte in input {
@@ -299,7 +305,7 @@ impl Chunks {
                 _ => {}
             }
             count += 1;
-            if length + count > EXTENSION_BYTES_MAX {
+            if length as usize + count > EXTENSION_BYTES_MAX {
                 return Err(FramingError("A chunk's extensions are too long."));
             }
         }
@@ -307,23 +313,24 @@ impl Chunks {
             self.state = State::SizeLineFeed { value };
             return Ok(Step::Keep(1));
         }
-        self.state = State::Extension { value, length: length + count, begun };
+        self.state = State::Extension { value, length: length + count as u32, begun };
         Ok(Step::Drop(count))
     }
 
     fn collect_trailers(&mut self, input: &[u8]) -> Result<Step, FramingError> {
+        let trailers = self.trailers.get_or_insert_default();
         for (index, &byte) in input.iter().enumerate() {
-            if self.trailer_section.len() >= self.max_trailer_bytes {
+            if trailers.section.len() >= self.max_trailer_bytes as usize {
                 return Err(FramingError("The trailers are larger than is allowed."));
             }
-            let follows_return = self.trailer_section.last() == Some(&b'\r');
+            let follows_return = trailers.section.last() == Some(&b'\r');
             if follows_return != (byte == b'\n') {
                 return Err(FramingError("The trailers have a bare CR or LF: lines end in CRLF."));
             }
-            self.trailer_section.push(byte);
-            if byte == b'\n' && self.trailer_section.ends_with(b"\r\n\r\n") {
-                let section = std::mem::take(&mut self.trailer_section);
-                self.trailers = Some(read_trailers(&section).map_err(|error| match error {
+            trailers.section.push(byte);
+            if byte == b'\n' && trailers.section.ends_with(b"\r\n\r\n") {
+                let section = std::mem::take(&mut trailers.section);
+                trailers.fields = Some(read_trailers(&section).map_err(|error| match error {
                     HeadError::Malformed(sentence) => FramingError(sentence),
                     HeadError::TooLarge => FramingError("The trailers are larger than is allowed."),
                 })?);
@@ -401,7 +408,7 @@ mod tests {
     use crate::http1::write_trailers;
     use crate::message::Fields;
 
-    const TRAILER_BYTES_MAX: usize = 256;
+    const TRAILER_BYTES_MAX: u32 = 256;
 
     #[derive(Debug, Default, PartialEq)]
     struct Outcome {
@@ -586,8 +593,8 @@ mod tests {
         assert!(pass(extended(1024).as_bytes(), &[]).is_err());
         assert!(pass(extended(1024).as_bytes(), &[500, 900]).is_err());
         let trailed = |length: usize| format!("0\r\nx:{}\r\n\r\n", "y".repeat(length - 6));
-        assert!(pass(trailed(TRAILER_BYTES_MAX).as_bytes(), &[]).is_ok());
-        assert!(pass(trailed(TRAILER_BYTES_MAX + 1).as_bytes(), &[]).is_err());
+        assert!(pass(trailed(TRAILER_BYTES_MAX as usize).as_bytes(), &[]).is_ok());
+        assert!(pass(trailed(TRAILER_BYTES_MAX as usize + 1).as_bytes(), &[]).is_err());
         let mut chunks = Chunks::new(0);
         assert_eq!(chunks.next(b"ffffffffffffffff\r\n"), Ok(Piece::Framing { length: 18, canonical: true }));
         assert_eq!(chunks.next(b"abc"), Ok(Piece::Data { length: 3 }));

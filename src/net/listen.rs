@@ -180,9 +180,11 @@ fn remove_stale_file(path: &Path) -> io::Result<()> {
 
 fn explain(error: io::Error, address: &str) -> io::Error {
     let advice = match error.kind() {
-        ErrorKind::AddrInUse => "; stop the other process or choose another address",
+        ErrorKind::AddrInUse => "; stop what listens there, or choose another address",
         ErrorKind::AddrNotAvailable => "; use an address of this machine, or 0.0.0.0",
-        ErrorKind::PermissionDenied => "; choose another address, or give this user the right to it",
+        ErrorKind::PermissionDenied => {
+            "; choose another address (a port above 1023, a path of your own), or give this user the right to it"
+        }
         _ => "",
     };
     io::Error::new(error.kind(), format!("can't listen on {address}: {error}{advice}"))

@@ -53,6 +53,8 @@ pub struct Record {
     pub events: u64,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// Of an answer of our own: logged, but not among the bytes of a service's streams.
+    pub own_bytes_out: u64,
 }
 
 impl Record {
@@ -81,6 +83,7 @@ impl Record {
             events: 0,
             bytes_in: 0,
             bytes_out: 0,
+            own_bytes_out: 0,
             running,
             _open: open,
         }
@@ -134,7 +137,7 @@ impl Drop for Record {
             first_event: self.first_event_at.map(|at| at.duration_since(self.started)),
             events: self.events,
             bytes_in: self.bytes_in,
-            bytes_out: self.bytes_out,
+            bytes_out: self.bytes_out + self.own_bytes_out,
             duration: crate::ids::now().duration_since(self.started),
         });
     }

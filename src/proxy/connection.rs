@@ -244,12 +244,13 @@ mod tests {
         size_of::<F>()
     }
 
-    /// What one connection costs while its stream is silent, beside the sockets: its task, and the boxes it holds.
+    /// What one connection costs while its stream is silent, beside the sockets: its task, and the box it holds. Both
+    /// bounds lie just below a size class of the allocator: a few bytes more cost some hundred a stream.
     #[test]
     fn a_silent_stream_is_small() {
         let task = size(serve);
         let flow = size_of::<proxy::relay::Flow>();
-        assert!(task < 1280, "{task}");
-        assert!(flow < 800, "{flow}");
+        assert!(task <= 1120, "{task}");
+        assert!(flow <= 512, "{flow}");
     }
 }

@@ -103,7 +103,7 @@ pub async fn forward(
         && request.framing != Framing::None
         && request.upgrade.is_none()
     {
-        direction.replay = Some(Vec::new());
+        direction.replay = Some(Box::default());
     }
     let dispatched = ids::now();
     let timeouts = &service.config.timeouts;
@@ -168,7 +168,7 @@ pub async fn forward(
             if let Some(replay) = &mut direction.replay
                 && !replay.is_empty()
             {
-                client.put_back(Bytes::from(std::mem::take(replay)));
+                client.put_back(Bytes::from(std::mem::take(&mut **replay)));
             }
             direction.restart();
             target = next;

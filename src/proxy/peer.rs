@@ -18,7 +18,6 @@ pub use http1::{Closing, HeadFault, HeadWait, Http1};
 pub use http2::{Http2, fields, header_map};
 
 /// One side of an exchange.
-#[expect(clippy::large_enum_variant, reason = "HTTP/1.1 is the usual case and lives in its connection's task")]
 pub enum Peer {
     Http1(Http1),
     Http2(Box<Http2>),
@@ -101,11 +100,11 @@ impl Peer {
         &mut self,
         context: &mut Context<'_>,
         raw: bool,
-        trailers: &mut Option<Fields>,
+        trailers: &mut Option<Box<Fields>>,
     ) -> Poll<io::Result<()>> {
         match self {
             Peer::Http1(peer) => peer.poll_finish(context, raw, trailers),
-            Peer::Http2(peer) => Poll::Ready(peer.finish(trailers.take())),
+            Peer::Http2(peer) => Poll::Ready(peer.finish(trailers.take().map(|trailers| *trailers))),
         }
     }
 

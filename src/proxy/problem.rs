@@ -20,7 +20,9 @@ pub fn error(error: &ProxyError) -> (ResponseHead, Bytes) {
         code: code.as_str(),
     };
     // A struct of strings and a number always has a JSON form.
-    let body = serde_json::to_vec(&body).unwrap_or_default();
+    let mut body = serde_json::to_vec(&body).unwrap_or_default();
+    // People read these in a terminal.
+    body.push(b'\n');
     let mut fields = Fields::with_capacity(256, 4);
     fields.append("content-type", b"application/problem+json");
     fields.append("cache-control", b"no-store");

@@ -32,13 +32,13 @@ pub struct Direction {
     pub raw: bool,
     pub observer: Observer,
     stage: Stage,
-    trailers: Option<Fields>,
+    trailers: Option<Box<Fields>>,
     /// Since the flag was last taken, bytes moved.
     moved: bool,
     /// The sink takes no more for now.
     blocked: bool,
     /// A copy of what was sent, where the request may have to be sent again; `None` where it can't be (any more).
-    pub replay: Option<Vec<u8>>,
+    pub replay: Option<Box<Vec<u8>>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -121,7 +121,7 @@ pub fn poll_pump(
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(PumpFault::Source(fault))),
                 Poll::Ready(Ok(Next::End(trailers))) => {
                     came_in(&mut direction.observer, true);
-                    direction.trailers = trailers;
+                    direction.trailers = trailers.map(Box::new);
                     direction.stage = Stage::Finishing;
                 }
                 Poll::Ready(Ok(Next::Bytes)) => {

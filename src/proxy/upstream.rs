@@ -41,12 +41,19 @@ pub struct Upstream {
     /// It is a kept HTTP/1.1 connection, which the endpoint may have been about to close.
     pub reused: bool,
     wire: Wire,
-    method: Method,
+    /// The request is a HEAD: no body follows its answer.
+    head: bool,
 }
 
 enum Wire {
-    Http1 { counted: Counted },
-    Http2 { response: Option<ResponseFuture>, _stream: StreamCount },
+    Http1 {
+        counted: Counted,
+    },
+    /// Boxed to keep the usual case small: a silent HTTP/1.1 stream.
+    Http2 {
+        response: Option<Box<ResponseFuture>>,
+        _stream: StreamCount,
+    },
 }
 
 /// Why no answer head came.
@@ -178,7 +185,7 @@ impl Upstream {
                     peer: Peer::Http1(peer),
                     reused,
                     wire: Wire::Http1 { counted },
-                    method: request.method.clone(),
+                    head: request.method == Method::HEAD,
                 })
             }
             Connected::Http2 { connection, stream } => {
@@ -202,8 +209,8 @@ impl Upstream {
                 Ok(Upstream {
                     peer: Peer::Http2(Box::new(peer)),
                     reused: false,
-                    wire: Wire::Http2 { response: Some(response), _stream: stream },
-                    method: request.method.clone(),
+                    wire: Wire::Http2 { response: Some(Box::new(response)), _stream: stream },
+                    head: request.method == Method::HEAD,
                 })
             }
         }
@@ -214,7 +221,9 @@ impl Upstream {
         match (&mut self.peer, &mut self.wire) {
             (Peer::Http1(peer), _) => {
                 let head = match ready!(peer.poll_head(context, HEAD_LIMITS)) {
-                    Ok(length) => peer.take_response(length, HEAD_LIMITS, &self.method).map_err(HeadFault::Head),
+                    Ok(length) => peer
+                        .take_response(length, HEAD_LIMITS, if self.head { &Method::HEAD } else { &Method::GET })
+                        .map_err(HeadFault::Head),
                     Err(fault) => Err(fault),
                 };
                 Poll::Ready(head.map_err(|fault| Unanswered { unsent: !peer.has_written(), ..head_fault(fault) }))
@@ -225,7 +234,7 @@ impl Upstream {
                     Ok(answer) => {
                         *response = None;
                         let (parts, body) = answer.into_parts();
-                        let head = http2_response(&parts, body.is_end_stream(), &self.method);
+                        let head = http2_response(&parts, body.is_end_stream(), self.head);
                         peer.receive(body);
                         Poll::Ready(Ok(head))
                     }
@@ -291,11 +300,11 @@ fn http2_request(request: &RequestHead, host: &[u8], https: bool) -> Result<Requ
     Ok(head)
 }
 
-fn http2_response(parts: &http::response::Parts, ended: bool, method: &Method) -> ResponseHead {
+fn http2_response(parts: &http::response::Parts, ended: bool, head: bool) -> ResponseHead {
     let mut fields: Fields = fields(&parts.headers);
     let length = parts.headers.get(http::header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
     fields.remove("content-length");
-    let bodiless = *method == Method::HEAD || matches!(parts.status.as_u16(), 204 | 304);
+    let bodiless = head || matches!(parts.status.as_u16(), 204 | 304);
     ResponseHead {
         status: parts.status,
         reason: None,

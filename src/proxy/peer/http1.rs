@@ -17,7 +17,7 @@ use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, SourceFault};
 
 /// Trailers longer than this are malformed.
-const TRAILER_BYTES_MAX: usize = 16 * 1024;
+const TRAILER_BYTES_MAX: u32 = 16 * 1024;
 
 /// An HTTP/1.1 connection and where it is in its current messages.
 pub struct Http1 {
@@ -30,7 +30,7 @@ pub struct Http1 {
     start: usize,
     end: usize,
     /// Body bytes that were read ahead to find a session key; they go before everything else.
-    ahead: Bytes,
+    ahead: Option<Box<Bytes>>,
     /// How far the head in `buffer[start..end]` was scanned for its end.
     scanned: usize,
     incoming: Incoming,
@@ -100,7 +100,7 @@ impl Http1 {
             held_end: 0,
             start: 0,
             end: 0,
-            ahead: Bytes::new(),
+            ahead: None,
             scanned: 0,
             incoming: Incoming::Ended,
             trailers: None,
@@ -214,7 +214,11 @@ impl Http1 {
 
     /// Bytes read ahead of their time go first.
     pub fn put_back(&mut self, ahead: Bytes) {
-        self.ahead = ahead;
+        let ahead = match self.ahead.take() {
+            Some(left) => [&ahead[..], &left[..]].concat().into(),
+            None => ahead,
+        };
+        self.ahead = (!ahead.is_empty()).then(|| Box::new(ahead));
     }
 
     pub fn put_back_trailers(&mut self, trailers: Option<Fields>) {
@@ -262,7 +266,7 @@ impl Http1 {
         observer: &mut Observer,
     ) -> Poll<Result<Next, SourceFault>> {
         loop {
-            if self.held_start < self.held_end || !self.ahead.is_empty() {
+            if self.held_start < self.held_end || self.ahead.is_some() {
                 return Poll::Ready(Ok(Next::Bytes));
             }
             if matches!(self.incoming, Incoming::Ended) {
@@ -337,8 +341,8 @@ impl Http1 {
     }
 
     pub fn held(&self) -> &[u8] {
-        if !self.ahead.is_empty() {
-            return &self.ahead;
+        if let Some(ahead) = &self.ahead {
+            return ahead;
         }
         match &self.buffer {
             Some(buffer) => &buffer[self.held_start..self.held_end],
@@ -347,10 +351,10 @@ impl Http1 {
     }
 
     pub fn consume(&mut self, count: usize) {
-        if !self.ahead.is_empty() {
-            let _ = self.ahead.split_to(count);
-            if self.ahead.is_empty() {
-                self.ahead = Bytes::new();
+        if let Some(ahead) = &mut self.ahead {
+            let _ = ahead.split_to(count);
+            if ahead.is_empty() {
+                self.ahead = None;
             }
             return;
         }
@@ -366,7 +370,7 @@ impl Http1 {
 
     /// Nothing of the message that came in is left, and nothing came after it.
     pub fn is_at_rest(&self) -> bool {
-        self.source_ended() && self.held_start == self.held_end && self.start == self.end && self.ahead.is_empty()
+        self.source_ended() && self.held_start == self.held_end && self.start == self.end && self.ahead.is_none()
     }
 
     /// Ready when the connection ended.
@@ -501,7 +505,7 @@ impl Http1 {
         &mut self,
         context: &mut Context<'_>,
         raw: bool,
-        trailers: &mut Option<Fields>,
+        trailers: &mut Option<Box<Fields>>,
     ) -> Poll<io::Result<()>> {
         if !self.finished {
             self.finished = true;
