@@ -525,5 +525,5 @@ fn cookie_to_set(
     }
     let pin =
         crate::state::dispatcher::PinHint { version: target.version.to_string(), endpoint: target.url.identity() };
-    Some(sealer.seal(&CookieSession { id: key.text.to_string(), pin }, secure, ids::wall_clock()))
+    Some(sealer.seal(&CookieSession { id: key.text.to_string(), pin }, &identity.principal, secure, ids::wall_clock()))
 }

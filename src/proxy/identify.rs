@@ -36,6 +36,8 @@ pub struct Identity {
     pub cookie: Option<CookieSession>,
     /// The principal's digest, for keys that the answer will tell.
     pub scope: Option<[u8; 16]>,
+    /// To whom the proxy's own cookie belongs, as [`crate::net::cookie::Sealer`] wants it.
+    pub principal: Vec<u8>,
     /// The key is a new one of ours: the client is to be given it as a cookie.
     pub issue_cookie: bool,
 }
@@ -78,12 +80,13 @@ pub async fn identify(
     let session = &service.config.session;
     let kind = kind(&service.config, request);
     let scope = scope(session, scope_secret, request);
+    let principal = if service.cookie.is_some() { principal(session, request) } else { Vec::new() };
     let cookie = service
         .cookie
         .as_ref()
-        .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), crate::ids::wall_clock()));
+        .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), &principal, crate::ids::wall_clock()));
     if session.affinity == config::Affinity::None {
-        return Ok(Identity { kind, key: None, cookie: None, scope, issue_cookie: false });
+        return Ok(Identity { kind, key: None, cookie: None, scope, principal, issue_cookie: false });
     }
     let mut text = None;
     let mut body_read = false;
@@ -118,7 +121,7 @@ pub async fn identify(
         }
         (None, None, None) => None,
     };
-    Ok(Identity { kind, key, cookie, scope, issue_cookie })
+    Ok(Identity { kind, key, cookie, scope, principal, issue_cookie })
 }
 
 fn new_cookie_id() -> String {
@@ -157,6 +160,16 @@ fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) ->
         hasher.write_u8(1);
     }
     Some(hasher.finish128().as_bytes())
+}
+
+/// The principal for the proxy's own cookie: a digest that is the same in every process, as the cookie outlives this one.
+fn principal(session: &config::Session, request: &RequestHead) -> Vec<u8> {
+    if session.scope.is_empty() {
+        return Vec::new();
+    }
+    let value = session.scope.iter().find_map(|source| in_head(source, request));
+    // A present value is never empty, so nobody is told from everyone.
+    ring::digest::digest(&ring::digest::SHA256, value.unwrap_or_default().as_bytes()).as_ref().to_vec()
 }
 
 fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
