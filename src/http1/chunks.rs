@@ -59,7 +59,7 @@ pub struct Pass {
     pub ended: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// In a size: its significant digits so far, and how many zeros came before them.
     Size {
@@ -110,6 +110,11 @@ impl Chunks {
     /// At the start of a body. Trailers over `max_trailer_bytes` are an error.
     pub fn new(max_trailer_bytes: usize) -> Chunks {
         Chunks { state: START, max_trailer_bytes, trailer_section: Vec::new(), trailers: None }
+    }
+
+    /// Nothing of a chunk's framing was read yet.
+    pub fn is_between_chunks(&self) -> bool {
+        self.state == START
     }
 
     /// Looks at the start of `input`, and takes the piece that it returns as read.

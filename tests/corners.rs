@@ -1,0 +1,184 @@
+//! Corners: bodies, retries and principals where two capabilities meet, as somebody found who tried to break them.
+
+mod support;
+
+use bytes::Bytes;
+use support::{
+    Backend, Gate, Http2Client, Proxy, Response, Script, Step, eventually, fetch, http2_request, post, start_proxy,
+};
+use tokio::net::TcpListener;
+
+/// A service of these endpoints in one version; `more` are further keys of it, each line indented by four.
+fn service(urls: &[&str], version: &str, more: &str) -> String {
+    format!(
+        "services:\n  - name: support\n    versions: [{{name: stable, endpoints: [{}]{version}}}]\n{more}",
+        urls.join(", ")
+    )
+}
+
+const BY_JSON: &str = "    session: {key: [{json: /thread}]}\n";
+
+fn outstanding(proxy: &Proxy) -> u64 {
+    let dispatcher = proxy.app.running.snapshot.load().services[0].dispatcher.clone();
+    dispatcher.status(longhaul::ids::now()).outstanding_runs
+}
+
+fn affinity(answer: &Response) -> &str {
+    answer.header("longhaul-affinity").unwrap_or_default()
+}
+
+#[tokio::test]
+async fn an_empty_chunked_body_ends_where_a_key_was_looked_for_in_it() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&service(&[backend.url()], "", BY_JSON)).await;
+    for trailers in ["", "X-Up: 7\r\n"] {
+        let request = format!(
+            "POST / HTTP/1.1\r\nHost: a\r\nTE: trailers\r\nConnection: TE\r\nTransfer-Encoding: chunked\r\n\r\n\
+             0\r\n{trailers}\r\n"
+        );
+        let answer = fetch(proxy.address, request).await;
+        assert_eq!((answer.status(), answer.text().as_str()), (200, "ok"), "{trailers:?}");
+        let request = backend.requests().pop().expect("a request");
+        assert!(request.body_complete);
+        assert_eq!(request.trailers.len(), trailers.lines().count());
+    }
+}
+
+#[tokio::test]
+async fn trailers_of_a_request_that_was_answered_here_are_not_the_next_ones() {
+    let backend = Backend::start_http2().await;
+    let full = "    session: {key: [{json: /thread}]}\n    runs: {max_per_endpoint: 1}\n";
+    let proxy = start_proxy(&service(&[backend.url()], ", http: 2", full)).await;
+    let gate = Gate::new();
+    backend.next(Script::ok("first").after(&gate));
+    let mut first = proxy.connect().await;
+    first.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi").await;
+    backend.request(1).await;
+
+    let mut client = proxy.connect().await;
+    client.send("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Secret: 7\r\n\r\n").await;
+    assert_eq!(client.read_response().await.status(), 429);
+    gate.open();
+    assert_eq!(first.read_response().await.text(), "first");
+    eventually("a free slot", || outstanding(&proxy) == 0).await;
+    client.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi").await;
+    assert_eq!(client.read_response().await.status(), 200);
+    assert_eq!(backend.requests()[1].trailers, []);
+}
+
+#[tokio::test]
+async fn the_cookie_of_one_principal_is_none_for_another() {
+    let mut backends = Vec::new();
+    for _ in 0..4 {
+        backends.push(Backend::start().await);
+    }
+    let urls: Vec<&str> = backends.iter().map(Backend::url).collect();
+    let scoped = "    session: {cookie: {name: lh}, scope: [{header: authorization}]}\n";
+    let proxy = start_proxy(&service(&urls, "", scoped)).await;
+    let first = post(proxy.address, "/run", "Authorization: Bearer anna\r\n", "hi").await;
+    let cookie = first.header("set-cookie").and_then(|field| field.split(';').next()).expect("a cookie").to_owned();
+    let with_cookie = |user: &str| format!("{user}Cookie: {cookie}\r\n");
+    for (user, expected) in [
+        ("Authorization: Bearer anna\r\n", "hit"),
+        ("Authorization: Bearer mallory\r\n", "new"),
+        ("", "new"),
+        ("Authorization: Bearer anna\r\n", "hit"),
+    ] {
+        let answer = post(proxy.address, "/run", &with_cookie(user), "hi").await;
+        assert_eq!((affinity(&answer), answer.header("set-cookie").is_some()), (expected, expected == "new"), "{user}");
+    }
+}
+
+/// Refuses the first stream once a part of its body is there, takes the second whole, and gives its body back.
+async fn refuse_one_and_take_the_next(listener: TcpListener) -> Vec<u8> {
+    let (stream, _) = listener.accept().await.expect("a connection");
+    let mut connection = h2::server::handshake(stream).await.expect("the proxy speaks HTTP/2");
+    let (accepted, mut streams) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(Ok(stream)) = connection.accept().await {
+            let _ = accepted.send(stream);
+        }
+    });
+    {
+        let (mut first, mut respond) = streams.recv().await.expect("a stream");
+        // What was not released is all that the window lets through.
+        let mut part = 0;
+        while part < 65_535 {
+            part += first.body_mut().data().await.expect("a part").expect("a part").len();
+        }
+        respond.send_reset(h2::Reason::REFUSED_STREAM);
+    }
+    let (second, mut respond) = streams.recv().await.expect("another stream");
+    let mut body = second.into_body();
+    let mut bytes = Vec::new();
+    while let Some(data) = body.data().await {
+        let data = data.expect("data");
+        body.flow_control().release_capacity(data.len()).expect("a stream");
+        bytes.extend_from_slice(&data);
+    }
+    let mut send = respond.send_response(http::Response::new(()), false).expect("a stream");
+    send.send_data(Bytes::from_static(b"taken"), true).expect("a stream");
+    bytes
+}
+
+#[tokio::test]
+async fn a_body_that_was_read_ahead_and_sent_in_part_is_sent_again_whole() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
+    let proxy = start_proxy(&service(&[&endpoint], ", http: 2", BY_JSON)).await;
+    let taking = tokio::spawn(refuse_one_and_take_the_next(listener));
+    let body = format!("{{\"filler\": \"{}\", \"thread\": \"anna\"}}", "x".repeat(100_000));
+    let answer = post(proxy.address, "/", "Content-Type: application/json\r\n", &body).await;
+    assert_eq!((answer.status(), answer.text().as_str()), (200, "taken"));
+    let taken = taking.await.expect("an endpoint");
+    assert_eq!(taken.len(), body.len());
+    assert_eq!(taken, body.as_bytes());
+}
+
+#[tokio::test]
+async fn a_reset_by_the_client_while_the_endpoint_takes_no_more_closes_the_endpoint() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&service(&[backend.url()], "", "")).await;
+    let gate = Gate::new();
+    let mut script = Script::ok("read");
+    script.0.insert(0, Step::Stall(gate.clone()));
+    backend.next(script);
+    let client = Http2Client::connect(proxy.address).await;
+    let mut upload = client.open(http2_request("POST", proxy.address, "/"), false).await;
+    backend.request(1).await;
+    let piece = vec![b'x'; 64 * 1024];
+    let until_stuck = async {
+        loop {
+            upload.send(&piece, false).await;
+        }
+    };
+    let others = async {
+        for _ in 0..100 {
+            assert_eq!(client.fetch(http2_request("GET", proxy.address, "/"), b"").await.text(), "ok");
+        }
+    };
+    tokio::select! {
+        () = until_stuck => {}
+        () = others => {}
+    }
+    assert_eq!(outstanding(&proxy), 1);
+    upload.reset();
+    eventually("the run has ended", || outstanding(&proxy) == 0).await;
+}
+
+#[tokio::test]
+async fn trailers_are_sent_again_with_their_body() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&service(&[backend.url()], "", "")).await;
+    let mut client = proxy.connect().await;
+    // The one kept connection breaks when it is used again.
+    client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert_eq!(client.read_response().await.status(), 200);
+    backend.next(Script(vec![Step::ReadBody, Step::Reset]));
+    client.send("PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nX-Up: 7\r\n\r\n").await;
+    assert_eq!(client.read_response().await.status(), 200);
+    let [.., broken, again] = &backend.requests()[..] else { panic!("two attempts") };
+    assert_eq!((broken.body.as_slice(), again.body.as_slice()), (&b"hi"[..], &b"hi"[..]));
+    assert_eq!(again.trailers, broken.trailers);
+    assert_eq!(again.trailers.len(), 1);
+}
