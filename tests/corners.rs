@@ -182,3 +182,45 @@ async fn trailers_are_sent_again_with_their_body() {
     assert_eq!(again.trailers, broken.trailers);
     assert_eq!(again.trailers.len(), 1);
 }
+
+#[tokio::test]
+async fn data_behind_an_answer_without_body_never_reaches_the_client() {
+    for (method, status) in [("GET", 204), ("GET", 304), ("HEAD", 200)] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
+        let proxy = start_proxy(&service(&[&endpoint], ", http: 2", "")).await;
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.expect("a connection");
+            let mut connection = h2::server::handshake(stream).await.expect("the proxy speaks HTTP/2");
+            while let Some(Ok((_, mut respond))) = connection.accept().await {
+                let head = http::Response::builder().status(status).body(()).expect("a head");
+                let mut body = respond.send_response(head, false).expect("a stream");
+                let evil = Bytes::from_static(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil");
+                body.send_data(evil, true).expect("a stream");
+            }
+        });
+        let mut client = proxy.connect().await;
+        client.send(format!("{method} / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")).await;
+        let seen = String::from_utf8(client.read_to_end().await).expect("text");
+        assert!(!seen.contains("evil"), "{method} {status}: {seen}");
+    }
+}
+
+#[tokio::test]
+async fn too_many_fields_are_431_in_both_versions() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&service(&[backend.url()], "", "")).await;
+    let client = Http2Client::connect(proxy.address).await;
+    for (fields, status) in [(120, 200), (140, 431)] {
+        let mut request = http2_request("POST", proxy.address, "/");
+        let mut lines = String::new();
+        for number in 0..fields {
+            let name = http::HeaderName::try_from(format!("x-{number}")).expect("a name");
+            request.headers_mut().insert(name, http::HeaderValue::from_static("1"));
+            lines.push_str(&format!("X-{number}: 1\r\n"));
+        }
+        assert_eq!(client.fetch(request, b"hi").await.status(), status);
+        assert_eq!(post(proxy.address, "/", &lines, "hi").await.status(), status);
+    }
+    assert_eq!(backend.request_count(), 2);
+}

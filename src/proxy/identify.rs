@@ -185,7 +185,8 @@ fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
     }
 }
 
-fn text_of(value: &[u8]) -> Option<String> {
+/// A session key as every place tells it: trimmed, not empty, and not too long.
+pub fn text_of(value: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(value).ok()?.trim();
     (!text.is_empty() && text.len() <= KEY_BYTES_MAX).then(|| text.to_owned())
 }
