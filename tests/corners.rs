@@ -89,6 +89,23 @@ async fn the_cookie_of_one_principal_is_none_for_another() {
     }
 }
 
+#[tokio::test]
+async fn principals_with_long_or_strange_credentials_are_not_one() {
+    let backend = Backend::start().await;
+    let scoped = "    session: {key: [{header: x-session-id}], scope: [{header: authorization}]}\n";
+    let proxy = start_proxy(&service(&[backend.url()], "", scoped)).await;
+    let long = "t".repeat(4000);
+    for (number, token) in ["", "a", &format!("{long}a"), &format!("{long}b"), "\u{fc}"].iter().enumerate() {
+        // The last is ISO 8859-1, no UTF-8.
+        let line = format!("POST / HTTP/1.1\r\nHost: a\r\nX-Session-Id: shared\r\nAuthorization: {token}\r\n");
+        let mut wire: Vec<u8> = line.chars().map(|character| character as u8).collect();
+        wire.extend_from_slice(b"Content-Length: 2\r\n\r\nhi");
+        for expected in ["new", "hit"] {
+            assert_eq!(affinity(&fetch(proxy.address, &wire).await), expected, "{number}");
+        }
+    }
+}
+
 /// Refuses the first stream once a part of its body is there, takes the second whole, and gives its body back.
 async fn refuse_one_and_take_the_next(listener: TcpListener) -> Vec<u8> {
     let (stream, _) = listener.accept().await.expect("a connection");

@@ -105,7 +105,7 @@ pub async fn identify(
                     .collect();
                 look_ahead(&pointers, request, client, observer, timer).await?
             }
-            source => in_head(source, request),
+            source => in_head(source, request, text_of),
         };
         if text.is_some() {
             break;
@@ -155,8 +155,8 @@ fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) ->
         return None;
     }
     let mut hasher = SipHasher13::new_with_key(secret);
-    if let Some(value) = session.scope.iter().find_map(|source| in_head(source, request)) {
-        hasher.write(value.as_bytes());
+    if let Some(value) = session.scope.iter().find_map(|source| in_head(source, request, credential)) {
+        hasher.write(&value);
         hasher.write_u8(1);
     }
     Some(hasher.finish128().as_bytes())
@@ -167,19 +167,26 @@ fn principal(session: &config::Session, request: &RequestHead) -> Vec<u8> {
     if session.scope.is_empty() {
         return Vec::new();
     }
-    let value = session.scope.iter().find_map(|source| in_head(source, request));
-    // A present value is never empty, so nobody is told from everyone.
-    ring::digest::digest(&ring::digest::SHA256, value.unwrap_or_default().as_bytes()).as_ref().to_vec()
+    let value = session.scope.iter().find_map(|source| in_head(source, request, credential));
+    ring::digest::digest(&ring::digest::SHA256, &value.unwrap_or_default()).as_ref().to_vec()
 }
 
-fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
+/// What tells principals apart is taken whole, whatever its length and bytes (tokens have kilobytes): a value that was
+/// left out would make its owner one of the anonymous. It is never empty.
+fn credential(value: &[u8]) -> Option<Vec<u8>> {
+    let value = value.trim_ascii();
+    (!value.is_empty()).then(|| value.to_vec())
+}
+
+/// The value at a place of the request's head, as `read` takes it.
+fn in_head<T>(source: &KeySource, request: &RequestHead, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
     match source {
-        KeySource::Header(name) => text_of(request.fields.get(name.as_str())?),
-        KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name)),
-        KeySource::Query(name) => query_value(request.query.as_deref()?, name),
+        KeySource::Header(name) => read(request.fields.get(name.as_str())?),
+        KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name, &read)),
+        KeySource::Query(name) => query_value(request.query.as_deref()?, name, read),
         KeySource::Path(pattern) => {
             let captured = pattern.capture(&request.path)?;
-            text_of(&percent_encoding::percent_decode_str(captured).collect::<Vec<u8>>())
+            read(&percent_encoding::percent_decode_str(captured).collect::<Vec<u8>>())
         }
         KeySource::Json(_) | KeySource::ResponseHeader(_) | KeySource::ResponseJson(_) => None,
     }
@@ -191,21 +198,21 @@ pub fn text_of(value: &[u8]) -> Option<String> {
     (!text.is_empty() && text.len() <= KEY_BYTES_MAX).then(|| text.to_owned())
 }
 
-fn cookie_value(field: &[u8], name: &str) -> Option<String> {
+fn cookie_value<T>(field: &[u8], name: &str, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
     field.split(|byte| *byte == b';').find_map(|pair| {
         let pair = pair.trim_ascii();
         let value = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
         let unquoted = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value);
-        text_of(unquoted)
+        read(unquoted)
     })
 }
 
 /// A value of an `application/x-www-form-urlencoded` query (WHATWG URL section 5.1).
-fn query_value(query: &str, name: &str) -> Option<String> {
+fn query_value<T>(query: &str, name: &str, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
     let decode = |text: &str| -> Vec<u8> { percent_encoding::percent_decode_str(&text.replace('+', " ")).collect() };
     query.split('&').find_map(|pair| {
         let (key, value) = pair.split_once('=')?;
-        if decode(key) == name.as_bytes() { text_of(&decode(value)) } else { None }
+        if decode(key) == name.as_bytes() { read(&decode(value)) } else { None }
     })
 }
 

@@ -16,8 +16,8 @@ pub struct Learn {
 impl Learn {
     /// Learns the first id that was found.
     pub fn from_body(&self, extractor: &Extractor, lease: &mut Lease) {
-        let found = (0..self.places).find_map(|index| extractor.value(index));
-        if let Some(text) = found.and_then(|text| identify::text_of(text.as_bytes())) {
+        let key = |index| identify::text_of(extractor.value(index)?.as_bytes());
+        if let Some(text) = (0..self.places).find_map(key) {
             lease.learn(SessionKey { scope: self.scope, text: text.into() }, crate::ids::now());
         }
     }
