@@ -110,10 +110,10 @@ async fn principals_with_long_or_strange_credentials_are_not_one() {
 async fn refuse_one_and_take_the_next(listener: TcpListener) -> Vec<u8> {
     let (stream, _) = listener.accept().await.expect("a connection");
     let mut connection = h2::server::handshake(stream).await.expect("the proxy speaks HTTP/2");
-    let (accepted, mut streams) = tokio::sync::mpsc::unbounded_channel();
+    let (accepted, mut streams) = tokio::sync::mpsc::channel(4);
     tokio::spawn(async move {
         while let Some(Ok(stream)) = connection.accept().await {
-            let _ = accepted.send(stream);
+            let _ = accepted.send(stream).await;
         }
     });
     {
@@ -240,4 +240,45 @@ async fn too_many_fields_are_431_in_both_versions() {
         assert_eq!(post(proxy.address, "/", &lines, "hi").await.status(), status);
     }
     assert_eq!(backend.request_count(), 2);
+}
+
+/// Streams of HTTP/2 that are given up anywhere: before, within and after their bodies, also with the whole connection.
+#[tokio::test]
+async fn counts_return_to_zero_after_resets_anywhere() {
+    for version in ["", ", http: 2"] {
+        let backend = if version.is_empty() { Backend::start().await } else { Backend::start_http2().await };
+        backend.each(|_| Script::echo());
+        let proxy = start_proxy(&service(&[backend.url()], version, BY_JSON)).await;
+        let running = proxy.app.running.clone();
+        for round in 0..40_usize {
+            let client = Http2Client::connect(proxy.address).await;
+            let mut kept = Vec::new();
+            for number in 0..10 {
+                let mut stream = client.open(http2_request("POST", proxy.address, "/"), false).await;
+                for piece in 0..(round + number) % 5 {
+                    let bytes =
+                        if piece == 0 { b"{\"thread\": \"anna\", \"f\": \"".to_vec() } else { vec![b'x'; 20_000] };
+                    // What comes back is not read, so that both directions come to a halt in some rounds.
+                    stream.send(&bytes, false).await;
+                }
+                match (round * 7 + number) % 4 {
+                    0 => stream.reset(),
+                    1 => drop(stream),
+                    2 => {
+                        tokio::task::yield_now().await;
+                        kept.push(stream);
+                    }
+                    _ => stream.send(b"\"}", true).await,
+                }
+            }
+            if round % 3 == 0 {
+                client.abort();
+            }
+        }
+        eventually("no run is left", || outstanding(&proxy) == 0).await;
+        eventually("no exchange is left", || running.open_exchanges.load(std::sync::atomic::Ordering::Acquire) == 0)
+            .await;
+        eventually("none is left at the endpoint", || backend.in_flight() == 0).await;
+        proxy.metric_becomes("longhaul_connections", &[], 0.0).await;
+    }
 }
