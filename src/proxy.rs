@@ -226,6 +226,11 @@ async fn begin(
     let snapshot = running.snapshot.load_full();
     let config = &snapshot.loaded.config;
 
+    // HTTP/1.1 heads were held to this where they were read.
+    if request.fields.len() > listener.config.limits.max_headers {
+        return Err(ProxyError::new(Code::HeaderTooLarge, "the request has more fields than limits.max_headers"));
+    }
+
     // 4 route
     let peer = &connection.peer;
     let trusted = connection.peer_trusted(listener);

@@ -65,7 +65,7 @@ pub struct Pass {
     pub ended: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// In a size: its significant digits so far, and how many zeros came before them.
     Size {
@@ -116,6 +116,11 @@ impl Chunks {
     /// At the start of a body. Trailers over `max_trailer_bytes` are an error.
     pub fn new(max_trailer_bytes: u32) -> Chunks {
         Chunks { state: START, max_trailer_bytes, trailers: None }
+    }
+
+    /// Nothing of a chunk's framing was read yet.
+    pub fn is_between_chunks(&self) -> bool {
+        self.state == START
     }
 
     /// Looks at the start of `input`, and takes the piece that it returns as read.

@@ -49,21 +49,28 @@ impl Sealer {
         Sealer { name: name.to_owned(), ttl, binding, keys }
     }
 
-    /// The whole value of a Set-Cookie field: HttpOnly, SameSite=Lax, Path=/, Max-Age; Secure on TLS.
-    pub fn seal(&self, session: &CookieSession, secure: bool, now: SystemTime) -> String {
-        let value = self.seal_value(session, now, ids::random_bytes());
+    /// The whole value of a Set-Cookie field: HttpOnly, SameSite=Lax, Path=/, Max-Age; Secure on TLS. It opens for the
+    /// same `principal` only; the empty one is everybody, where principals are not told apart.
+    pub fn seal(&self, session: &CookieSession, principal: &[u8], secure: bool, now: SystemTime) -> String {
+        let value = self.seal_value(session, principal, now, ids::random_bytes());
         let secure = if secure { "; Secure" } else { "" };
         format!("{}={value}; Path=/; Max-Age={}; HttpOnly; SameSite=Lax{secure}", self.name, self.ttl.as_secs())
     }
 
-    /// Opens the cookie in a request's Cookie fields; `None` where there is none, or it is forged, foreign or too old.
-    pub fn open<'a>(&self, cookies: impl Iterator<Item = &'a [u8]>, now: SystemTime) -> Option<CookieSession> {
+    /// Opens the cookie in a request's Cookie fields; `None` where there is none, or it is forged, foreign, another
+    /// principal's or too old.
+    pub fn open<'a>(
+        &self,
+        cookies: impl Iterator<Item = &'a [u8]>,
+        principal: &[u8],
+        now: SystemTime,
+    ) -> Option<CookieSession> {
         cookies
             .flat_map(|field| field.split(|byte| *byte == b';'))
             .filter_map(|pair| self.value_of(pair))
             // Clients may hold several of one name, of other paths or domains; more than a few are an attempt.
             .take(ATTEMPTS_MAX)
-            .find_map(|value| self.open_value(value, now))
+            .find_map(|value| self.open_value(value, principal, now))
     }
 
     /// Removes the cookie from the request, leaving the client's others as they are.
@@ -99,14 +106,18 @@ impl Sealer {
         (name.trim_ascii() == self.name.as_bytes()).then_some(value)
     }
 
-    fn seal_value(&self, session: &CookieSession, now: SystemTime, nonce: [u8; NONCE_LEN]) -> String {
+    fn bound_to(&self, principal: &[u8]) -> Vec<u8> {
+        if principal.is_empty() { self.binding.clone() } else { [&*self.binding, b"\0", principal].concat() }
+    }
+
+    fn seal_value(&self, session: &CookieSession, principal: &[u8], now: SystemTime, nonce: [u8; NONCE_LEN]) -> String {
         let mut sealed = nonce.to_vec();
         let expires = now.checked_add(self.ttl).map_or(u64::MAX, seconds);
         let mut payload = encode(session, expires);
         // Sealing fails only beyond 256 GiB; the empty value that would come of it opens for nobody.
         let Ok(tag) = self.keys[0].seal_in_place_separate_tag(
             Nonce::assume_unique_for_key(nonce),
-            Aad::from(&self.binding),
+            Aad::from(self.bound_to(principal)),
             &mut payload,
         ) else {
             return String::new();
@@ -116,7 +127,7 @@ impl Sealer {
         URL_SAFE_NO_PAD.encode(sealed)
     }
 
-    fn open_value(&self, value: &[u8], now: SystemTime) -> Option<CookieSession> {
+    fn open_value(&self, value: &[u8], principal: &[u8], now: SystemTime) -> Option<CookieSession> {
         if value.len() > VALUE_BYTES_MAX {
             return None;
         }
@@ -125,7 +136,7 @@ impl Sealer {
         let (session, expires) = self.keys.iter().find_map(|key| {
             let mut payload = sealed.to_vec();
             let nonce = Nonce::assume_unique_for_key(*nonce);
-            decode(key.open_in_place(nonce, Aad::from(&self.binding), &mut payload).ok()?)
+            decode(key.open_in_place(nonce, Aad::from(self.bound_to(principal)), &mut payload).ok()?)
         })?;
         (seconds(now) < expires).then_some(session)
     }
@@ -199,6 +210,8 @@ mod tests {
 
     const TTL: Duration = Duration::from_secs(3600);
 
+    const NOBODY: &[u8] = b"";
+
     fn sealer(secrets: &[&str]) -> Sealer {
         let secrets: Vec<String> = secrets.iter().map(|secret| (*secret).to_owned()).collect();
         Sealer::new("support", "longhaul", TTL, &secrets)
@@ -219,13 +232,13 @@ mod tests {
     }
 
     fn open(sealer: &Sealer, fields: &[&str], now: SystemTime) -> Option<CookieSession> {
-        sealer.open(fields.iter().map(|field| field.as_bytes()), now)
+        sealer.open(fields.iter().map(|field| field.as_bytes()), NOBODY, now)
     }
 
     #[test]
     fn what_is_sealed_opens_until_it_is_too_old() {
         let sealer = sealer(&["a"]);
-        let cookie = cookie(&sealer.seal(&session(), true, now()));
+        let cookie = cookie(&sealer.seal(&session(), NOBODY, true, now()));
         assert_eq!(open(&sealer, &[&cookie], now()), Some(session()));
         assert_eq!(open(&sealer, &["a=1", &format!("b=2; {cookie} ;c=3")], now()), Some(session()));
         let quoted = format!("longhaul=\"{}\"", cookie.strip_prefix("longhaul=").unwrap());
@@ -241,18 +254,18 @@ mod tests {
     fn the_attributes() {
         let sealer = sealer(&["a"]);
         let attributes = |secure| {
-            let sealed = sealer.seal(&session(), secure, now());
+            let sealed = sealer.seal(&session(), NOBODY, secure, now());
             sealed.split_once(';').unwrap().1.to_owned()
         };
         assert_eq!(attributes(false), " Path=/; Max-Age=3600; HttpOnly; SameSite=Lax");
         assert_eq!(attributes(true), " Path=/; Max-Age=3600; HttpOnly; SameSite=Lax; Secure");
-        assert!(sealer.seal(&session(), true, now()).len() < 256);
+        assert!(sealer.seal(&session(), NOBODY, true, now()).len() < 256);
     }
 
     #[test]
     fn the_value_is_hidden_and_never_the_same() {
         let sealer = sealer(&["a"]);
-        let (one, other) = (sealer.seal(&session(), true, now()), sealer.seal(&session(), true, now()));
+        let (one, other) = (sealer.seal(&session(), NOBODY, true, now()), sealer.seal(&session(), NOBODY, true, now()));
         assert_ne!(one, other);
         let value = URL_SAFE_NO_PAD.decode(cookie(&one).strip_prefix("longhaul=").unwrap()).unwrap();
         assert_eq!(memchr::memmem::find(&value, b"10.0.0.11"), None);
@@ -261,8 +274,8 @@ mod tests {
     #[test]
     fn secrets_rotate() {
         let (old, both, new) = (sealer(&["old"]), sealer(&["new", "old"]), sealer(&["new"]));
-        let of_old = cookie(&old.seal(&session(), true, now()));
-        let of_both = cookie(&both.seal(&session(), true, now()));
+        let of_old = cookie(&old.seal(&session(), NOBODY, true, now()));
+        let of_both = cookie(&both.seal(&session(), NOBODY, true, now()));
         assert_eq!(open(&both, &[&of_old], now()), Some(session()));
         assert_eq!(open(&both, &[&of_both], now()), Some(session()));
         assert_eq!(open(&new, &[&of_both], now()), Some(session()));
@@ -274,19 +287,31 @@ mod tests {
     fn a_cookie_opens_only_where_it_was_made() {
         let secrets = ["a".to_owned()];
         let here = Sealer::new("support", "longhaul", TTL, &secrets);
-        let cookie = cookie(&here.seal(&session(), true, now()));
+        let cookie = cookie(&here.seal(&session(), NOBODY, true, now()));
         assert_eq!(open(&Sealer::new("coder", "longhaul", TTL, &secrets), &[&cookie], now()), None);
         let renamed = cookie.replace("longhaul=", "other=");
         assert_eq!(open(&Sealer::new("support", "other", TTL, &secrets), &[&renamed], now()), None);
         // Without secrets, every process has its own.
-        assert_eq!(open(&sealer(&[]), &[&self::cookie(&sealer(&[]).seal(&session(), true, now()))], now()), None);
+        assert_eq!(
+            open(&sealer(&[]), &[&self::cookie(&sealer(&[]).seal(&session(), NOBODY, true, now()))], now()),
+            None
+        );
+    }
+
+    #[test]
+    fn a_cookie_opens_for_its_principal_only() {
+        let sealer = sealer(&["a"]);
+        let cookie = cookie(&sealer.seal(&session(), b"anna", true, now()));
+        for (principal, expected) in [(&b"anna"[..], Some(session())), (b"mallory", None), (NOBODY, None)] {
+            assert_eq!(sealer.open([cookie.as_bytes()].into_iter(), principal, now()), expected);
+        }
     }
 
     #[test]
     fn an_overlong_hint_still_carries_the_session() {
         let sealer = sealer(&["a"]);
         let pin = PinHint { version: "v".repeat(1 << 17), endpoint: "e".repeat(TEXT_BYTES_MAX) };
-        let cookie = cookie(&sealer.seal(&CookieSession::new([1; 16], pin), true, now()));
+        let cookie = cookie(&sealer.seal(&CookieSession::new([1; 16], pin), NOBODY, true, now()));
         let opened = open(&sealer, &[&cookie], now()).unwrap();
         assert_eq!(opened.id, CookieSession::new([1; 16], session().pin).id);
         assert_eq!((opened.pin.version.len(), opened.pin.endpoint.len()), (0, TEXT_BYTES_MAX));
@@ -326,7 +351,7 @@ mod tests {
             } else {
                 field.extend_from_slice(&bytes);
             }
-            prop_assert_eq!(sealer.open([&field[..]].into_iter(), now()), None);
+            prop_assert_eq!(sealer.open([&field[..]].into_iter(), NOBODY, now()), None);
             let mut fields = Fields::default();
             fields.append("cookie", &field);
             sealer.strip(&mut fields);
@@ -336,12 +361,12 @@ mod tests {
         #[test]
         fn no_changed_byte_goes_unseen(index in 0usize..1000, bit in 0u8..8) {
             let sealer = sealer(&["a"]);
-            let value = sealer.seal_value(&session(), now(), [3; NONCE_LEN]);
+            let value = sealer.seal_value(&session(), NOBODY, now(), [3; NONCE_LEN]);
             let mut bytes = URL_SAFE_NO_PAD.decode(&value).unwrap();
             let index = index % bytes.len();
             bytes[index] ^= 1 << bit;
-            prop_assert_eq!(sealer.open_value(URL_SAFE_NO_PAD.encode(bytes).as_bytes(), now()), None);
-            prop_assert_eq!(sealer.open_value(value.as_bytes(), now()), Some(session()));
+            prop_assert_eq!(sealer.open_value(URL_SAFE_NO_PAD.encode(bytes).as_bytes(), NOBODY, now()), None);
+            prop_assert_eq!(sealer.open_value(value.as_bytes(), NOBODY, now()), Some(session()));
         }
 
         #[test]

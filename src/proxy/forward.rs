@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::Method;
 
 use crate::config::{self, Affinity, HttpVersion};
@@ -88,7 +87,6 @@ pub async fn forward(
 
     // 8 forward
     prepare(&mut request, route, service, record, caller)?;
-    let ahead = !client.held().is_empty();
     let mut direction = Direction::new(false, observer);
     let idempotent =
         matches!(request.method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE);
@@ -119,7 +117,7 @@ pub async fn forward(
     let mut fresh = false;
     let (upstream, answer) = loop {
         let tried = try_once(
-            Attempt { asked: &asked, target: &target, cuts, deadlines, connect_timeout, ahead, fresh },
+            Attempt { asked: &asked, target: &target, cuts, deadlines, connect_timeout, fresh },
             client,
             &mut request,
             &mut direction,
@@ -149,7 +147,7 @@ pub async fn forward(
             lease.report(Evidence::Bad, ids::now());
         }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
-        let whole = direction.observer.bytes == 0 || ahead_only(client, &direction) || direction.replay.is_some();
+        let whole = ahead_only(client, &direction) || direction.replay.is_some();
         let may_retry = attempt < service.config.attempts
             && !timed_out
             && whole
@@ -165,12 +163,7 @@ pub async fn forward(
         };
         if let Some(next) = next {
             attempt += 1;
-            if let Some(replay) = &mut direction.replay
-                && !replay.is_empty()
-            {
-                client.put_back(Bytes::from(std::mem::take(&mut **replay)));
-            }
-            direction.restart();
+            direction.restart(client);
             target = next;
             cuts = target.cut.count();
             record.target = Some(target.clone());
@@ -270,8 +263,6 @@ struct Attempt<'a> {
     cuts: u64,
     deadlines: Deadlines,
     connect_timeout: Duration,
-    /// Body bytes were read ahead, so the client's own chunk framing is lost.
-    ahead: bool,
     /// No kept connection is to be used: one has just turned out to be broken.
     fresh: bool,
 }
@@ -302,7 +293,7 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, cuts, deadlines, connect_timeout, ahead, fresh } = attempt;
+    let Attempt { asked, target, cuts, deadlines, connect_timeout, fresh } = attempt;
     let pool = &asked.connection.worker.pool;
     let kept = if fresh { None } else { upstream::pooled(pool, target) };
     let connected = match kept {
@@ -319,8 +310,9 @@ async fn try_once(
         }
     };
     let http1 = matches!(connected, upstream::Connected::Http1 { .. });
-    direction.raw =
-        http1 && client.is_http1() && request.framing == Framing::Chunked && !ahead && direction.replay.is_none();
+    // Once any of the body was looked at, the client's own chunk framing is lost.
+    let untouched = client.is_between_chunks() && direction.observer.bytes == 0;
+    direction.raw = http1 && untouched && direction.replay.is_none();
     if !http1 && request.upgrade.is_some() {
         // Not the endpoint's failure: clients must not be able to have it ejected.
         let error = ProxyError::new(Code::UpstreamReset, "this endpoint speaks HTTP/2, over which no Upgrade is sent");
@@ -362,16 +354,17 @@ async fn try_once(
     }
 }
 
-/// Awaits, unless the client leaves meanwhile. Its body is left alone; a client that still has one to send is seen to
-/// leave when that is read.
+/// Awaits, unless the client leaves meanwhile. Its body is left alone; an HTTP/1.1 client that still has one to send is
+/// seen to leave when that is read.
 async fn unless_gone<T>(client: &mut Peer, direction: &Direction, future: impl Future<Output = T>) -> Option<T> {
     let mut future = Box::pin(future);
-    let watch = client.source_ended() && !direction.done();
+    let watch = client.source_ended() && !direction.done() && client.held().is_empty();
     poll_fn(|context| {
         if let Poll::Ready(value) = future.as_mut().poll(context) {
             return Poll::Ready(Some(value));
         }
-        if watch && client.held().is_empty() && client.poll_gone(context).is_ready() {
+        let gone = if watch { client.poll_gone(context) } else { client.poll_reset(context) };
+        if gone.is_ready() {
             return Poll::Ready(None);
         }
         Poll::Pending
@@ -480,14 +473,14 @@ fn begin_answer(
         record.outcome = record.run.map(|_| RunOutcome::Cancelled);
         return Ok(Forwarded::ClientGone);
     }
+    request_direction.replay = None;
     if tunnel {
         client.become_tunnel();
         upstream.peer.become_tunnel();
-        request_direction.restart();
+        request_direction.restart(client);
         request_direction.raw = true;
         request_direction.observer.bytes_max = 0;
     }
-    request_direction.replay = None;
     let idle = route.timeouts.idle.unwrap_or(service.config.timeouts.idle);
     Ok(Forwarded::Streaming(Box::new(Flow {
         upstream,
@@ -547,5 +540,5 @@ fn cookie_to_set(
     }
     let pin =
         crate::state::dispatcher::PinHint { version: target.version.to_string(), endpoint: target.url.identity() };
-    Some(sealer.seal(&CookieSession { id: key.text.to_string(), pin }, secure, ids::wall_clock()))
+    Some(sealer.seal(&CookieSession { id: key.text.to_string(), pin }, &identity.principal, secure, ids::wall_clock()))
 }

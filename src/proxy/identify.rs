@@ -36,6 +36,8 @@ pub struct Identity {
     pub cookie: Option<CookieSession>,
     /// The principal's digest, for keys that the answer will tell.
     pub scope: Option<[u8; 16]>,
+    /// To whom the proxy's own cookie belongs, as [`crate::net::cookie::Sealer`] wants it.
+    pub principal: Vec<u8>,
     /// The key is a new one of ours: the client is to be given it as a cookie.
     pub issue_cookie: bool,
 }
@@ -78,12 +80,13 @@ pub async fn identify(
     let session = &service.config.session;
     let kind = kind(&service.config, request);
     let scope = scope(session, scope_secret, request);
+    let principal = if service.cookie.is_some() { principal(session, request) } else { Vec::new() };
     let cookie = service
         .cookie
         .as_ref()
-        .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), crate::ids::wall_clock()));
+        .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), &principal, crate::ids::wall_clock()));
     if session.affinity == config::Affinity::None {
-        return Ok(Identity { kind, key: None, cookie: None, scope, issue_cookie: false });
+        return Ok(Identity { kind, key: None, cookie: None, scope, principal, issue_cookie: false });
     }
     let mut text = None;
     let mut body_read = false;
@@ -102,7 +105,7 @@ pub async fn identify(
                     .collect();
                 look_ahead(&pointers, request, client, observer, timer).await?
             }
-            source => in_head(source, request),
+            source => in_head(source, request, text_of),
         };
         if text.is_some() {
             break;
@@ -118,7 +121,7 @@ pub async fn identify(
         }
         (None, None, None) => None,
     };
-    Ok(Identity { kind, key, cookie, scope, issue_cookie })
+    Ok(Identity { kind, key, cookie, scope, principal, issue_cookie })
 }
 
 fn new_cookie_id() -> String {
@@ -152,46 +155,64 @@ fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) ->
         return None;
     }
     let mut hasher = SipHasher13::new_with_key(secret);
-    if let Some(value) = session.scope.iter().find_map(|source| in_head(source, request)) {
-        hasher.write(value.as_bytes());
+    if let Some(value) = session.scope.iter().find_map(|source| in_head(source, request, credential)) {
+        hasher.write(&value);
         hasher.write_u8(1);
     }
     Some(hasher.finish128().as_bytes())
 }
 
-fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
+/// The principal for the proxy's own cookie: a digest that is the same in every process, as the cookie outlives this one.
+fn principal(session: &config::Session, request: &RequestHead) -> Vec<u8> {
+    if session.scope.is_empty() {
+        return Vec::new();
+    }
+    let value = session.scope.iter().find_map(|source| in_head(source, request, credential));
+    ring::digest::digest(&ring::digest::SHA256, &value.unwrap_or_default()).as_ref().to_vec()
+}
+
+/// What tells principals apart is taken whole, whatever its length and bytes (tokens have kilobytes): a value that was
+/// left out would make its owner one of the anonymous. It is never empty.
+fn credential(value: &[u8]) -> Option<Vec<u8>> {
+    let value = value.trim_ascii();
+    (!value.is_empty()).then(|| value.to_vec())
+}
+
+/// The value at a place of the request's head, as `read` takes it.
+fn in_head<T>(source: &KeySource, request: &RequestHead, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
     match source {
-        KeySource::Header(name) => text_of(request.fields.get(name.as_str())?),
-        KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name)),
-        KeySource::Query(name) => query_value(request.query.as_deref()?, name),
+        KeySource::Header(name) => read(request.fields.get(name.as_str())?),
+        KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name, &read)),
+        KeySource::Query(name) => query_value(request.query.as_deref()?, name, read),
         KeySource::Path(pattern) => {
             let captured = pattern.capture(&request.path)?;
-            text_of(&percent_encoding::percent_decode_str(captured).collect::<Vec<u8>>())
+            read(&percent_encoding::percent_decode_str(captured).collect::<Vec<u8>>())
         }
         KeySource::Json(_) | KeySource::ResponseHeader(_) | KeySource::ResponseJson(_) => None,
     }
 }
 
-fn text_of(value: &[u8]) -> Option<String> {
+/// A session key as every place tells it: trimmed, not empty, and not too long.
+pub fn text_of(value: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(value).ok()?.trim();
     (!text.is_empty() && text.len() <= KEY_BYTES_MAX).then(|| text.to_owned())
 }
 
-fn cookie_value(field: &[u8], name: &str) -> Option<String> {
+fn cookie_value<T>(field: &[u8], name: &str, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
     field.split(|byte| *byte == b';').find_map(|pair| {
         let pair = pair.trim_ascii();
         let value = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
         let unquoted = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value);
-        text_of(unquoted)
+        read(unquoted)
     })
 }
 
 /// A value of an `application/x-www-form-urlencoded` query (WHATWG URL section 5.1).
-fn query_value(query: &str, name: &str) -> Option<String> {
+fn query_value<T>(query: &str, name: &str, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
     let decode = |text: &str| -> Vec<u8> { percent_encoding::percent_decode_str(&text.replace('+', " ")).collect() };
     query.split('&').find_map(|pair| {
         let (key, value) = pair.split_once('=')?;
-        if decode(key) == name.as_bytes() { text_of(&decode(value)) } else { None }
+        if decode(key) == name.as_bytes() { read(&decode(value)) } else { None }
     })
 }
 

@@ -1,6 +1,7 @@
 //! Learn: session ids that the endpoint tells in a successful answer.
 
 use crate::json::Extractor;
+use crate::proxy::identify;
 use crate::state::dispatcher::Lease;
 use crate::state::sessions::SessionKey;
 
@@ -15,7 +16,8 @@ pub struct Learn {
 impl Learn {
     /// Learns the first id that was found.
     pub fn from_body(&self, extractor: &Extractor, lease: &mut Lease) {
-        if let Some(text) = (0..self.places).find_map(|index| extractor.value(index)) {
+        let key = |index| identify::text_of(extractor.value(index)?.as_bytes());
+        if let Some(text) = (0..self.places).find_map(key) {
             lease.learn(SessionKey { scope: self.scope, text: text.into() }, crate::ids::now());
         }
     }

@@ -78,6 +78,14 @@ impl Peer {
         }
     }
 
+    /// What comes next is a chunk of HTTP/1.1 from its first byte on.
+    pub fn is_between_chunks(&self) -> bool {
+        match self {
+            Peer::Http1(peer) => peer.is_between_chunks(),
+            Peer::Http2(_) => false,
+        }
+    }
+
     /// Writes body bytes, with a pending head before them in the same call where there is one; how many of `data` were
     /// taken (at least 1).
     pub fn poll_write(&mut self, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
@@ -113,6 +121,15 @@ impl Peer {
     pub fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match self {
             Peer::Http1(peer) => peer.poll_gone(context),
+            Peer::Http2(peer) => peer.poll_gone(context),
+        }
+    }
+
+    /// Ready when this side is seen to have left though more is to be read from it: on HTTP/2 a reset overtakes what the
+    /// other side has not taken yet; on HTTP/1.1 the end comes behind it.
+    pub fn poll_reset(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Peer::Http1(_) => Poll::Pending,
             Peer::Http2(peer) => peer.poll_gone(context),
         }
     }

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+
 use crate::error::{Code, ProxyError};
 use crate::message::{Fields, ResponseHead};
 use crate::proxy::account::Record;
@@ -38,7 +40,14 @@ pub struct Direction {
     /// The sink takes no more for now.
     blocked: bool,
     /// A copy of what was sent, where the request may have to be sent again; `None` where it can't be (any more).
-    pub replay: Option<Box<Vec<u8>>>,
+    pub replay: Option<Box<Replay>>,
+}
+
+/// What was sent of a body.
+#[derive(Default)]
+pub struct Replay {
+    body: Vec<u8>,
+    trailers: Option<Fields>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -80,8 +89,17 @@ impl Direction {
         self.stage = Stage::Stopped;
     }
 
-    /// Begins again from the start of the body, for another attempt.
-    pub fn restart(&mut self) {
+    /// Begins again from the start of the body, for another attempt; what was sent is given back to its source.
+    pub fn restart(&mut self, from: &mut Peer) {
+        if let Some(replay) = &mut self.replay {
+            if !replay.body.is_empty() {
+                from.put_back(Bytes::from(std::mem::take(&mut replay.body)));
+            }
+            if let Some(trailers) = replay.trailers.take() {
+                from.put_back_trailers(Some(trailers));
+            }
+        }
+        self.trailers = None;
         self.stage = Stage::Flowing;
         self.blocked = false;
     }
@@ -121,6 +139,9 @@ pub fn poll_pump(
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(PumpFault::Source(fault))),
                 Poll::Ready(Ok(Next::End(trailers))) => {
                     came_in(&mut direction.observer, true);
+                    if let Some(replay) = &mut direction.replay {
+                        replay.trailers.clone_from(&trailers);
+                    }
                     direction.trailers = trailers.map(Box::new);
                     direction.stage = Stage::Finishing;
                 }
@@ -139,8 +160,8 @@ pub fn poll_pump(
                     direction.blocked = false;
                     direction.moved = true;
                     if let Some(replay) = &mut direction.replay {
-                        if replay.len() + count <= REPLAY_BYTES_MAX {
-                            replay.extend_from_slice(&from.held()[..count]);
+                        if replay.body.len() + count <= REPLAY_BYTES_MAX {
+                            replay.body.extend_from_slice(&from.held()[..count]);
                         } else {
                             direction.replay = None;
                         }
@@ -182,6 +203,9 @@ pub async fn until_answer(
             }
         } else {
             match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
+                Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
+                    return Poll::Ready(Answer::ClientGone);
+                }
                 Poll::Ready(Ok(())) | Poll::Pending => {}
                 Poll::Ready(Err(PumpFault::Sink(_))) => {
                     // The endpoint takes no more. It may have answered already; else the read tells what is wrong.
@@ -321,6 +345,9 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
     let Flow { upstream, request, response, tunnel, lease, learn, outcome, .. } = flow;
     if !request.over() {
         match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
+            Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
+                return Poll::Ready(End::ClientGone);
+            }
             Poll::Pending => {}
             // A tunnel has ended when one of its sides has.
             Poll::Ready(Ok(())) if *tunnel => return Poll::Ready(End::ClientGone),

@@ -235,7 +235,7 @@ impl Upstream {
                         *response = None;
                         let (parts, body) = answer.into_parts();
                         let head = http2_response(&parts, body.is_end_stream(), self.head);
-                        peer.receive(body);
+                        peer.receive(body, head.framing == Framing::None);
                         Poll::Ready(Ok(head))
                     }
                     Err(error) => {

@@ -197,12 +197,19 @@ impl Http1 {
     }
 
     fn expect_body(&mut self, framing: Framing) {
+        // Those of a body that nobody took to its end are not this one's.
+        self.trailers = None;
         self.incoming = match framing {
             Framing::None | Framing::Length(0) => Incoming::Ended,
             Framing::Length(length) => Incoming::Length(length),
             Framing::Chunked => Incoming::Chunked(Chunks::new(TRAILER_BYTES_MAX)),
             Framing::Eof => Incoming::Eof,
         };
+    }
+
+    /// What comes next is a chunk from its first byte on: it can go on with its framing as it is.
+    pub fn is_between_chunks(&self) -> bool {
+        matches!(&self.incoming, Incoming::Chunked(chunks) if chunks.is_between_chunks())
     }
 
     /// From here on both directions are a tunnel (RFC 9110 section 7.8): bytes without framing.
@@ -418,7 +425,7 @@ impl Http1 {
         if let Poll::Ready(Ok(count)) = &read {
             self.end += count;
         }
-        if self.start == self.end {
+        if self.start == self.end && self.held_start == self.held_end {
             self.release();
         }
         read
@@ -583,5 +590,53 @@ impl Closing {
                 return Poll::Ready(());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixStream;
+
+    use super::*;
+    use crate::net::stream::Plain;
+
+    async fn peer_with(framing: Framing, wire: &[u8]) -> (Http1, UnixStream) {
+        let (near, mut far) = UnixStream::pair().expect("a pair of sockets");
+        far.write_all(wire).await.expect("room in the socket");
+        let mut peer = Http1::new(Stream::Plain(Plain::Unix(near)));
+        peer.expect_body(framing);
+        let mut observer = Observer::default();
+        let next = poll_fn(|context| peer.poll_next(context, false, &mut observer)).await;
+        assert!(matches!(next, Ok(Next::Bytes)));
+        (peer, far)
+    }
+
+    /// A retry sends what is held, so looking whether the client is still there must not lose it.
+    #[tokio::test]
+    async fn what_is_held_stays_while_the_other_side_is_watched() {
+        let (mut peer, mut far) = peer_with(Framing::Length(10), b"hello").await;
+        for more in [&b""[..], b"wor"] {
+            far.write_all(more).await.expect("room in the socket");
+            let gone = poll_fn(|context| Poll::Ready(peer.poll_gone(context))).await;
+            assert!(gone.is_pending());
+            assert_eq!(peer.held(), b"hello");
+        }
+        drop(far);
+        poll_fn(|context| peer.poll_gone(context)).await;
+        assert_eq!(peer.held(), b"hello");
+    }
+
+    #[tokio::test]
+    async fn what_is_put_back_comes_before_the_rest_of_what_was_put_back_before() {
+        let (mut peer, _far) = peer_with(Framing::Length(5), b"c").await;
+        peer.put_back(Bytes::from_static(b"ab"));
+        peer.consume(1);
+        peer.put_back(Bytes::from_static(b"a"));
+        assert_eq!(peer.held(), b"ab");
+        peer.consume(2);
+        assert_eq!(peer.held(), b"c");
     }
 }

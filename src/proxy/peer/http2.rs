@@ -22,6 +22,8 @@ pub struct Http2 {
     /// Held bytes that flow control counts; those read ahead were released when they were read.
     counted: usize,
     ended: bool,
+    /// What comes in has no body, by its method or status.
+    bodiless: bool,
     /// Those that were read ahead.
     trailers: Option<Fields>,
     outgoing: Option<SendStream<Bytes>>,
@@ -41,6 +43,7 @@ impl Http2 {
             held: Bytes::new(),
             counted: 0,
             ended,
+            bodiless: false,
             trailers: None,
             outgoing: None,
             respond: Some(respond),
@@ -56,6 +59,7 @@ impl Http2 {
             held: Bytes::new(),
             counted: 0,
             ended: false,
+            bodiless: false,
             trailers: None,
             outgoing: Some(outgoing),
             respond: None,
@@ -82,8 +86,9 @@ impl Http2 {
         self.outgoing_ended = true;
     }
 
-    /// The answer's body.
-    pub fn receive(&mut self, incoming: RecvStream) {
+    /// The answer's body; `bodiless`: there must be none.
+    pub fn receive(&mut self, incoming: RecvStream, bodiless: bool) {
+        self.bodiless = bodiless;
         self.ended = incoming.is_end_stream();
         self.incoming = Some(incoming);
     }
@@ -124,6 +129,10 @@ impl Http2 {
             }
             let Some(incoming) = &mut self.incoming else { return Poll::Ready(Ok(Next::End(self.trailers.take()))) };
             match ready!(incoming.poll_data(context)) {
+                // On HTTP/1.1 it would be taken for the next answer.
+                Some(Ok(data)) if self.bodiless && !data.is_empty() => {
+                    return Poll::Ready(Err(SourceFault::Malformed("data behind an answer that has no body")));
+                }
                 Some(Ok(data)) => {
                     observer.observe(&data);
                     self.counted = data.len();
