@@ -159,7 +159,8 @@ fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) ->
     Some(hasher.finish128().as_bytes())
 }
 
-fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
+/// The session key at this place of the head; `None` where it is not there, or is in a body.
+pub fn in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
     match source {
         KeySource::Header(name) => text_of(request.fields.get(name.as_str())?),
         KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name)),
