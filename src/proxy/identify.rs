@@ -105,7 +105,7 @@ pub async fn identify(
                     .collect();
                 look_ahead(&pointers, request, client, observer, timer).await?
             }
-            source => in_head(source, request, text_of),
+            source => key_in_head(source, request),
         };
         if text.is_some() {
             break;
@@ -176,6 +176,11 @@ fn principal(session: &config::Session, request: &RequestHead) -> Vec<u8> {
 fn credential(value: &[u8]) -> Option<Vec<u8>> {
     let value = value.trim_ascii();
     (!value.is_empty()).then(|| value.to_vec())
+}
+
+/// The session key at this place of the head; `None` where it is not there, or is in a body.
+pub fn key_in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
+    in_head(source, request, text_of)
 }
 
 /// The value at a place of the request's head, as `read` takes it.
