@@ -8,7 +8,7 @@ pub mod sessions;
 pub mod status;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
@@ -50,13 +50,13 @@ pub struct Target {
 /// Tells the exchanges with an endpoint that its drain has taken as long as it may, and that what is left is cut.
 #[derive(Default)]
 pub struct Cut {
-    count: AtomicU64,
+    count: AtomicU32,
     told: Notify,
 }
 
 impl Cut {
     /// How often it came to that. An exchange compares with what it was when its endpoint was picked.
-    pub fn count(&self) -> u64 {
+    pub fn count(&self) -> u32 {
         self.count.load(Ordering::Acquire)
     }
 

@@ -5,7 +5,7 @@ mod support;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use support::{Program, RawClient, eventually_within};
+use support::{Program, RawClient, eventually, eventually_within};
 
 /// Starts the demo and returns its tour once it is printed whole.
 async fn start() -> (Program, Vec<String>) {
@@ -91,7 +91,7 @@ async fn the_live_page_is_there_and_a_taken_port_is_said() {
 
     let mut other = Program::start(&["demo", "--port", &address.port().to_string()]);
     assert!(!other.ended().await.success());
-    let said = other.lines().join("\n");
-    assert!(said.contains("--port"), "{said}");
+    // What it wrote is read by another thread, which may come after the end is seen.
+    eventually("the taken port is said", || other.lines().join("\n").contains("--port")).await;
     drop(program);
 }

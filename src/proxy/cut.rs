@@ -13,7 +13,7 @@ use crate::state::Cut;
 pub struct Since<'a> {
     pub cut: &'a Cut,
     /// [`Cut::count`] then.
-    pub count: u64,
+    pub count: u32,
 }
 
 /// Hears it. Cheap to poll again: it takes a lock only when it is to wake another task than before.

@@ -260,7 +260,7 @@ struct Attempt<'a> {
     asked: &'a Asked<'a>,
     target: &'a Arc<Target>,
     /// [`crate::state::Cut::count`] when it was picked.
-    cuts: u64,
+    cuts: u32,
     deadlines: Deadlines,
     connect_timeout: Duration,
     /// No kept connection is to be used: one has just turned out to be broken.
@@ -380,7 +380,7 @@ fn begin_answer(
     request: RequestHead,
     identity: Identity,
     mut lease: Lease,
-    (target, cuts): (Arc<Target>, u64),
+    (target, cuts): (Arc<Target>, u32),
     mut upstream: Upstream,
     direction: Direction,
     mut answer: ResponseHead,
@@ -490,7 +490,8 @@ fn begin_answer(
         request: request_direction,
         response: Direction::new(raw, response_observer),
         tunnel,
-        idle,
+        // Whoever asks for more than 49 days gets those.
+        idle_milliseconds: u32::try_from(idle.as_millis()).unwrap_or(u32::MAX),
         run_deadline: deadlines.run,
         learn,
         outcome,

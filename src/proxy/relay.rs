@@ -284,11 +284,11 @@ pub struct Flow {
     pub lease: Option<Lease>,
     pub target: Arc<Target>,
     /// [`crate::state::Cut::count`] when the endpoint was picked.
-    pub cuts: u64,
+    pub cuts: u32,
     pub request: Direction,
     pub response: Direction,
     pub tunnel: bool,
-    pub idle: Duration,
+    pub idle_milliseconds: u32,
     pub run_deadline: Option<Instant>,
     pub learn: Option<Box<Learn>>,
     /// How the run is judged if the answer comes whole.
@@ -388,7 +388,7 @@ impl Flow {
     fn poll_time_outs(&mut self, last_moved: Instant, timer: &mut Timer, context: &mut Context<'_>) -> Poll<End> {
         let mut since = last_moved;
         loop {
-            let idle = since + self.idle;
+            let idle = since + Duration::from_millis(u64::from(self.idle_milliseconds));
             let deadline = self.run_deadline.map_or(idle, |run| run.min(idle));
             ready!(timer.poll_passed(context, deadline));
             if self.run_deadline.is_some_and(|run| run <= deadline) {
