@@ -8,6 +8,7 @@ mod tour;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tracing::info;
 
@@ -15,11 +16,15 @@ use crate::app::{self, App, Options, StartError};
 use crate::config::{self, Address, Problems};
 use crate::ids;
 use crate::logging;
+use crate::state::status::EndpointState;
 use agent::Agent;
 use tour::Tour;
 
 /// The address of the admin API that every client command assumes.
 const ADMIN_PORT: u16 = 9901;
+
+/// The agents are of this process, so they are ready in an instant; a machine that is this slow gets its tour anyway.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The three agents: name and version.
 const AGENTS: [(&str, &str); 3] = [("stable-1", "stable"), ("stable-2", "stable"), ("canary-1", "canary")];
@@ -53,6 +58,7 @@ pub fn run(port: u16) -> Result<(), DemoError> {
         }
         started => (started?, None),
     };
+    wait_until_ready(&app);
     let proxy = app.listener("demo").unwrap_or(Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
     let tour = Tour {
         proxy: proxy.to_string(),
@@ -66,6 +72,22 @@ pub fn run(port: u16) -> Result<(), DemoError> {
     let ended = app.wait();
     info!(cut = ended.cut, "the demo has ended");
     Ok(())
+}
+
+/// Waits until every agent has passed its first health check, so that the first line pasted is served.
+fn wait_until_ready(app: &App) {
+    let ready = || {
+        let snapshot = app.running.snapshot.load();
+        snapshot.services.iter().all(|service| {
+            let status = service.dispatcher.status(ids::now());
+            let mut endpoints = status.versions.iter().flat_map(|version| &version.endpoints);
+            endpoints.all(|endpoint| endpoint.state == EndpointState::Ready)
+        })
+    };
+    let deadline = ids::now() + READY_TIMEOUT;
+    while !ready() && ids::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// The demo's configuration: what a person would write for these agents.
