@@ -1,5 +1,7 @@
 //! JSON: a streaming extractor of a few pointers from a body that goes on unchanged (RFC 8259, RFC 6901).
 
+use std::sync::Arc;
+
 use crate::config::JsonPointer;
 
 /// Nesting deeper than this is refused.
@@ -8,6 +10,43 @@ const DEPTH_MAX: usize = 64;
 /// A value longer than this, unescaped, counts as absent.
 const VALUE_BYTES_MAX: usize = 1024;
 
+/// Pointers made ready to be looked for, once for many documents.
+#[derive(Debug)]
+pub struct Pointers {
+    list: Vec<Pointer>,
+    /// Longer keys are none of the wanted ones.
+    key_bytes_max: usize,
+    /// Those to the whole document.
+    whole: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Pointer {
+    /// As RFC 6901 writes it.
+    text: Box<str>,
+    tokens: Vec<Token>,
+}
+
+#[derive(Debug)]
+struct Token {
+    name: String,
+    /// As an array index: digits without a leading zero.
+    index: Option<u64>,
+}
+
+/// A value at a pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// A string, unescaped.
+    Text(&'a str),
+    /// A number, `true` or `false`, as it is written.
+    Word(&'a str),
+    /// An object or array: that it is there is all that is known.
+    Container,
+    /// A string that is too long or not Unicode.
+    Unreadable,
+}
+
 /// Reads a document in pieces and keeps the scalars at the wanted pointers.
 ///
 /// Strings are kept unescaped; numbers, `true` and `false` as their text. Null, objects, arrays, strings over
@@ -15,11 +54,11 @@ const VALUE_BYTES_MAX: usize = 1024;
 /// object only the first counts.
 #[derive(Debug)]
 pub struct Extractor {
+    pointers: Arc<Pointers>,
+    /// By pointer.
     wanted: Vec<Wanted>,
     /// How many of `wanted` are still open.
     open: usize,
-    /// Longer keys are none of the wanted ones.
-    key_bytes_max: usize,
     stack: Vec<Container>,
     state: State,
     /// Which of `wanted` the value that comes next, or is being read, is meant for.
@@ -43,21 +82,21 @@ pub enum Progress {
     Failed,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Wanted {
-    tokens: Vec<Token>,
     /// How many tokens the way to the innermost open container has matched.
     matched: usize,
     /// Found, or can't be found any more.
     settled: bool,
-    value: Option<String>,
+    value: Option<Value>,
 }
 
 #[derive(Debug)]
-struct Token {
-    name: String,
-    /// As an array index: digits without a leading zero.
-    index: Option<u64>,
+enum Value {
+    Text(String),
+    Word(String),
+    Container,
+    Unreadable,
 }
 
 #[derive(Debug)]
@@ -129,31 +168,70 @@ enum Number {
 /// It is not JSON.
 struct Invalid;
 
+impl Pointers {
+    /// Of pointers as RFC 6901 section 3 writes them: `/thread_id`, `/result/task/id`.
+    pub fn new<'a>(texts: impl IntoIterator<Item = &'a str>) -> Pointers {
+        let unescape = |token: &str| token.replace("~1", "/").replace("~0", "~");
+        Pointers::of_tokens(texts.into_iter().map(|text| text.split('/').skip(1).map(unescape).collect()))
+    }
+
+    fn of_tokens(pointers: impl Iterator<Item = Vec<String>>) -> Pointers {
+        let token = |name: String| Token { index: array_index(&name), name };
+        let list: Vec<Pointer> = pointers
+            .map(|tokens| Pointer {
+                text: tokens.iter().map(|name| format!("/{}", name.replace('~', "~0").replace('/', "~1"))).collect(),
+                tokens: tokens.into_iter().map(token).collect(),
+            })
+            .collect();
+        Pointers {
+            key_bytes_max: list
+                .iter()
+                .flat_map(|pointer| &pointer.tokens)
+                .map(|token| token.name.len())
+                .max()
+                .unwrap_or(0),
+            whole: (0..list.len()).filter(|&index| list[index].tokens.is_empty()).collect(),
+            list,
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+}
+
 impl Extractor {
     /// For values at `pointers`; [`Extractor::value`] numbers them in this order.
     pub fn new(pointers: &[JsonPointer]) -> Extractor {
-        let wanted: Vec<Wanted> = pointers
-            .iter()
-            .map(|pointer| Wanted {
-                tokens: pointer.0.iter().map(|name| Token { name: name.clone(), index: array_index(name) }).collect(),
-                matched: 0,
-                settled: false,
-                value: None,
-            })
-            .collect();
+        Extractor::of(Arc::new(Pointers::of_tokens(pointers.iter().map(|pointer| pointer.0.clone()))))
+    }
+
+    /// As [`Extractor::new`], for pointers that are ready.
+    pub fn of(pointers: Arc<Pointers>) -> Extractor {
         Extractor {
-            open: wanted.len(),
-            key_bytes_max: pointers.iter().flat_map(|pointer| &pointer.0).map(String::len).max().unwrap_or(0),
-            // The pointers to the whole document.
-            targets: (0..wanted.len()).filter(|&index| wanted[index].tokens.is_empty()).collect(),
-            progress: if wanted.is_empty() { Progress::Done } else { Progress::More },
-            wanted,
+            open: pointers.len(),
+            targets: pointers.whole.clone(),
+            progress: if pointers.is_empty() { Progress::Done } else { Progress::More },
+            wanted: (0..pointers.len()).map(|_| Wanted::default()).collect(),
+            pointers,
             stack: Vec::new(),
             state: State::Value,
             text: Vec::new(),
             keep: false,
             utf8: Utf8::default(),
         }
+    }
+
+    /// Reads a whole document, or the first part of one.
+    pub fn read(pointers: &Arc<Pointers>, document: &[u8]) -> Extractor {
+        let mut extractor = Extractor::of(Arc::clone(pointers));
+        extractor.feed(document);
+        extractor
     }
 
     /// Reads on. After [`Progress::Done`] or [`Progress::Failed`] nothing is looked at any more.
@@ -177,7 +255,7 @@ impl Extractor {
             let is_whole_number =
                 matches!(self.state, State::Number(number) if number.may_end()) && self.stack.is_empty();
             if is_whole_number {
-                self.end_scalar();
+                self.end_scalar(Value::Word);
             }
             self.progress = if self.state == State::End { Progress::Done } else { Progress::Failed };
         }
@@ -186,10 +264,55 @@ impl Extractor {
 
     /// The value at the pointer of this number, once it is read.
     pub fn value(&self, index: usize) -> Option<&str> {
+        match self.found(index)? {
+            Found::Text(text) | Found::Word(text) => Some(text),
+            Found::Container | Found::Unreadable => None,
+        }
+    }
+
+    /// What is at the pointer of this number, once it has begun (a container) or is read.
+    pub fn found(&self, index: usize) -> Option<Found<'_>> {
         if self.progress == Progress::Failed {
             return None;
         }
-        self.wanted.get(index)?.value.as_deref()
+        Some(match self.wanted.get(index)?.value.as_ref()? {
+            Value::Text(text) => Found::Text(text),
+            Value::Word(text) => Found::Word(text),
+            Value::Container => Found::Container,
+            Value::Unreadable => Found::Unreadable,
+        })
+    }
+
+    /// What is at the pointer written so, which must be one of the wanted.
+    pub fn at(&self, pointer: &str) -> Option<Found<'_>> {
+        let index = self.pointers.list.iter().position(|wanted| *wanted.text == *pointer);
+        debug_assert!(index.is_some(), "{pointer} is not looked for");
+        self.found(index?)
+    }
+
+    /// The string at a pointer.
+    pub fn text(&self, pointer: &str) -> Option<&str> {
+        match self.at(pointer)? {
+            Found::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The number, `true` or `false` at a pointer, as it is written.
+    pub fn word(&self, pointer: &str) -> Option<&str> {
+        match self.at(pointer)? {
+            Found::Word(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// Whether there is anything but null at a pointer. (A string that is too long is there, too.)
+    pub fn has(&self, pointer: &str) -> bool {
+        self.at(pointer).is_some()
+    }
+
+    pub fn progress(&self) -> Progress {
+        self.progress
     }
 
     /// Reads some of `input`, which is not empty, and returns how much.
@@ -204,7 +327,7 @@ impl Extractor {
                         self.state = State::Number(next);
                         return Ok(1);
                     }
-                    None if number.may_end() => self.end_scalar(),
+                    None if number.may_end() => self.end_scalar(Value::Word),
                     None => return Err(Invalid),
                 }
                 // The byte after a number is read again, as what it is.
@@ -215,9 +338,12 @@ impl Extractor {
                     return Err(Invalid);
                 }
                 if count + 1 == word.len() {
-                    self.keep &= word != "null";
-                    self.add(word.as_bytes());
-                    self.end_scalar();
+                    if word == "null" {
+                        self.end_null();
+                    } else {
+                        self.add(word.as_bytes());
+                        self.end_scalar(Value::Word);
+                    }
                 } else {
                     self.state = State::Literal { word, count: count + 1 };
                 }
@@ -309,7 +435,7 @@ impl Extractor {
         }
         for index in std::mem::take(&mut self.targets) {
             if self.is_target(index) {
-                self.settle(index, None);
+                self.settle(index, Some(Value::Container));
             } else {
                 // Its first token matched on the way here: this container is the only one that it can go on in.
                 self.wanted[index].matched += 1;
@@ -339,12 +465,21 @@ impl Extractor {
     }
 
     /// Ends a string, number or literal that is a value.
-    fn end_scalar(&mut self) {
+    fn end_scalar(&mut self, kind: fn(String) -> Value) {
         for index in std::mem::take(&mut self.targets) {
-            let value = (self.keep && self.is_target(index))
-                .then(|| std::str::from_utf8(&self.text).ok().map(str::to_owned))
-                .flatten();
+            let value = self.is_target(index).then(|| {
+                let text = self.keep.then(|| std::str::from_utf8(&self.text).ok()).flatten();
+                text.map_or(Value::Unreadable, |text| kind(text.to_owned()))
+            });
             self.settle(index, value);
+        }
+        self.after_value();
+    }
+
+    /// Null is as good as nothing.
+    fn end_null(&mut self) {
+        for index in std::mem::take(&mut self.targets) {
+            self.settle(index, None);
         }
         self.after_value();
     }
@@ -358,7 +493,9 @@ impl Extractor {
         if self.keep {
             let depth = self.stack.len();
             for index in 0..self.wanted.len() {
-                if self.is_open_way(index, depth) && self.wanted[index].tokens[depth - 1].name.as_bytes() == self.text {
+                if self.is_open_way(index, depth)
+                    && self.pointers.list[index].tokens[depth - 1].name.as_bytes() == self.text
+                {
                     self.targets.push(index);
                 }
             }
@@ -372,7 +509,7 @@ impl Extractor {
         let Some(&Container::Array(position)) = self.stack.last() else { return };
         let depth = self.stack.len();
         for index in 0..self.wanted.len() {
-            if self.is_open_way(index, depth) && self.wanted[index].tokens[depth - 1].index == Some(position) {
+            if self.is_open_way(index, depth) && self.pointers.list[index].tokens[depth - 1].index == Some(position) {
                 self.targets.push(index);
             }
         }
@@ -389,15 +526,15 @@ impl Extractor {
 
     /// The way to the container at `depth` has `depth - 1` tokens.
     fn is_on_way(&self, index: usize, depth: usize) -> bool {
-        self.wanted[index].matched + 1 == depth && self.wanted[index].tokens.len() >= depth
+        self.wanted[index].matched + 1 == depth && self.pointers.list[index].tokens.len() >= depth
     }
 
     /// Whether the value that comes is the pointer's own, not one on the way to it.
     fn is_target(&self, index: usize) -> bool {
-        self.wanted[index].tokens.len() == self.stack.len()
+        self.pointers.list[index].tokens.len() == self.stack.len()
     }
 
-    fn settle(&mut self, index: usize, value: Option<String>) {
+    fn settle(&mut self, index: usize, value: Option<Value>) {
         self.wanted[index].value = value;
         self.wanted[index].settled = true;
         self.open -= 1;
@@ -412,7 +549,7 @@ impl Extractor {
             self.state,
             State::String { is_key: true } | State::Escape { is_key: true } | State::Unicode { is_key: true, .. }
         ) {
-            self.key_bytes_max
+            self.pointers.key_bytes_max
         } else {
             VALUE_BYTES_MAX
         };
@@ -438,7 +575,7 @@ impl Extractor {
         } else if is_key {
             self.end_key();
         } else {
-            self.end_scalar();
+            self.end_scalar(Value::Text);
         }
         Ok(end + 1)
     }
@@ -568,10 +705,12 @@ fn array_index(token: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
     use serde_json::Value;
 
-    use super::{Extractor, Progress};
+    use super::{Extractor, Found, Pointers, Progress};
     use crate::config::JsonPointer;
 
     fn pointer(text: &str) -> JsonPointer {
@@ -591,6 +730,21 @@ mod tests {
         }
         let progress = extractor.finish();
         (progress, (0..pointers.len()).map(|index| extractor.value(index).map(str::to_owned)).collect())
+    }
+
+    #[test]
+    fn tells_what_kind_of_value_is_there() {
+        let pointers = Arc::new(Pointers::new(["/a", "/b", "/c", "/d", "/e", "/f", "/g~1h/0"]));
+        let document = format!(r#"{{"a":"1","b":1,"c":{{}},"d":null,"e":"{}","g/h":[true]}}"#, "x".repeat(2000));
+        let extractor = Extractor::read(&pointers, document.as_bytes());
+        assert_eq!(extractor.at("/a"), Some(Found::Text("1")));
+        assert_eq!(extractor.at("/b"), Some(Found::Word("1")));
+        assert_eq!(extractor.at("/c"), Some(Found::Container));
+        assert_eq!(extractor.at("/d"), None);
+        assert_eq!(extractor.at("/e"), Some(Found::Unreadable));
+        assert_eq!(extractor.at("/f"), None);
+        assert_eq!((extractor.word("/g~1h/0"), extractor.text("/g~1h/0")), (Some("true"), None));
+        assert!(extractor.has("/e") && !extractor.has("/d"));
     }
 
     fn one(document: &str, text: &str) -> Option<String> {
