@@ -1,4 +1,8 @@
-//! SSE: an incremental scanner of event streams (WHATWG HTML section 9.2).
+//! SSE: an incremental scanner of event streams (WHATWG HTML section 9.2), and a reader of what is in their events.
+
+mod reader;
+
+pub use reader::{DATA_BYTES_MAX, Event, Reader};
 
 /// Counts the events of a stream as it passes. A few bytes of state, nothing is kept of the stream.
 #[derive(Clone, Debug, Default)]
