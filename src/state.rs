@@ -17,6 +17,8 @@ use crate::config;
 use crate::error::Code;
 use crate::metrics::VersionMetrics;
 
+pub use crate::run::{Kind, RunOutcome};
+
 /// What the data plane needs to reach and to label one endpoint. Immutable: a reload that changes any of it makes a new
 /// one and retires this one; unchanged settings keep the same `Arc`.
 pub struct Target {
@@ -131,15 +133,6 @@ impl Target {
     }
 }
 
-/// What an exchange is to a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// It starts a run.
-    Start,
-    /// It neither starts, joins, reads nor cancels one.
-    Other,
-}
-
 /// The value of `longhaul-affinity` and of the label `outcome` of `longhaul_affinity_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AffinityOutcome {
@@ -166,45 +159,6 @@ impl AffinityOutcome {
             AffinityOutcome::Moved => "moved",
             AffinityOutcome::Lost => "lost",
             AffinityOutcome::None => "none",
-        }
-    }
-}
-
-/// How a run ended: the label `outcome` of `longhaul_runs_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RunOutcome {
-    Completed,
-    Failed,
-    Cancelled,
-    Interrupted,
-    Truncated,
-    TimedOut,
-    Rejected,
-    Unknown,
-}
-
-impl RunOutcome {
-    pub const ALL: [RunOutcome; 8] = [
-        RunOutcome::Completed,
-        RunOutcome::Failed,
-        RunOutcome::Cancelled,
-        RunOutcome::Interrupted,
-        RunOutcome::Truncated,
-        RunOutcome::TimedOut,
-        RunOutcome::Rejected,
-        RunOutcome::Unknown,
-    ];
-
-    pub fn as_str(self) -> &'static str {
-        match self {
-            RunOutcome::Completed => "completed",
-            RunOutcome::Failed => "failed",
-            RunOutcome::Cancelled => "cancelled",
-            RunOutcome::Interrupted => "interrupted",
-            RunOutcome::Truncated => "truncated",
-            RunOutcome::TimedOut => "timed_out",
-            RunOutcome::Rejected => "rejected",
-            RunOutcome::Unknown => "unknown",
         }
     }
 }
