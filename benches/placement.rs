@@ -36,7 +36,7 @@ fn pick_and_drop(bencher: Bencher<'_, '_>, endpoints: u16) {
     let dispatcher = dispatcher(endpoints, Affinity::Pin);
     let now = ids::now();
     bencher.bench_local(|| {
-        let ask = Ask { key: None, kind: Kind::Start, version: None, hint: None };
+        let ask = Ask::new(Kind::Start, None);
         dispatcher.pick(black_box(ask), now, 0).is_ok()
     });
 }
@@ -46,7 +46,7 @@ fn pick_and_drop(bencher: Bencher<'_, '_>, endpoints: u16) {
 fn pick_and_drop_loaded(bencher: Bencher<'_, '_>, endpoints: u16) {
     let dispatcher = dispatcher(endpoints, Affinity::Pin);
     let now = ids::now();
-    let ask = || Ask { key: None, kind: Kind::Start, version: None, hint: None };
+    let ask = || Ask::new(Kind::Start, None);
     let _held: Vec<_> = (0..u32::from(endpoints) * 3).map(|_| dispatcher.pick(ask(), now, 0)).collect();
     bencher.bench_local(|| dispatcher.pick(black_box(ask()), now, 0).is_ok());
 }
@@ -57,7 +57,7 @@ fn rotate(bencher: Bencher<'_, '_>, endpoints: u16) {
     let dispatcher = dispatcher(endpoints, Affinity::Pin);
     let now = ids::now();
     bencher.bench_local(|| {
-        let ask = Ask { key: None, kind: Kind::Other, version: None, hint: None };
+        let ask = Ask::new(Kind::Other, None);
         dispatcher.pick(black_box(ask), now, 0).is_ok()
     });
 }
@@ -84,7 +84,7 @@ fn pinned_among_a_million(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| {
         // A stride that is prime to the number of keys, so that no key is in the cache.
         next = (next + 618_033) % keys.len();
-        let ask = Ask { key: Some(&keys[next]), kind: Kind::Other, version: None, hint: None };
+        let ask = Ask::new(Kind::Other, Some(&keys[next]));
         dispatcher.pick(black_box(ask), now, 0).is_ok()
     });
 }
@@ -110,7 +110,7 @@ fn session(number: u32) -> longhaul::state::sessions::SessionKey {
 fn pin(dispatcher: &Arc<Dispatcher>, keys: &[longhaul::state::sessions::SessionKey]) {
     let now = ids::now();
     for key in keys {
-        let ask = Ask { key: Some(key), kind: Kind::Start, version: None, hint: None };
+        let ask = Ask::new(Kind::Start, Some(key));
         if let Ok(mut placed) = dispatcher.pick(ask, now, 0) {
             placed.lease.confirm(now);
         }

@@ -16,7 +16,7 @@ use crate::admin;
 use crate::config::{Address, Loaded, Problems};
 use crate::control::reload::{self, AfterReload, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
-use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, watch};
+use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, runs, watch};
 use crate::logging::AccessLog;
 use crate::metrics::Metrics;
 use crate::net;
@@ -253,6 +253,7 @@ impl Control {
         tokio::spawn(reloader.run());
         tokio::spawn(health::run(checks));
         tokio::spawn(clock::run(Arc::clone(running), Arc::clone(state)));
+        tokio::spawn(runs::run(Arc::clone(running), Arc::clone(state)));
         if watch {
             tokio::spawn(watch::run(config_path, reload.clone(), Arc::clone(state)));
         }

@@ -293,11 +293,14 @@ pub struct Service {
     pub drain_timeout: Duration,
 }
 
-/// Until protocols exist, `auto` behaves as `http`; all others are refused by [`check`].
+/// The wire conventions by which sessions and runs are recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AgentProtocol {
+    /// Found out for each exchange.
     Auto,
     Http,
+    /// As the file names it.
+    Named(&'static str),
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -373,6 +376,21 @@ pub struct Runs {
     /// Outstanding runs an endpoint may have; an endpoint's own `max_runs` goes before it.
     pub max_per_endpoint: Option<u32>,
     pub max_duration: Option<Duration>,
+    pub on_disconnect: OnDisconnect,
+    /// A run with no carrier and no evidence for so long ends as unknown.
+    pub unseen_timeout: Duration,
+    /// An SSE comment after that much silence.
+    pub heartbeat: Option<Duration>,
+}
+
+/// What becomes of a run whose client leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDisconnect {
+    /// What its protocol says.
+    Protocol,
+    Cancel,
+    /// It goes on, read by nobody, for so long at most.
+    Continue(Option<Duration>),
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -400,6 +418,8 @@ pub struct Health {
     pub timeout: Duration,
     pub unhealthy_after: u32,
     pub healthy_after: u32,
+    /// Where in the answer to the HTTP check the endpoint tells how many runs it has.
+    pub load: Option<JsonPointer>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

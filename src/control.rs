@@ -1,8 +1,10 @@
 //! Control: reload, health checks and deadlines, on a runtime of their own.
 
+pub mod call;
 pub mod clock;
 pub mod health;
 pub mod reload;
+pub mod runs;
 pub mod shutdown;
 pub mod watch;
 

@@ -126,10 +126,12 @@ impl Code {
 pub struct ProxyError {
     pub code: Code,
     pub detail: String,
+    /// In place of the code's own, where the caller's protocol gives another one the meaning that is needed.
+    pub status: StatusCode,
 }
 
 impl ProxyError {
     pub fn new(code: Code, detail: impl Into<String>) -> Self {
-        ProxyError { code, detail: detail.into() }
+        ProxyError { code, detail: detail.into(), status: code.status() }
     }
 }

@@ -175,6 +175,11 @@ impl Pointers {
         Pointers::of_tokens(texts.into_iter().map(|text| text.split('/').skip(1).map(unescape).collect()))
     }
 
+    /// Of pointers of the configuration.
+    pub fn of<'a>(pointers: impl IntoIterator<Item = &'a JsonPointer>) -> Pointers {
+        Pointers::of_tokens(pointers.into_iter().map(|pointer| pointer.0.clone()))
+    }
+
     fn of_tokens(pointers: impl Iterator<Item = Vec<String>>) -> Pointers {
         let token = |name: String| Token { index: array_index(&name), name };
         let list: Vec<Pointer> = pointers
@@ -208,7 +213,7 @@ impl Pointers {
 impl Extractor {
     /// For values at `pointers`; [`Extractor::value`] numbers them in this order.
     pub fn new(pointers: &[JsonPointer]) -> Extractor {
-        Extractor::of(Arc::new(Pointers::of_tokens(pointers.iter().map(|pointer| pointer.0.clone()))))
+        Extractor::of(Arc::new(Pointers::of(pointers)))
     }
 
     /// As [`Extractor::new`], for pointers that are ready.

@@ -36,6 +36,7 @@ pub mod respond;
 pub mod route;
 pub mod timer;
 pub mod upstream;
+pub mod watch;
 pub mod websocket;
 pub mod worker;
 
@@ -52,7 +53,6 @@ use crate::proxy::peer::Peer;
 use crate::proxy::relay::End;
 use crate::proxy::timer::Timer;
 use crate::snapshot::{AcceptCommand, Listener, Running};
-use crate::state::RunOutcome;
 
 /// The data plane's threads.
 pub struct Handle {
@@ -126,17 +126,8 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
     };
     let end = relay::stream(client, &mut flow, timer).await;
     flow.tell(&mut record);
-    let run_outcome = match end {
-        End::Whole => flow.outcome,
-        End::ClientGone => RunOutcome::Cancelled,
-        End::Truncated | End::DrainOver => RunOutcome::Truncated,
-        End::TimedOut(_) => RunOutcome::TimedOut,
-        End::Refused(_) => RunOutcome::Cancelled,
-    };
-    // Where the endpoint's last byte came before, the run was judged by it.
-    let judged = if flow.lease.is_some() { run_outcome } else { flow.outcome };
-    flow.give_back(run_outcome);
-    record.outcome = record.run.map(|_| judged);
+    let finish = flow.give_back(end);
+    record.ended(finish);
     if let Some(error) = cut_short(end)
         && client.take_back_head()
     {
@@ -163,6 +154,10 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
             record.code = Some(Code::UpstreamReset);
             After::Close
         }
+        End::Stopped(outcome) => {
+            record.code = Some(watch::code_of_stop(outcome));
+            After::Close
+        }
         End::TimedOut(code) | End::Refused(code) => {
             record.code = Some(code);
             After::Close
@@ -186,6 +181,7 @@ fn cut_short(end: End) -> Option<ProxyError> {
             "the endpoint broke its answer off, or sent a malformed body, right behind its head",
         )),
         End::DrainOver => Some(ProxyError::new(Code::UpstreamReset, "the endpoint's drain has reached drain.timeout")),
+        End::Stopped(outcome) => Some(ProxyError::new(watch::code_of_stop(outcome), "the run was ended")),
         End::TimedOut(code) | End::Refused(code) => Some(ProxyError::new(code, code.title())),
     }
 }
@@ -306,9 +302,9 @@ async fn answer_error(
     record: &mut Record,
 ) -> After {
     tracing::debug!(code = error.code.as_str(), detail = %error.detail, "exchange failed");
-    record.status = error.code.status().as_u16();
+    record.status = error.status.as_u16();
     record.code = Some(error.code);
-    let (mut head, body) = problem::error(&error);
+    let (mut head, body) = problem::error(&error, record.caller_form.take());
     head.fields.append("longhaul-affinity", record.affinity.as_str().as_bytes());
     if let Some(run) = record.run {
         let mut text = [0; 36];

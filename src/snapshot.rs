@@ -13,6 +13,7 @@ use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics, ServiceMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::listen::Socket;
 use crate::net::tls::ServerTls;
+use crate::protocols::{self, Protocol};
 use crate::state::dispatcher::Dispatcher;
 
 /// One generation of the configuration, with what was built from it.
@@ -52,6 +53,27 @@ pub struct Service {
     pub dispatcher: Arc<Dispatcher>,
     pub metrics: Arc<ServiceMetrics>,
     pub cookie: Option<Sealer>,
+    pub recognition: Recognition,
+}
+
+/// Who says what an exchange of a service is.
+#[derive(Clone, Copy)]
+pub enum Recognition {
+    /// `runs.match` and the places of `session.key` alone.
+    Http,
+    /// Each exchange shows its protocol.
+    Auto,
+    One(&'static dyn Protocol),
+}
+
+impl Recognition {
+    pub fn of(configured: config::AgentProtocol) -> Recognition {
+        match configured {
+            config::AgentProtocol::Http => Recognition::Http,
+            config::AgentProtocol::Auto => Recognition::Auto,
+            config::AgentProtocol::Named(name) => protocols::by_name(name).map_or(Recognition::Http, Recognition::One),
+        }
+    }
 }
 
 /// What every part of a running proxy shares.

@@ -3,7 +3,7 @@
 pub mod core;
 pub mod dispatcher;
 mod endpoints;
-mod runs;
+pub mod runs;
 pub mod sessions;
 pub mod status;
 
@@ -53,6 +53,7 @@ pub struct Target {
 #[derive(Default)]
 pub struct Cut {
     count: AtomicU32,
+    looks: AtomicU32,
     told: Notify,
 }
 
@@ -62,13 +63,24 @@ impl Cut {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Is woken by the next one.
+    /// Is woken by the next one, and by [`Cut::look`].
     pub fn told(&self) -> Notified<'_> {
         self.told.notified()
     }
 
     pub fn now(&self) {
         self.count.fetch_add(1, Ordering::Release);
+        self.look();
+    }
+
+    /// How often exchanges were asked to look whether they are meant.
+    pub fn looks(&self) -> u32 {
+        self.looks.load(Ordering::Acquire)
+    }
+
+    /// Asks every exchange to look whether its own run was ended from elsewhere.
+    pub fn look(&self) {
+        self.looks.fetch_add(1, Ordering::Release);
         self.told.notify_waiters();
     }
 }
@@ -180,6 +192,8 @@ pub enum Refusal {
     /// The session's own endpoint is full, and no other will do.
     PinnedFull,
     SessionLost,
+    /// The session can't be moved: its client has to make another one.
+    SessionGone(AffinityOutcome),
 }
 
 impl Refusal {
@@ -187,7 +201,7 @@ impl Refusal {
         match self {
             Refusal::NoEndpoint => Code::NoEndpoint,
             Refusal::QueueFull | Refusal::PinnedFull => Code::QueueFull,
-            Refusal::SessionLost => Code::SessionLost,
+            Refusal::SessionLost | Refusal::SessionGone(_) => Code::SessionLost,
         }
     }
 
@@ -195,6 +209,7 @@ impl Refusal {
     pub fn affinity(self) -> AffinityOutcome {
         match self {
             Refusal::SessionLost => AffinityOutcome::Lost,
+            Refusal::SessionGone(affinity) => affinity,
             Refusal::PinnedFull => AffinityOutcome::Hit,
             Refusal::NoEndpoint | Refusal::QueueFull => AffinityOutcome::None,
         }

@@ -107,7 +107,7 @@ impl Proxy {
 
     fn start_run(&self, session: &str) -> Lease {
         let key = SessionKey { scope: None, text: session.into() };
-        let ask = Ask { key: Some(&key), kind: Kind::Start, version: None, hint: None };
+        let ask = Ask::new(Kind::Start, Some(&key));
         let snapshot = self.app.running.snapshot.load();
         let mut lease = snapshot.services[0].dispatcher.pick(ask, ids::now(), 0).unwrap().lease;
         lease.confirm(ids::now());

@@ -427,14 +427,11 @@ snapshot_of_mistakes!(
     not_available_yet_in_services,
     in_service,
     [
-        "agent_protocol: langgraph",
         "runs: {max_per_principal: 5, queue: {max: 5, timeout: 1s, progress: 15s, priority_header: x-priority}}",
         "runs: {double_texting: {policy: reject, allow_override: true}}",
         "runs: {idempotency: {}}",
-        "runs: {on_disconnect: continue}",
-        "runs: {on_disconnect: {continue_for: 30s}}",
-        "runs: {heartbeat: 15s, resume: {buffer: 1MiB}}",
-        "health: {path: /, draining_status: 503, load: {header: x-load}}",
+        "runs: {resume: {buffer: 1MiB}}",
+        "health: {path: /, draining_status: 503}",
         "shadow: {version: v, percent: 10%}",
         "{rollout: {from: v, to: v, steps: [{weight: 5%, hold: 10m}]}, session: {affinity: hash}}",
     ]

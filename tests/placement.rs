@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use longhaul::balance;
 use longhaul::config::{Affinity, Balance, WhenDraining, WhenLost};
 use longhaul::ids::{self, RunId};
-use longhaul::state::core::{Core, Grant, Unplaced};
+use longhaul::state::core::{Core, Finish, Grant, Unplaced};
 use longhaul::state::dispatcher::{Ask, Dispatcher, PinHint};
 use longhaul::state::status::{EndpointState, EndpointStatus};
 use longhaul::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome};
@@ -40,20 +40,20 @@ impl World {
     }
 
     fn start(&mut self, session: &str) -> Result<Grant, Unplaced> {
-        self.ask(Ask { key: Some(&key(session)), kind: Kind::Start, version: None, hint: None })
+        self.ask(Ask::new(Kind::Start, Some(&key(session))))
     }
 
     fn other(&mut self, session: &str) -> Result<Grant, Unplaced> {
-        self.ask(Ask { key: Some(&key(session)), kind: Kind::Other, version: None, hint: None })
+        self.ask(Ask::new(Kind::Other, Some(&key(session))))
     }
 
     fn keyless(&mut self, kind: Kind) -> Result<Grant, Unplaced> {
-        self.ask(Ask { key: None, kind, version: None, hint: None })
+        self.ask(Ask::new(kind, None))
     }
 
     fn hinted(&mut self, session: &str, kind: Kind, port: u16) -> Result<Grant, Unplaced> {
         let hint = PinHint { version: "stable".into(), endpoint: support::url(port).identity() };
-        self.ask(Ask { key: Some(&key(session)), kind, version: None, hint: Some(&hint) })
+        self.ask(Ask { hint: Some(&hint), ..Ask::new(kind, Some(&key(session))) })
     }
 
     /// Starts a run of the session, has it answered with success, and ends it. Says where and how.
@@ -70,7 +70,7 @@ impl World {
     }
 
     fn finish(&mut self, grant: Grant) {
-        self.core.finish(grant, RunOutcome::Completed, self.now);
+        self.core.finish(grant, Finish::Ended(RunOutcome::Completed), self.now);
     }
 
     fn port(&self, grant: &Grant) -> u16 {
@@ -190,7 +190,7 @@ fn round_robin_and_random_go_by_weight_and_skip_the_full() {
         let mut world = World::new(&fleet);
         let mut counts: BTreeMap<u16, u32> = BTreeMap::new();
         for n in 0..4_000_u64 {
-            let ask = Ask { key: None, kind: Kind::Start, version: None, hint: None };
+            let ask = Ask::new(Kind::Start, None);
             // Evenly over all 64 bits.
             let rng = n.wrapping_mul(u64::MAX / 4_000);
             let grant = world.core.pick(ask, Some(RunId::generate()), world.now, rng).expect("a place");
@@ -749,7 +749,7 @@ fn exchanges_of_one_new_session_follow_its_pin() {
 fn a_retry_goes_to_another_version_only_where_its_own_has_no_other() {
     let two = Fleet::new().version("stable", 1, [1, 2].map(place)).version("canary", 1, [place(3)]);
     let mut world = World::new(&two);
-    let ask = |version| Ask { key: None, kind: Kind::Start, version: Some(version), hint: None };
+    let ask = |version| Ask { version: Some(version), ..Ask::new(Kind::Start, None) };
     let mut grant = world.ask(ask("stable")).expect("a place");
     world.core.retry(&mut grant, world.now, 0).expect("another");
     assert_eq!(world.version(&grant), "stable");
@@ -852,27 +852,21 @@ fn a_version_without_a_ready_endpoint_falls_to_the_others_and_a_full_one_waits()
 #[test]
 fn a_match_wins_for_new_sessions_and_reaches_weight_0() {
     let mut world = World::new(&split(1, 0));
-    let grant = world
-        .ask(Ask { key: Some(&key("a")), kind: Kind::Start, version: Some("canary"), hint: None })
-        .expect("a place");
+    let grant = world.ask(Ask { version: Some("canary"), ..Ask::new(Kind::Start, Some(&key("a"))) }).expect("a place");
     assert_eq!(world.version(&grant), "canary");
     world.succeed(grant);
     let mut found = Vec::new();
     world.core.scan_sessions(Some("a"), 0, 1_000, 1, &mut found, world.now);
     assert!(found[0].matched);
     let (home, _) = world.serve("b");
-    let grant = world
-        .ask(Ask { key: Some(&key("b")), kind: Kind::Start, version: Some("canary"), hint: None })
-        .expect("a place");
+    let grant = world.ask(Ask { version: Some("canary"), ..Ask::new(Kind::Start, Some(&key("b"))) }).expect("a place");
     assert_eq!(world.port(&grant), home, "a pin wins over a match");
-    let keyless = Ask { key: None, kind: Kind::Other, version: Some("canary"), hint: None };
+    let keyless = Ask { version: Some("canary"), ..Ask::new(Kind::Other, None) };
     let grant = world.ask(keyless).expect("a place");
     assert_eq!(world.version(&grant), "canary");
     world.drain(3);
     world.drain(4);
-    let grant = world
-        .ask(Ask { key: Some(&key("c")), kind: Kind::Start, version: Some("canary"), hint: None })
-        .expect("a place");
+    let grant = world.ask(Ask { version: Some("canary"), ..Ask::new(Kind::Start, Some(&key("c"))) }).expect("a place");
     assert_eq!(world.version(&grant), "stable");
 }
 
@@ -1027,7 +1021,7 @@ fn a_lease_gives_back_exactly_once_and_counts_its_run() {
     let metrics = support::service_metrics();
     let dispatcher = Dispatcher::new(support::SERVICE, metrics.clone());
     let now = ids::now();
-    let start = || Ask { key: None, kind: Kind::Start, version: None, hint: None };
+    let start = || Ask::new(Kind::Start, None);
     assert_eq!(dispatcher.pick(start(), now, 0).err(), Some(Refusal::NoEndpoint));
     assert_eq!(metrics.rejected.get(), 1);
     dispatcher.apply(Fleet::new().version("stable", 1, [place(1)]).settings(), now);
@@ -1069,12 +1063,8 @@ fn counts_end_at_zero_under_many_threads() {
                     state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                     let chance = state >> 33;
                     let session = key(&(chance % 100).to_string());
-                    let ask = Ask {
-                        key: (chance % 3 > 0).then_some(&session),
-                        kind: if chance % 5 > 0 { Kind::Start } else { Kind::Other },
-                        version: None,
-                        hint: None,
-                    };
+                    let kind = if chance % 5 > 0 { Kind::Start } else { Kind::Other };
+                    let ask = Ask::new(kind, (chance % 3 > 0).then_some(&session));
                     if let Ok(mut placed) = dispatcher.pick(ask, ids::now(), state) {
                         match chance % 7 {
                             0 => drop(placed.lease.retry(ids::now(), state)),
@@ -1369,7 +1359,7 @@ impl Model {
     fn pick(&mut self, world: &mut World, session: Option<u8>, starts: bool) {
         let key = session.map(|session| key(&session.to_string()));
         let kind = if starts { Kind::Start } else { Kind::Other };
-        let picked = world.ask(Ask { key: key.as_ref(), kind, version: None, hint: None });
+        let picked = world.ask(Ask::new(kind, key.as_ref()));
         let known = session.and_then(|session| self.sessions.get(&session).cloned());
         let must_leave = |pinned: &ModelSession| {
             !self.works(session.unwrap_or_default(), pinned.port)
@@ -1406,6 +1396,7 @@ impl Model {
                 return;
             }
             Err(Unplaced::Lost) => panic!("when_lost is rebind"),
+            Err(Unplaced::Bound(_)) => panic!("no session here is bound to its endpoint"),
         };
         let port = world.port(&grant);
         let version = world.version(&grant);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use longhaul::app::{self, App, Options, StartError};
 use longhaul::config::{self, Address};
+use longhaul::control::call::Way;
 use longhaul::control::health::{self, Probe, Verdict};
 use longhaul::control::reload::{Outlets, ProbesCommand, Reloader};
 use longhaul::control::{ReloadHandle, ReloadState, clock, watch};
@@ -247,10 +248,8 @@ async fn health_checks_follow_the_configuration() {
 #[tokio::test]
 async fn a_probe_says_who_it_is_and_carries_only_what_is_configured() {
     let server = Answering::start("204 No Content").await;
-    let probe = Probe {
-        set: vec![("authorization".parse().expect("a name"), "Bearer probe".parse().expect("a value"))],
-        ..probe_of(&format!("http://{}", server.address), "/health?deep=1")
-    };
+    let mut probe = probe_of(&format!("http://{}", server.address), "/health?deep=1");
+    probe.way.set = vec![("authorization".parse().expect("a name"), "Bearer probe".parse().expect("a value"))];
     assert_eq!(verdict(&probe).await, Verdict::Healthy);
     let head = server.heads.lock().expect("heads")[0].to_ascii_lowercase();
     let mut lines: Vec<&str> = head.trim_end().split("\r\n").collect();
@@ -260,13 +259,13 @@ async fn a_probe_says_who_it_is_and_carries_only_what_is_configured() {
         "authorization: bearer probe".to_owned(),
         "connection: close".to_owned(),
         format!("host: {}", server.address),
-        format!("user-agent: longhaul/{} health", env!("CARGO_PKG_VERSION")),
+        format!("user-agent: longhaul/{}", env!("CARGO_PKG_VERSION")),
     ];
     expected.sort_unstable();
     assert_eq!(lines, expected);
 
-    let literal = Probe { host: config::HostPolicy::Literal("agents.example".to_owned()), ..probe };
-    verdict(&literal).await;
+    probe.way.host = config::HostPolicy::Literal("agents.example".to_owned());
+    verdict(&probe).await;
     let head = server.heads.lock().expect("heads")[1].to_ascii_lowercase();
     assert!(head.contains("host: agents.example\r\n"), "{head}");
 }
@@ -307,7 +306,7 @@ async fn silence_and_refusal_are_unhealthy() {
 async fn the_port_of_the_check_goes_before_that_of_the_endpoint() {
     let server = Answering::start("200 OK").await;
     let mut probe = probe_of("http://127.0.0.1:9", "/");
-    probe.health.port = Some(server.address.port());
+    probe.way.port = Some(server.address.port());
     assert_eq!(verdict(&probe).await, Verdict::Healthy);
     let head = server.heads.lock().expect("heads")[0].to_ascii_lowercase();
     assert!(head.contains("host: 127.0.0.1:9\r\n"), "{head}");
@@ -324,7 +323,7 @@ async fn an_endless_body_does_not_hold_the_verdict() {
     });
     let (verdict, rest) = health::probe(&probe_of(&format!("http://{address}"), "/")).await;
     assert_eq!(verdict, Verdict::Healthy);
-    tokio::time::timeout(PATIENCE, rest.expect("a body")).await.expect("reading is bounded");
+    tokio::time::timeout(PATIENCE, rest.expect("a body").read()).await.expect("reading is bounded");
 }
 
 #[tokio::test]
@@ -343,8 +342,8 @@ async fn unix_sockets_and_http2_are_probed() {
         request
     });
     let mut probe = probe_of("http://127.0.0.1:9", "/health");
-    probe.url = config::EndpointUrl::Unix(path);
-    probe.http = config::HttpVersion::Http2;
+    probe.way.url = config::EndpointUrl::Unix(path);
+    probe.way.http = config::HttpVersion::Http2;
     assert_eq!(verdict(&probe).await, Verdict::Healthy);
     let request = answering.await.expect("the server");
     assert_eq!(request.uri().to_string(), "http://localhost/health");
@@ -397,7 +396,7 @@ async fn https_is_probed_in_the_version_that_was_negotiated() {
         client.alpn_protocols = vec![alpn.to_vec()];
         let mut probe = probe_of(&format!("http://127.0.0.1:{port}"), "/");
         let server_name = "agents.example".try_into().expect("a name");
-        probe.tls = Some(ClientTls { config: Arc::new(client), server_name });
+        probe.way.tls = Some(ClientTls { config: Arc::new(client), server_name });
         assert_eq!(verdict(&probe).await, Verdict::Healthy);
         assert_eq!(heard.recv().await, Some(wanted));
     }
@@ -406,15 +405,18 @@ async fn https_is_probed_in_the_version_that_was_negotiated() {
 fn probe_of(url: &str, path: &str) -> Probe {
     let address: SocketAddr = url.strip_prefix("http://").expect("http").parse().expect("an address");
     Probe {
-        url: config::EndpointUrl::Tcp {
-            https: false,
-            host: config::EndpointHost::Ip(address.ip()),
-            port: address.port(),
+        way: Way {
+            url: config::EndpointUrl::Tcp {
+                https: false,
+                host: config::EndpointHost::Ip(address.ip()),
+                port: address.port(),
+            },
+            port: None,
+            http: config::HttpVersion::Auto,
+            host: config::HostPolicy::Preserve,
+            set: Vec::new(),
+            tls: None,
         },
-        http: config::HttpVersion::Auto,
-        host: config::HostPolicy::Preserve,
-        set: Vec::new(),
-        tls: None,
         health: config::Health {
             path: Some(path.to_owned()),
             tcp: false,
@@ -424,6 +426,7 @@ fn probe_of(url: &str, path: &str) -> Probe {
             timeout: PATIENCE,
             unhealthy_after: 3,
             healthy_after: 2,
+            load: None,
         },
     }
 }
@@ -431,7 +434,7 @@ fn probe_of(url: &str, path: &str) -> Probe {
 async fn verdict(probe: &Probe) -> Verdict {
     let (verdict, rest) = health::probe(probe).await;
     if let Some(rest) = rest {
-        rest.await;
+        rest.read().await;
     }
     verdict
 }

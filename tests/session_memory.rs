@@ -22,11 +22,11 @@ fn a_quarter_of_a_million_pins_stays_below_25_mib() {
     for number in 0..PINS {
         // As long as a UUID.
         let key = key(&format!("{number:08x}-0000-7000-8000-{number:012x}"));
-        let ask = Ask { key: Some(&key), kind: Kind::Other, version: None, hint: None };
+        let ask = Ask::new(Kind::Other, Some(&key));
         let mut placed = dispatcher.pick(ask, now, 0).expect("a place");
         placed.lease.confirm(now);
         // Placement credits are for ten seconds only; the run of the session ends its own.
-        let ask = Ask { key: Some(&key), kind: Kind::Start, version: None, hint: None };
+        let ask = Ask::new(Kind::Start, Some(&key));
         drop(dispatcher.pick(ask, now, 0));
     }
     let pinned: u64 = dispatcher.status(now).versions.iter().map(|version| version.sessions).sum();

@@ -24,11 +24,6 @@ const NOT_YET: &[NotYet] = &[
     not_yet("kubernetes.keda", "leave it out; scale on longhaul_run_demand from /metrics"),
     not_yet("kubernetes.pod_deletion_cost", "leave it out"),
     not_yet("kubernetes.leader_election", "leave it out"),
-    NotYet {
-        path: "services[].agent_protocol",
-        accepted: &["http"],
-        instead: "write `auto` or `http` and tell by `session.key` and `runs.match` what sessions and runs are",
-    },
     not_yet("services[].runs.max_per_principal", "leave it out; `runs.max_per_endpoint` limits endpoints"),
     not_yet(
         "services[].runs.queue.max",
@@ -39,15 +34,8 @@ const NOT_YET: &[NotYet] = &[
     not_yet("services[].runs.double_texting.policy", "write `allow` or leave it out"),
     not_yet("services[].runs.double_texting.allow_override", "write `false` or leave it out"),
     not_yet("services[].runs.idempotency", "leave it out"),
-    NotYet {
-        path: "services[].runs.on_disconnect",
-        accepted: &["cancel"],
-        instead: "write `protocol` or `cancel`; a run whose client leaves is cancelled",
-    },
-    not_yet("services[].runs.heartbeat", "leave it out and let the agent send comments in silence"),
     not_yet("services[].runs.resume", "leave it out"),
     not_yet("services[].health.draining_status", "leave it out; a draining endpoint can fail its check instead"),
-    not_yet("services[].health.load", "leave it out; runs are counted here"),
     not_yet("services[].shadow", "leave it out"),
     not_yet("services[].rollout", "leave it out and change `weight` in the file; sessions keep their version"),
     not_yet(

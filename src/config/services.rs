@@ -12,8 +12,9 @@ use super::values::{
 };
 use super::yaml::quote;
 use super::{
-    Affinity, AgentProtocol, Balance, Endpoint, EndpointUrl, Health, HostPolicy, HttpVersion, KeySource, Outlier, Pool,
-    RunMatch, Runs, Service, Session, SessionCookie, Timeouts, UpstreamTls, Version, WhenDraining, WhenLost,
+    Affinity, AgentProtocol, Balance, Endpoint, EndpointUrl, Health, HostPolicy, HttpVersion, KeySource, OnDisconnect,
+    Outlier, Pool, RunMatch, Runs, Service, Session, SessionCookie, Timeouts, UpstreamTls, Version, WhenDraining,
+    WhenLost,
 };
 
 const WEIGHT_MAX: u32 = 1_000_000;
@@ -39,18 +40,17 @@ pub fn services() -> Kind<'static, Vec<Located<Service>>> {
 const PROTOCOLS: &[(&str, AgentProtocol)] = &[
     ("auto", AgentProtocol::Auto),
     ("http", AgentProtocol::Http),
-    // Their meaning comes with their capability; `not_yet` refuses them.
-    ("langgraph", AgentProtocol::Http),
-    ("mcp", AgentProtocol::Http),
-    ("a2a", AgentProtocol::Http),
-    ("ag-ui", AgentProtocol::Http),
-    ("openai-responses", AgentProtocol::Http),
-    ("openai-chat", AgentProtocol::Http),
-    ("anthropic", AgentProtocol::Http),
-    ("acp", AgentProtocol::Http),
-    ("ai-sdk", AgentProtocol::Http),
-    ("adk", AgentProtocol::Http),
-    ("agentcore", AgentProtocol::Http),
+    ("langgraph", AgentProtocol::Named("langgraph")),
+    ("mcp", AgentProtocol::Named("mcp")),
+    ("a2a", AgentProtocol::Named("a2a")),
+    ("ag-ui", AgentProtocol::Named("ag-ui")),
+    ("openai-responses", AgentProtocol::Named("openai-responses")),
+    ("openai-chat", AgentProtocol::Named("openai-chat")),
+    ("anthropic", AgentProtocol::Named("anthropic")),
+    ("acp", AgentProtocol::Named("acp")),
+    ("ai-sdk", AgentProtocol::Named("ai-sdk")),
+    ("adk", AgentProtocol::Named("adk")),
+    ("agentcore", AgentProtocol::Named("agentcore")),
 ];
 
 fn service() -> Kind<'static, Service> {
@@ -289,17 +289,19 @@ fn runs() -> Kind<'static, (Runs, Option<Located<u32>>)> {
         let queue_max = block.key("queue", "Where runs wait when all endpoints are full.", queue(), "{}");
         let enqueues = block.key("double_texting", "A run in a session that has one.", double_texting(), "{}");
         block.optional("idempotency", "Runs with the same key are started once.", idempotency());
-        block.key("on_disconnect", "What becomes of a run whose client leaves.", on_disconnect(), "protocol");
+        let about = "What becomes of a run whose client leaves.";
+        let on_disconnect = block.key("on_disconnect", about, on_disconnect(), "protocol");
         let about = "A longer run is ended.";
         let max_duration = block.optional("max_duration", about, positive_duration());
         let about = "A run with no carrier and no evidence for so long ends as unknown.";
-        block.key("unseen_timeout", about, positive_duration(), "1h");
-        block.optional("heartbeat", "An SSE comment after that much silence.", positive_duration());
+        let unseen_timeout = block.key("unseen_timeout", about, positive_duration(), "1h");
+        let heartbeat = block.optional("heartbeat", "An SSE comment after that much silence.", positive_duration());
         block.optional("resume", "Keeps streams so that clients can continue them.", resume());
         if enqueues && queue_max == 0 {
             block.problem("double_texting", "`policy: enqueue` needs a place to wait: set `queue.max` above 0");
         }
-        Some((Runs { matches, max_per_endpoint, max_duration }, max_per_principal))
+        let runs = Runs { matches, max_per_endpoint, max_duration, on_disconnect, unseen_timeout, heartbeat };
+        Some((runs, max_per_principal))
     })
 }
 
@@ -341,12 +343,17 @@ fn idempotency() -> Kind<'static, ()> {
     })
 }
 
-fn on_disconnect() -> Kind<'static, ()> {
+fn on_disconnect() -> Kind<'static, OnDisconnect> {
     let bounded = block("{continue_for: 30s}", |block| {
-        block.required("continue_for", "The run goes on for so long.", positive_duration());
-        Some(())
+        let time = block.required("continue_for", "The run goes on for so long.", positive_duration());
+        time.map(|time| OnDisconnect::Continue(Some(time)))
     });
-    choice(&[("protocol", ()), ("cancel", ()), ("continue", ())]).or_block(bounded)
+    const WORDS: &[(&str, OnDisconnect)] = &[
+        ("protocol", OnDisconnect::Protocol),
+        ("cancel", OnDisconnect::Cancel),
+        ("continue", OnDisconnect::Continue(None)),
+    ];
+    choice(WORDS).or_block(bounded)
 }
 
 fn resume() -> Kind<'static, ()> {
@@ -381,7 +388,8 @@ fn health() -> Kind<'static, Health> {
         let expect_status =
             block.key("expect_status", "Status codes of a healthy endpoint.", status_ranges(), "200-399");
         block.optional("draining_status", "A status code that means: draining.", status_ranges());
-        block.optional("load", "Where the endpoint reports its own load.", anything());
+        let about = "A JSON pointer into the answer of the HTTP check, to the number of runs that the endpoint has.";
+        let load = block.optional("load", about, json_pointer());
         let interval = block.key("interval", "Between two checks.", positive_duration(), "5s");
         let timeout = block.key("timeout", "Of one check.", positive_duration(), "2s");
         let unhealthy_after = block.key("unhealthy_after", "Failures in a row.", small(1, 1000), "3");
@@ -392,7 +400,10 @@ fn health() -> Kind<'static, Health> {
         if path.is_none() && !block.has("path") && !tcp && port.is_some() {
             block.warning("port", "this has no effect without `path` or `tcp: true`");
         }
-        Some(Health { path, tcp, port, expect_status, interval, timeout, unhealthy_after, healthy_after })
+        if load.is_some() && path.is_none() && !block.has("path") {
+            block.problem("load", "the load is read from the answer of the HTTP check: set `path`");
+        }
+        Some(Health { path, tcp, port, expect_status, interval, timeout, unhealthy_after, healthy_after, load })
     })
 }
 

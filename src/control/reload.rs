@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
+use crate::control::call::Way;
 use crate::control::health::{Check, Probe};
 use crate::drain::Drain;
 use crate::ids;
@@ -25,7 +26,7 @@ use crate::metrics::{Metrics, VersionMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::listen::{self, Socket};
 use crate::net::tls::{self, ServerTls};
-use crate::snapshot::{AcceptCommand, Listener, Running, Service, Snapshot};
+use crate::snapshot::{AcceptCommand, Listener, Recognition, Running, Service, Snapshot};
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::{ClientTls, TargetSettings};
 
@@ -592,11 +593,14 @@ impl Builder {
                         dispatcher: Arc::clone(&dispatcher),
                         identity: endpoint.url.identity(),
                         probe: Probe {
-                            url: endpoint.url.clone(),
-                            http: version.http,
-                            host: version.host.clone(),
-                            set: version.headers.set.clone(),
-                            tls: tls.clone(),
+                            way: Way {
+                                url: endpoint.url.clone(),
+                                port: service.health.port,
+                                http: version.http,
+                                host: version.host.clone(),
+                                set: version.headers.set.clone(),
+                                tls: tls.clone(),
+                            },
                             health: service.health.clone(),
                         },
                     }));
@@ -617,7 +621,15 @@ impl Builder {
         }
         let settings = ServiceSettings { config: service.clone(), targets };
         services.dispatchers.push((Arc::clone(&dispatcher), settings));
-        services.list.push(Arc::new(Service { name, config: service.clone(), dispatcher, metrics, cookie }));
+        let recognition = Recognition::of(service.agent_protocol);
+        services.list.push(Arc::new(Service {
+            name,
+            config: service.clone(),
+            dispatcher,
+            metrics,
+            cookie,
+            recognition,
+        }));
     }
 
     fn version_metrics(&self, service: &str, version: &str) -> Arc<VersionMetrics> {

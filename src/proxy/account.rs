@@ -8,8 +8,10 @@ use crate::error::Code;
 use crate::ids::RunId;
 use crate::logging::AccessLine;
 use crate::message::RequestHead;
+use crate::protocols::Protocol;
 use crate::proxy::connection::Connection;
 use crate::snapshot::{Listener, Running, Service};
+use crate::state::core::Finish;
 use crate::state::sessions::SessionKey;
 use crate::state::{AffinityOutcome, RunOutcome, Target};
 
@@ -43,6 +45,10 @@ pub struct Record {
     pub status: u16,
     pub code: Option<Code>,
     pub outcome: Option<RunOutcome>,
+    /// The exchange starts its run (it may also join one).
+    pub starts: bool,
+    /// In whose form the caller reads errors, and the id of its JSON-RPC request.
+    pub caller_form: Option<(&'static dyn Protocol, Option<String>)>,
     pub service: Option<Arc<Service>>,
     pub target: Option<Arc<Target>>,
     pub affinity: AffinityOutcome,
@@ -73,6 +79,8 @@ impl Record {
             status: 0,
             code: None,
             outcome: None,
+            starts: false,
+            caller_form: None,
             service: None,
             target: None,
             affinity: AffinityOutcome::None,
@@ -92,6 +100,14 @@ impl Record {
     pub fn started(&self) -> Instant {
         self.started
     }
+
+    /// Notes how the run ended that the exchange started, if it did.
+    pub fn ended(&mut self, finish: Finish) {
+        self.outcome = match finish {
+            Finish::Ended(outcome) if self.starts && self.run.is_some() => Some(outcome),
+            _ => None,
+        };
+    }
 }
 
 fn listener_logs(running: &Running) -> bool {
@@ -110,7 +126,8 @@ impl Drop for Record {
             metrics.stream_events.inc_by(self.events);
             metrics.bytes_request.inc_by(self.bytes_in);
             metrics.bytes_response.inc_by(self.bytes_out);
-            if self.run.is_some()
+            if self.starts
+                && self.run.is_some()
                 && let Some(at) = self.first_event_at
             {
                 metrics.time_to_first_event_seconds.observe(at.duration_since(self.started).as_secs_f64());

@@ -218,7 +218,7 @@ async fn refuse(connection: &Connection, mut client: Peer, timer: &mut Timer, er
     let listener = connection.listener();
     listener.no_route.record(error.code.status().as_u16(), Some(error.code));
     tracing::debug!(peer = ?connection.peer.address, "unreadable request head: {}", error.detail);
-    let (mut head, body) = problem::error(&error);
+    let (mut head, body) = problem::error(&error, None);
     head.fields.append("longhaul-affinity", b"none");
     proxy::respond::send(&mut client, &mut head, body, Version::Http11, true, timer).await;
     linger(client, timer).await;

@@ -1,12 +1,16 @@
-//! Cut: how an exchange hears that its endpoint's drain has taken as long as it may.
+//! Cut: how an exchange hears that it is over before its end: its endpoint's drain has taken as long as it may, or its
+//! run was ended from elsewhere.
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use tokio::sync::futures::Notified;
 
+use crate::run::RunOutcome;
 use crate::state::Cut;
+use crate::state::runs::Stop;
 
 /// Since when an exchange listens: only a cut after its endpoint was picked is meant for it.
 #[derive(Clone, Copy)]
@@ -14,31 +18,58 @@ pub struct Since<'a> {
     pub cut: &'a Cut,
     /// [`Cut::count`] then.
     pub count: u32,
+    /// Of its run, where it carries one.
+    pub stop: Option<&'a Arc<Stop>>,
+}
+
+/// What is heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    DrainOver,
+    /// The run was ended, as this.
+    Stopped(RunOutcome),
 }
 
 /// Hears it. Cheap to poll again: it takes a lock only when it is to wake another task than before.
 pub struct Hearing<'a> {
     since: Since<'a>,
+    /// [`Cut::looks`] when it began to listen.
+    looks: u32,
     wakes: Option<Waker>,
 }
 
 impl<'a> Hearing<'a> {
     /// To be polled with what [`Cut::told`] gave before the first poll.
     pub fn new(since: Since<'a>) -> Hearing<'a> {
-        Hearing { since, wakes: None }
+        Hearing { since, looks: since.cut.looks(), wakes: None }
     }
 
-    pub fn poll(&mut self, told: Pin<&mut Notified<'_>>, context: &mut Context<'_>) -> Poll<()> {
-        if self.since.cut.count() != self.since.count {
-            return Poll::Ready(());
-        }
-        if !self.wakes.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
-            // One that comes from here on wakes this task; one that came just now has told `told`.
-            if told.poll(context).is_ready() {
-                return Poll::Ready(());
+    pub fn poll(&mut self, mut told: Pin<&mut Notified<'a>>, context: &mut Context<'_>) -> Poll<Heard> {
+        let Since { cut, count, stop } = self.since;
+        loop {
+            if cut.count() != count {
+                return Poll::Ready(Heard::DrainOver);
             }
-            self.wakes = Some(context.waker().clone());
+            if let Some(outcome) = stop.and_then(|stop| stop.outcome()) {
+                return Poll::Ready(Heard::Stopped(outcome));
+            }
+            if cut.looks() != self.looks {
+                // It was meant for somebody else: listen anew, and only then see whether there was another.
+                told.set(cut.told());
+                self.looks = cut.looks();
+                self.wakes = None;
+            }
+            if self.wakes.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+                return Poll::Pending;
+            }
+            // One that comes from here on wakes this task; one that came just now has told `told`.
+            if told.as_mut().poll(context).is_pending() {
+                self.wakes = Some(context.waker().clone());
+                // What was decided between the look above and this is seen at the next turn.
+                if cut.looks() == self.looks && cut.count() == count {
+                    return Poll::Pending;
+                }
+            }
         }
-        Poll::Pending
     }
 }

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use http::Method;
+use http::{Method, StatusCode};
 
 use crate::config::{self, Affinity, HttpVersion};
 use crate::error::{Code, ProxyError};
 use crate::ids;
-use crate::json::Extractor;
 use crate::message::{Framing, RequestHead, ResponseHead, Version};
 use crate::net::cookie::CookieSession;
 use crate::proxy::account::Record;
@@ -23,9 +22,12 @@ use crate::proxy::peer::{Peer, SourceFault};
 use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
+use crate::proxy::watch::{self, Watching};
 use crate::proxy::{Caller, edits, may_keep_alive, respond, route, websocket};
 use crate::snapshot::{Listener, Service};
+use crate::state::core::Finish;
 use crate::state::dispatcher::{Ask, Lease, Placed};
+use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
 
@@ -64,22 +66,29 @@ pub async fn forward(
     // 5 identify
     let mut observer = Observer::up_to(body_bytes_max);
     let secret = &connection.worker.running.scope_secret;
-    let identified = identify::identify(service, secret, &mut request, client, &mut observer, timer).await;
-    let identity = match identified {
+    let prefix = route.strip_prefix.as_deref();
+    let identified = identify::identify(service, prefix, secret, &mut request, client, &mut observer, timer).await;
+    let mut identity = match identified {
         Ok(identity) => identity,
         Err(SourceFault::Cut(_)) => return Ok(Forwarded::ClientGone),
         Err(SourceFault::Malformed(reason)) => return Err(ProxyError::new(Code::BadRequest, reason)),
     };
     record.session = identity.key.clone();
+    record.starts = identity.kind == Kind::Start;
+    let about = watch::about(identity.recognised.as_ref());
+    if let Some(recognised) = &mut identity.recognised {
+        record.caller_form = recognised.protocol.map(|protocol| (protocol, recognised.rpc_id.take()));
+    }
 
     // 7 pick
-    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity).map_err(|refusal| {
+    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity, &about).map_err(|refusal| {
         record.affinity = refusal.affinity();
         if identity.kind == Kind::Start {
             record.outcome = Some(RunOutcome::Rejected);
         }
         refused(refusal, service)
     })?;
+    let mut watching = Watching::new(identity.recognised.as_mut(), about, identity.scope);
     let mut cuts = target.cut.count();
     record.affinity = affinity;
     record.run = lease.run_id();
@@ -117,7 +126,7 @@ pub async fn forward(
     let mut fresh = false;
     let (upstream, answer) = loop {
         let tried = try_once(
-            Attempt { asked: &asked, target: &target, cuts, deadlines, connect_timeout, fresh },
+            Attempt { asked: &asked, target: &target, cuts, stop: lease.stop(), deadlines, connect_timeout, fresh },
             client,
             &mut request,
             &mut direction,
@@ -127,13 +136,19 @@ pub async fn forward(
         let unanswered = match tried {
             Tried::Answered(upstream, answer) => break (upstream, answer),
             Tried::ClientGone => {
-                lease.outcome(RunOutcome::Cancelled);
-                record.outcome = record.run.map(|_| RunOutcome::Cancelled);
+                let finish = gone_before_answer(service, watching.as_deref_mut(), &mut lease);
+                record.ended(finish);
+                lease.finish(finish);
                 return Ok(Forwarded::ClientGone);
+            }
+            Tried::Stopped(outcome) => {
+                lease.finish(Finish::Left);
+                record.ended(Finish::Ended(outcome));
+                return Err(ProxyError::new(watch::code_of_stop(outcome), "the run was ended before it was answered"));
             }
             Tried::Refused(error) => {
                 lease.outcome(RunOutcome::Cancelled);
-                record.outcome = record.run.map(|_| RunOutcome::Cancelled);
+                record.ended(Finish::Ended(RunOutcome::Cancelled));
                 return Err(error);
             }
             Tried::Unanswered { unanswered, reused } => {
@@ -171,7 +186,7 @@ pub async fn forward(
         }
         let outcome = if timed_out { RunOutcome::TimedOut } else { RunOutcome::Failed };
         lease.outcome(outcome);
-        record.outcome = record.run.map(|_| outcome);
+        record.ended(Finish::Ended(outcome));
         return Err(unanswered.error);
     };
 
@@ -180,6 +195,7 @@ pub async fn forward(
         client,
         request,
         identity,
+        watching,
         lease,
         (target, cuts),
         upstream,
@@ -195,7 +211,7 @@ fn ahead_only(client: &Peer, direction: &Direction) -> bool {
     client.held().len() as u64 == direction.observer.bytes
 }
 
-fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> Result<Placed, Refusal> {
+fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity, about: &About) -> Result<Placed, Refusal> {
     let matched = service
         .config
         .versions
@@ -203,9 +219,14 @@ fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity) -> R
         .find(|version| !version.matches.is_empty() && route::matches_headers(&version.matches, &request.fields));
     let hint =
         identity.cookie.as_ref().filter(|cookie| identity.key.as_ref().is_some_and(|key| *key.text == *cookie.id));
+    let recognised = identity.recognised.as_ref();
     let ask = Ask {
         key: identity.key.as_ref(),
         kind: identity.kind,
+        creates: recognised.is_some_and(|recognised| recognised.creates_session),
+        bound: recognised.is_some_and(|recognised| recognised.bound),
+        run: recognised.and_then(|recognised| recognised.run.as_deref()),
+        about: Some(about),
         version: matched.map(|version| version.name.as_str()),
         hint: hint.map(|cookie| &cookie.pin),
     };
@@ -218,9 +239,14 @@ fn refused(refusal: Refusal, service: &Service) -> ProxyError {
         Refusal::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
         Refusal::PinnedFull => "the session's endpoint is at its run limit, and the session stays there".to_owned(),
         Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
+        Refusal::SessionGone(_) => "the session's endpoint is gone or drains; begin a new session".to_owned(),
         Refusal::NoEndpoint => format!("no endpoint of service {} is ready", service.name),
     };
-    ProxyError::new(refusal.code(), detail)
+    let error = ProxyError::new(refusal.code(), detail);
+    match refusal {
+        Refusal::SessionGone(_) => ProxyError { status: StatusCode::NOT_FOUND, ..error },
+        _ => error,
+    }
 }
 
 /// Makes the request the one that the endpoint is to see, whichever endpoint that will be.
@@ -261,6 +287,8 @@ struct Attempt<'a> {
     target: &'a Arc<Target>,
     /// [`crate::state::Cut::count`] when it was picked.
     cuts: u32,
+    /// Of the run, where there is one.
+    stop: Option<&'a Arc<Stop>>,
     deadlines: Deadlines,
     connect_timeout: Duration,
     /// No kept connection is to be used: one has just turned out to be broken.
@@ -276,6 +304,8 @@ enum Tried {
         reused: bool,
     },
     ClientGone,
+    /// The run was ended from elsewhere.
+    Stopped(RunOutcome),
     Refused(ProxyError),
 }
 
@@ -293,7 +323,7 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, cuts, deadlines, connect_timeout, fresh } = attempt;
+    let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh } = attempt;
     let pool = &asked.connection.worker.pool;
     let kept = if fresh { None } else { upstream::pooled(pool, target) };
     let connected = match kept {
@@ -345,11 +375,12 @@ async fn try_once(
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
-    let drain = Since { cut: &target.cut, count: cuts };
+    let drain = Since { cut: &target.cut, count: cuts, stop };
     match relay::until_answer(client, &mut upstream, direction, (deadlines, drain), interim_passes, timer).await {
         Answer::Head(head) => Tried::Answered(upstream, head),
         Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
+        Answer::Stopped(outcome) => Tried::Stopped(outcome),
         Answer::Refused(error) => Tried::Refused(error),
     }
 }
@@ -372,6 +403,20 @@ async fn unless_gone<T>(client: &mut Peer, direction: &Direction, future: impl F
     .await
 }
 
+/// What becomes of a run whose client leaves before it has been answered.
+fn gone_before_answer(service: &Service, watching: Option<&mut Watching>, lease: &mut Lease) -> Finish {
+    let Some(watching) = watching else { return Finish::Ended(RunOutcome::Cancelled) };
+    match watching.broken_off(RunOutcome::Cancelled, lease) {
+        Finish::Left if service.config.runs.on_disconnect == config::OnDisconnect::Cancel => cancel_soon(lease),
+        finish => finish,
+    }
+}
+
+/// The run is to end with its exchange though its protocol lets it go on.
+pub fn cancel_soon(lease: &mut Lease) -> Finish {
+    if lease.cancel_soon(ids::now()) { Finish::Left } else { Finish::Ended(RunOutcome::Cancelled) }
+}
+
 /// The endpoint has answered: what it says of itself and of the session is noted, and the answer begun.
 #[expect(clippy::too_many_arguments, reason = "the end of one long step, split off only to be read by itself")]
 fn begin_answer(
@@ -379,6 +424,7 @@ fn begin_answer(
     client: &mut Peer,
     request: RequestHead,
     identity: Identity,
+    mut watching: Option<Box<Watching>>,
     mut lease: Lease,
     (target, cuts): (Arc<Target>, u32),
     mut upstream: Upstream,
@@ -402,23 +448,26 @@ fn begin_answer(
     if tunnel {
         websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
             lease.outcome(RunOutcome::Failed);
-            record.outcome = record.run.map(|_| RunOutcome::Failed);
+            record.ended(Finish::Ended(RunOutcome::Failed));
             ProxyError::new(Code::UpstreamReset, reason)
         })?;
     }
 
     // The session: confirmed, learned, told to the client.
     let mut learn = None;
-    let mut response_observer = Observer::default();
     if success {
         lease.confirm(now);
         if service.config.session.affinity != Affinity::None {
             match identify::learned_from_head(&service.config.session, &answer) {
                 Some(text) => lease.learn(SessionKey { scope: identity.scope, text: text.into() }, now),
-                None => learn = expect_learning(&service.config.session, &answer, &identity, &mut response_observer),
+                None => learn = expect_learning(&service.config.session, &answer, &identity),
             }
         }
     }
+    if let Some(watching) = &mut watching {
+        watching.head(status, &answer.fields, &mut lease);
+    }
+    let mut response_observer = Observer::of_answer(learn, watching);
     if is_event_stream(&answer) {
         response_observer.expect_events();
     }
@@ -469,8 +518,9 @@ fn begin_answer(
     let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
     let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
     if begun.is_err() {
-        lease.outcome(RunOutcome::Cancelled);
-        record.outcome = record.run.map(|_| RunOutcome::Cancelled);
+        let finish = gone_before_answer(service, response_observer.watching_mut(), &mut lease);
+        record.ended(finish);
+        lease.finish(finish);
         return Ok(Forwarded::ClientGone);
     }
     request_direction.replay = None;
@@ -493,28 +543,19 @@ fn begin_answer(
         // Whoever asks for more than 49 days gets those.
         idle_milliseconds: u32::try_from(idle.as_millis()).unwrap_or(u32::MAX),
         run_deadline: deadlines.run,
-        learn,
-        outcome,
+        service: Arc::clone(service),
+        finish: Finish::Ended(outcome),
         upstream_keep_alive,
         client_keep_alive,
         until_close,
     })))
 }
 
-fn expect_learning(
-    session: &config::Session,
-    answer: &ResponseHead,
-    identity: &Identity,
-    observer: &mut Observer,
-) -> Option<Box<Learn>> {
+fn expect_learning(session: &config::Session, answer: &ResponseHead, identity: &Identity) -> Option<Learn> {
     let pointers = identify::response_pointers(session);
     let readable = !answer.fields.contains("content-encoding")
         && answer.fields.get("content-type").is_some_and(|value| identify::is_json(Some(value)));
-    if pointers.is_empty() || !readable {
-        return None;
-    }
-    observer.expect_json(Extractor::new(&pointers));
-    Some(Box::new(Learn { scope: identity.scope, places: pointers.len() }))
+    (!pointers.is_empty() && readable).then(|| Learn::new(&pointers, identity.scope))
 }
 
 fn is_event_stream(answer: &ResponseHead) -> bool {

@@ -9,13 +9,15 @@ use http::Method;
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 use crate::config::{self, KeySource};
-use crate::json::Extractor;
+use crate::json::{Extractor, Progress};
 use crate::message::{RequestHead, ResponseHead};
 use crate::net::cookie::CookieSession;
+use crate::protocols::{self, Plan, Recognised};
+use crate::proxy::edits;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
 use crate::proxy::timer::Timer;
-use crate::snapshot::Service;
+use crate::snapshot::{Recognition, Service};
 use crate::state::Kind;
 use crate::state::sessions::SessionKey;
 
@@ -40,6 +42,8 @@ pub struct Identity {
     pub principal: Vec<u8>,
     /// The key is a new one of ours: the client is to be given it as a cookie.
     pub issue_cookie: bool,
+    /// What the exchange is to the protocol that recognised it; `None`: it is plain HTTP.
+    pub recognised: Option<Recognised>,
 }
 
 /// What a request is to a run under plain HTTP.
@@ -67,10 +71,11 @@ fn accepts_event_stream(request: &RequestHead) -> bool {
     })
 }
 
-/// Identifies an exchange. Reads ahead in the body only where a `json` place is asked before any other has a hit; what
-/// was read is given back whole.
+/// Identifies an exchange. Reads ahead in the body only where the protocol wants fields of it, or a `json` place is asked
+/// before any other has a hit; what was read is given back whole. `prefix` is the route's `strip_prefix`.
 pub async fn identify(
     service: &Service,
+    prefix: Option<&str>,
     scope_secret: &[u8; 16],
     request: &mut RequestHead,
     client: &mut Peer,
@@ -78,50 +83,88 @@ pub async fn identify(
     timer: &mut Timer,
 ) -> Result<Identity, SourceFault> {
     let session = &service.config.session;
-    let kind = kind(&service.config, request);
     let scope = scope(session, scope_secret, request);
     let principal = if service.cookie.is_some() { principal(session, request) } else { Vec::new() };
+    let keyed = session.affinity != config::Affinity::None;
     let cookie = service
         .cookie
         .as_ref()
+        .filter(|_| keyed)
         .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), &principal, crate::ids::wall_clock()));
-    if session.affinity == config::Affinity::None {
-        return Ok(Identity { kind, key: None, cookie: None, scope, principal, issue_cookie: false });
-    }
-    let mut text = None;
-    let mut body_read = false;
-    for (index, source) in session.key.iter().enumerate() {
-        text = match source {
-            KeySource::Json(_) if body_read => None,
-            KeySource::Json(_) => {
-                // All remaining JSON places at once: the body can be read ahead only once.
-                body_read = true;
-                let pointers: Vec<_> = session.key[index..]
-                    .iter()
-                    .filter_map(|source| match source {
-                        KeySource::Json(pointer) => Some(pointer.clone()),
-                        _ => None,
-                    })
-                    .collect();
-                look_ahead(&pointers, request, client, observer, timer).await?
-            }
-            source => key_in_head(source, request),
-        };
-        if text.is_some() {
-            break;
-        }
-    }
+
+    let plan = match service.recognition {
+        Recognition::Http => Plan::Http,
+        Recognition::Auto => Plan::new(None, &view(request, prefix)),
+        Recognition::One(protocol) => Plan::new(Some(protocol), &view(request, prefix)),
+    };
+    let places = if keyed { places(session, request) } else { Places::default() };
+    let mut body = Ahead {
+        fields: plan.wants(&view(request, prefix)).map(|pointers| Extractor::of(pointers.clone())),
+        places: places.in_body.as_ref().map(|pointers| Extractor::new(pointers)),
+    };
+    let looked = body.wanted() && look_ahead(&mut body, request, client, observer, timer).await?;
+    let in_body = body.places.filter(|_| looked).and_then(|extractor| {
+        let mut values = (0..places.in_body.as_ref().map_or(0, Vec::len)).map(|index| extractor.value(index));
+        values.find_map(|value| text_of(value?.as_bytes()))
+    });
+    let fields = body.fields.filter(|_| looked);
+    let mut recognised = plan.recognise(&view(request, prefix), fields.as_ref());
+
+    let kind = recognised.as_ref().map_or_else(|| kind(&service.config, request), |recognised| recognised.kind);
+    let own = recognised.as_mut().and_then(|recognised| recognised.session.take());
+    let text = places.before.or(in_body).or(places.after).or(own.filter(|_| keyed));
     let mut issue_cookie = false;
     let key = match (text, &cookie, &service.cookie) {
         (Some(text), ..) => Some(SessionKey { scope, text: text.into() }),
         (None, Some(cookie), _) => Some(SessionKey { scope, text: cookie.id.as_str().into() }),
-        (None, None, Some(_)) => {
+        (None, None, Some(_)) if keyed => {
             issue_cookie = true;
             Some(SessionKey { scope, text: new_cookie_id().into() })
         }
-        (None, None, None) => None,
+        (None, None, _) => None,
     };
-    Ok(Identity { kind, key, cookie, scope, principal, issue_cookie })
+    Ok(Identity { kind, key, cookie, scope, principal, issue_cookie, recognised })
+}
+
+/// The request as its endpoint will see it.
+fn view<'a>(request: &'a RequestHead, prefix: Option<&str>) -> protocols::Request<'a> {
+    let stripped = prefix.and_then(|prefix| edits::strip_prefix(&request.path, prefix));
+    protocols::Request {
+        method: &request.method,
+        path: stripped.unwrap_or(&request.path),
+        query: request.query.as_deref(),
+        fields: &request.fields,
+        upgrade: request.upgrade.as_deref(),
+    }
+}
+
+/// What the configured places of the session key give, as far as the head tells.
+#[derive(Default)]
+struct Places {
+    /// Of the first place that has a hit, if no place in the body goes before it.
+    before: Option<String>,
+    /// The places in the body that do.
+    in_body: Option<Vec<config::JsonPointer>>,
+    /// Of the first place with a hit behind those.
+    after: Option<String>,
+}
+
+fn places(session: &config::Session, request: &RequestHead) -> Places {
+    let mut places = Places::default();
+    for source in &session.key {
+        match source {
+            KeySource::Json(pointer) => places.in_body.get_or_insert_default().push(pointer.clone()),
+            source => {
+                let Some(text) = key_in_head(source, request) else { continue };
+                match places.in_body {
+                    Some(_) => places.after = Some(text),
+                    None => places.before = Some(text),
+                }
+                return places;
+            }
+        }
+    }
+    places
 }
 
 fn new_cookie_id() -> String {
@@ -221,23 +264,44 @@ fn query_value<T>(query: &str, name: &str, read: impl Fn(&[u8]) -> Option<T>) ->
     })
 }
 
-/// Looks for the pointers, in their order, in the body's first [`LOOK_AHEAD_BYTES_MAX`].
+/// What is looked for in a body.
+struct Ahead {
+    /// Of the protocol.
+    fields: Option<Extractor>,
+    /// Of the session key.
+    places: Option<Extractor>,
+}
+
+impl Ahead {
+    fn wanted(&self) -> bool {
+        self.fields.is_some() || self.places.is_some()
+    }
+
+    /// Whether more bytes can tell more.
+    fn feed(&mut self, bytes: &[u8]) -> bool {
+        let more = |extractor: &mut Option<Extractor>| {
+            extractor.as_mut().is_some_and(|extractor| extractor.feed(bytes) == Progress::More)
+        };
+        more(&mut self.fields) | more(&mut self.places)
+    }
+}
+
+/// Looks into the body's first [`LOOK_AHEAD_BYTES_MAX`]. False: there is nothing to look into.
 async fn look_ahead(
-    pointers: &[config::JsonPointer],
+    sought: &mut Ahead,
     request: &mut RequestHead,
     client: &mut Peer,
     observer: &mut Observer,
     timer: &mut Timer,
-) -> Result<Option<String>, SourceFault> {
+) -> Result<bool, SourceFault> {
     if !may_be_json(request) || client.source_ended() && client.held().is_empty() {
-        return Ok(None);
+        return Ok(false);
     }
     if request.expect_continue {
         // The client waits for a word before it sends the body; we are the ones who read it first.
         request.expect_continue = false;
         client.send_continue();
     }
-    let mut extractor = Extractor::new(pointers);
     let mut ahead: Vec<u8> = Vec::new();
     let deadline = crate::ids::now() + LOOK_AHEAD_TIMEOUT;
     let result = poll_fn(|context| {
@@ -246,11 +310,11 @@ async fn look_ahead(
             match client.poll_next(context, false, observer) {
                 Poll::Ready(Ok(Next::Bytes)) => {
                     let bytes = client.held();
-                    let progress = extractor.feed(bytes);
+                    let more = sought.feed(bytes);
                     ahead.extend_from_slice(bytes);
                     let count = bytes.len();
                     client.consume(count);
-                    if progress != crate::json::Progress::More || ahead.len() >= LOOK_AHEAD_BYTES_MAX {
+                    if !more || ahead.len() >= LOOK_AHEAD_BYTES_MAX {
                         return Poll::Ready(Ok(()));
                     }
                 }
@@ -266,7 +330,7 @@ async fn look_ahead(
     .await;
     client.put_back(Bytes::from(ahead));
     result?;
-    Ok((0..pointers.len()).find_map(|index| extractor.value(index).and_then(|value| text_of(value.as_bytes()))))
+    Ok(true)
 }
 
 fn may_be_json(request: &RequestHead) -> bool {

@@ -1,22 +1,39 @@
-//! Learn: session ids that the endpoint tells in a successful answer.
+//! Learn: session ids that the configured places of a successful answer's body tell.
 
-use crate::json::Extractor;
+use crate::config::JsonPointer;
+use crate::json::{Extractor, Progress};
 use crate::proxy::identify;
 use crate::state::dispatcher::Lease;
 use crate::state::sessions::SessionKey;
 
-/// What it takes to learn an id from an answer's body.
+/// Looks for an id in an answer's body.
 pub struct Learn {
-    /// The principal's digest.
-    pub scope: Option<[u8; 16]>,
+    extractor: Extractor,
     /// How many JSON places are looked at, in their order.
-    pub places: usize,
+    places: usize,
+    /// The principal's digest.
+    scope: Option<[u8; 16]>,
+    over: bool,
 }
 
 impl Learn {
-    /// Learns the first id that was found.
-    pub fn from_body(&self, extractor: &Extractor, lease: &mut Lease) {
-        let key = |index| identify::text_of(extractor.value(index)?.as_bytes());
+    pub fn new(pointers: &[JsonPointer], scope: Option<[u8; 16]>) -> Learn {
+        Learn { extractor: Extractor::new(pointers), places: pointers.len(), scope, over: false }
+    }
+
+    pub fn observe(&mut self, payload: &[u8]) {
+        if !self.over {
+            self.extractor.feed(payload);
+        }
+    }
+
+    /// Learns the first id that was found, once there is nothing more to find, or the body has ended.
+    pub fn tell(&mut self, lease: &mut Lease, at_end: bool) {
+        if self.over || (self.extractor.progress() == Progress::More && !at_end) {
+            return;
+        }
+        self.over = true;
+        let key = |index| identify::text_of(self.extractor.value(index)?.as_bytes());
         if let Some(text) = (0..self.places).find_map(key) {
             lease.learn(SessionKey { scope: self.scope, text: text.into() }, crate::ids::now());
         }

@@ -1,9 +1,13 @@
-//! Observe: what is noticed about a body while it passes: bytes, events, the first of them, ids to learn.
+//! Observe: what is noticed about a body while it passes: bytes, events, the first of them, and what it tells of sessions
+//! and runs.
 
 use std::time::Instant;
 
-use crate::json::{Extractor, Progress};
+use crate::proxy::learn::Learn;
+use crate::proxy::watch::Watching;
 use crate::sse::Scanner;
+use crate::state::core::Finish;
+use crate::state::dispatcher::Lease;
 
 /// Counts one direction of an exchange. Sees payload bytes once each, in order, whatever the framing.
 #[derive(Default)]
@@ -14,10 +18,16 @@ pub struct Observer {
     /// When the first event ended, or the first byte came where the body is no event stream.
     pub first_event_at: Option<Instant>,
     scanner: Option<Scanner>,
-    extractor: Option<Box<Extractor>>,
-    extracted: bool,
     /// More than this many bytes are a fault; 0: no limit.
     pub bytes_max: u64,
+    /// What is read of the body, where anything is.
+    reading: Option<Box<Reading>>,
+}
+
+/// What an answer tells besides its length.
+struct Reading {
+    learn: Option<Learn>,
+    watching: Option<Box<Watching>>,
 }
 
 impl Observer {
@@ -26,34 +36,46 @@ impl Observer {
         Observer { bytes_max, ..Observer::default() }
     }
 
-    /// Counts events from now on.
-    pub fn expect_events(&mut self) {
-        self.scanner = Some(Scanner::default());
+    /// For an answer's body.
+    pub fn of_answer(learn: Option<Learn>, watching: Option<Box<Watching>>) -> Observer {
+        let reading = (learn.is_some() || watching.is_some()).then(|| Box::new(Reading { learn, watching }));
+        Observer { reading, ..Observer::default() }
     }
 
-    /// Looks for JSON values from now on; [`Observer::take_extracted`] tells when they are known.
-    pub fn expect_json(&mut self, extractor: Extractor) {
-        self.extractor = Some(Box::new(extractor));
+    /// Counts events from now on.
+    pub fn expect_events(&mut self) {
+        if !self.watching().is_some_and(|watching| watching.reads_events()) {
+            self.scanner = Some(Scanner::default());
+        }
+    }
+
+    /// The body is an event stream of which nothing of an event has passed yet.
+    pub fn between_events(&self) -> bool {
+        match &self.scanner {
+            Some(scanner) => scanner.between_events(),
+            None => self.watching().is_some_and(|watching| watching.between_events()),
+        }
     }
 
     pub fn observe(&mut self, payload: &[u8]) {
         self.bytes += payload.len() as u64;
-        match &mut self.scanner {
-            Some(scanner) => {
-                let events = scanner.feed(payload);
-                if events > 0 {
-                    self.events += u64::from(events);
-                    self.first_event_at.get_or_insert_with(crate::ids::now);
+        let mut events = self.scanner.as_mut().map(|scanner| scanner.feed(payload));
+        if let Some(reading) = &mut self.reading {
+            if let Some(learn) = &mut reading.learn {
+                learn.observe(payload);
+            }
+            if let Some(watching) = &mut reading.watching {
+                let reads_events = watching.reads_events();
+                let seen = watching.observe(payload);
+                if reads_events {
+                    events = Some(seen);
                 }
             }
-            None => {
-                self.first_event_at.get_or_insert_with(crate::ids::now);
-            }
         }
-        if let Some(extractor) = &mut self.extractor
-            && !self.extracted
-        {
-            self.extracted = extractor.feed(payload) != Progress::More;
+        self.events += u64::from(events.unwrap_or(0));
+        // The first byte is all that can be told of a body that is no event stream.
+        if events != Some(0) {
+            self.first_event_at.get_or_insert_with(crate::ids::now);
         }
     }
 
@@ -61,8 +83,23 @@ impl Observer {
         self.bytes_max != 0 && self.bytes > self.bytes_max
     }
 
-    /// The extractor, once it needs no more bytes (or the body has ended: `at_end`).
-    pub fn take_extracted(&mut self, at_end: bool) -> Option<Box<Extractor>> {
-        if self.extracted || at_end { self.extractor.take() } else { None }
+    /// Passes on what was read of sessions and runs. With the body's end: what became of the exchange's run, where that
+    /// is not for HTTP to say.
+    pub fn tell(&mut self, lease: &mut Lease, at_end: bool) -> Option<Finish> {
+        let reading = self.reading.as_mut()?;
+        if let Some(learn) = &mut reading.learn {
+            learn.tell(lease, at_end);
+        }
+        let watching = reading.watching.as_mut()?;
+        watching.pass_on(lease);
+        at_end.then(|| watching.end(lease))
+    }
+
+    pub fn watching(&self) -> Option<&Watching> {
+        self.reading.as_ref()?.watching.as_deref()
+    }
+
+    pub fn watching_mut(&mut self) -> Option<&mut Watching> {
+        self.reading.as_mut()?.watching.as_deref_mut()
     }
 }

@@ -7,15 +7,19 @@ use serde::Serialize;
 use crate::config::RouteAction;
 use crate::error::ProxyError;
 use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
+use crate::protocols::Protocol;
 
 /// The answer to a request that can't be served: `application/problem+json`, with `Proxy-Status` and, where a later try
-/// can work, `Retry-After`.
-pub fn error(error: &ProxyError) -> (ResponseHead, Bytes) {
+/// can work, `Retry-After`. A caller whose protocol has a form of its own for errors gets that, under the same status.
+pub fn error(
+    error: &ProxyError,
+    caller_form: Option<(&'static dyn Protocol, Option<String>)>,
+) -> (ResponseHead, Bytes) {
     let code = error.code;
     let body = Document {
         kind: &format!("urn:longhaul:error:{}", code.as_str()),
         title: code.title(),
-        status: code.status().as_u16(),
+        status: error.status.as_u16(),
         detail: &error.detail,
         code: code.as_str(),
     };
@@ -24,13 +28,16 @@ pub fn error(error: &ProxyError) -> (ResponseHead, Bytes) {
     // People read these in a terminal.
     body.push(b'\n');
     let mut fields = Fields::with_capacity(256, 4);
-    fields.append("content-type", b"application/problem+json");
+    let own_form = caller_form.and_then(|(protocol, rpc_id)| protocol.error_body(error, rpc_id.as_deref()));
+    let content_type: &[u8] = if own_form.is_some() { b"application/json" } else { b"application/problem+json" };
+    let body = own_form.unwrap_or(body);
+    fields.append("content-type", content_type);
     fields.append("cache-control", b"no-store");
     fields.append("proxy-status", proxy_status(code.proxy_status(), &error.detail).as_bytes());
     if let Some(seconds) = code.retry_after_seconds() {
         fields.append("retry-after", seconds.to_string().as_bytes());
     }
-    answer(code.status(), fields, Bytes::from(body))
+    answer(error.status, fields, Bytes::from(body))
 }
 
 /// The answer of a route that needs no service; `None` for one that does. `scheme` is the client's own.
@@ -161,7 +168,7 @@ mod tests {
     fn every_code_has_a_whole_answer() {
         for code in Code::ALL {
             let (head, body) =
-                error(&ProxyError::new(code, "all 3 endpoints of \"a\\b\" are at max_runs: naïve\r\nX: y"));
+                error(&ProxyError::new(code, "all 3 endpoints of \"a\\b\" are at max_runs: naïve\r\nX: y"), None);
             assert_eq!(head.status, code.status());
             assert_eq!(head.framing, Framing::Length(body.len() as u64));
             assert_eq!(head.fields.get("content-type"), Some(&b"application/problem+json"[..]));

@@ -9,16 +9,20 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use crate::config;
 use crate::error::{Code, ProxyError};
 use crate::message::{Fields, ResponseHead};
 use crate::proxy::account::Record;
-use crate::proxy::cut::{Hearing, Since};
+use crate::proxy::cut::{Heard, Hearing, Since};
 use crate::proxy::edits;
-use crate::proxy::learn::Learn;
+use crate::proxy::forward;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{Unanswered, Upstream};
+use crate::proxy::watch::Watching;
+use crate::snapshot::Service;
+use crate::state::core::Finish;
 use crate::state::dispatcher::Lease;
 use crate::state::{RunOutcome, Target};
 
@@ -180,6 +184,8 @@ pub enum Answer {
     None(Unanswered),
     /// The client left, or broke its request off.
     ClientGone,
+    /// The run was ended from elsewhere.
+    Stopped(RunOutcome),
     /// The request itself can't be served.
     Refused(ProxyError),
 }
@@ -243,9 +249,13 @@ pub async fn until_answer(
         if let Poll::Ready(Err(_)) = client.poll_flush(context) {
             return Poll::Ready(Answer::ClientGone);
         }
-        if cut.poll(told.as_mut(), context).is_ready() {
-            let error = ProxyError::new(Code::UpstreamReset, "the endpoint's drain has reached drain.timeout");
-            return Poll::Ready(Answer::None(Unanswered { unsent: false, connection_spent: false, error }));
+        match cut.poll(told.as_mut(), context) {
+            Poll::Ready(Heard::DrainOver) => {
+                let error = ProxyError::new(Code::UpstreamReset, "the endpoint's drain has reached drain.timeout");
+                return Poll::Ready(Answer::None(Unanswered { unsent: false, connection_spent: false, error }));
+            }
+            Poll::Ready(Heard::Stopped(outcome)) => return Poll::Ready(Answer::Stopped(outcome)),
+            Poll::Pending => {}
         }
         timer.poll_passed(context, deadlines.before_answer()).map(|()| Answer::None(deadlines.missed_answer()))
     })
@@ -290,9 +300,9 @@ pub struct Flow {
     pub tunnel: bool,
     pub idle_milliseconds: u32,
     pub run_deadline: Option<Instant>,
-    pub learn: Option<Box<Learn>>,
-    /// How the run is judged if the answer comes whole.
-    pub outcome: RunOutcome,
+    pub service: Arc<Service>,
+    /// What becomes of the run if the answer comes whole; with its last byte, what became of it.
+    pub finish: Finish,
     /// The endpoint lets its connection be used again.
     pub upstream_keep_alive: bool,
     /// The client was not told to close.
@@ -312,6 +322,8 @@ pub enum End {
     Truncated,
     /// The endpoint's drain took as long as it may.
     DrainOver,
+    /// The run was ended from elsewhere.
+    Stopped(RunOutcome),
     /// It took longer than it may.
     TimedOut(Code),
     /// The rest of the request can't be served.
@@ -322,8 +334,9 @@ pub enum End {
 pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> End {
     let mut last_moved = crate::ids::now();
     let target = flow.target.clone();
+    let stop = flow.lease.as_ref().and_then(Lease::stop).cloned();
     let mut told = pin!(target.cut.told());
-    let mut cut = Hearing::new(Since { cut: &target.cut, count: flow.cuts });
+    let mut cut = Hearing::new(Since { cut: &target.cut, count: flow.cuts, stop: stop.as_ref() });
     poll_fn(|context| {
         let end = poll_both(client, flow, context);
         if std::mem::take(&mut flow.request.moved) | std::mem::take(&mut flow.response.moved) {
@@ -333,8 +346,12 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
             return end;
         }
         // What the endpoint has finished is only on its way to the client.
-        if flow.lease.is_some() && cut.poll(told.as_mut(), context).is_ready() {
-            return Poll::Ready(End::DrainOver);
+        if flow.lease.is_some() {
+            match cut.poll(told.as_mut(), context) {
+                Poll::Ready(Heard::DrainOver) => return Poll::Ready(End::DrainOver),
+                Poll::Ready(Heard::Stopped(outcome)) => return Poll::Ready(End::Stopped(outcome)),
+                Poll::Pending => {}
+            }
         }
         flow.poll_time_outs(last_moved, timer, context)
     })
@@ -342,7 +359,7 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
 }
 
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
-    let Flow { upstream, request, response, tunnel, lease, learn, outcome, .. } = flow;
+    let Flow { upstream, request, response, tunnel, lease, finish, .. } = flow;
     if !request.over() {
         match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
             Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
@@ -362,9 +379,13 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
     }
     // Whoever has read an id can use it, and whoever has read the whole answer finds the run ended.
     let came_in = |observer: &mut Observer, ended: bool| {
-        learn_from_body(learn, observer, lease, ended);
-        if ended {
-            give_back(lease, *outcome);
+        if let Some(holder) = lease {
+            if let Some(told) = observer.tell(holder, ended) {
+                *finish = told;
+            }
+            if ended {
+                give_back(lease, *finish);
+            }
         }
     };
     match poll_pump(&mut upstream.peer, client, response, context, came_in) {
@@ -381,8 +402,13 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
 
 impl Flow {
     /// Gives the endpoint's slot back, and says how the run ended.
-    pub fn give_back(&mut self, outcome: RunOutcome) {
-        give_back(&mut self.lease, outcome);
+    pub fn give_back(&mut self, end: End) -> Finish {
+        if let Some(lease) = &mut self.lease {
+            let on_disconnect = self.service.config.runs.on_disconnect;
+            self.finish = judge(end, on_disconnect, self.response.observer.watching_mut(), lease);
+        }
+        give_back(&mut self.lease, self.finish);
+        self.finish
     }
 
     fn poll_time_outs(&mut self, last_moved: Instant, timer: &mut Timer, context: &mut Context<'_>) -> Poll<End> {
@@ -411,20 +437,27 @@ impl Flow {
     }
 }
 
-fn give_back(lease: &mut Option<Lease>, outcome: RunOutcome) {
+fn give_back(lease: &mut Option<Lease>, finish: Finish) {
     if let Some(mut lease) = lease.take() {
-        lease.outcome(outcome);
+        lease.finish(finish);
     }
 }
 
-fn learn_from_body(learn: &mut Option<Box<Learn>>, observer: &mut Observer, lease: &mut Option<Lease>, at_end: bool) {
-    if let Some(waiting) = learn
-        && let Some(extractor) = observer.take_extracted(at_end)
-    {
-        if let Some(lease) = lease {
-            waiting.from_body(&extractor, lease);
-        }
-        *learn = None;
+/// What becomes of a run whose exchange has ended before the endpoint's last byte.
+fn judge(end: End, on_disconnect: config::OnDisconnect, watching: Option<&mut Watching>, lease: &mut Lease) -> Finish {
+    let outcome = match end {
+        End::ClientGone | End::Refused(_) => RunOutcome::Cancelled,
+        End::TimedOut(_) => RunOutcome::TimedOut,
+        End::Whole | End::Truncated | End::DrainOver => RunOutcome::Truncated,
+        // Whoever ended it has seen to the rest.
+        End::Stopped(_) => return Finish::Left,
+    };
+    let Some(watching) = watching else { return Finish::Ended(outcome) };
+    let finish = watching.broken_off(outcome, lease);
+    match (finish, end) {
+        (Finish::Left, End::ClientGone) if on_disconnect == config::OnDisconnect::Cancel => forward::cancel_soon(lease),
+        (Finish::Left, End::DrainOver) => Finish::Ended(outcome),
+        (finish, _) => finish,
     }
 }
 

@@ -4,6 +4,7 @@
 //! at the top of an ordered set; nothing is ever scanned to place a run.
 
 mod apply;
+mod outstanding;
 mod report;
 
 use std::collections::{BTreeMap, HashMap};
@@ -15,15 +16,20 @@ use crate::config;
 use crate::ids::RunId;
 use crate::state::dispatcher::{Ask, PinHint};
 use crate::state::endpoints::{Choice, Endpoint, Endpoints, HealthStanding, Version};
-use crate::state::runs::{NewRun, Runs};
+use crate::state::runs::{About, NewRun, Runs, Stop};
 use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
+
+pub use outstanding::{CancelAnswer, Finish};
 
 /// How long a session that was placed without a run weighs as one.
 const CREDIT_TIME: Duration = Duration::from_secs(10);
 
 /// Expired sessions that one pick cleans up at most.
 const EXPIRED_PER_PICK: usize = 16;
+
+/// Outstanding runs of one service; more are refused as if every endpoint were full.
+const RUNS_MAX: usize = 1_000_000;
 
 /// Sessions that one pick evicts at most where the table is full.
 const EVICTED_PER_PICK: usize = 16;
@@ -70,6 +76,8 @@ struct Rules {
     balance: config::Balance,
     slow_start: Duration,
     drain_timeout: Duration,
+    unseen_timeout: Duration,
+    max_duration: Option<Duration>,
 }
 
 /// What an exchange holds: its place at an endpoint, and its part in a session and in a run. Given back by
@@ -82,8 +90,10 @@ pub struct Grant {
     run_id: Option<RunId>,
     affinity: AffinityOutcome,
     matched: bool,
-    /// `affinity: hash` chose the endpoint: there is no other.
-    hashed: bool,
+    /// There is no other endpoint for it: `affinity: hash` chose this one, or its run is there.
+    fixed: bool,
+    /// It makes a session whose key is still to be learned, and weighs as a run until then.
+    placing: bool,
     /// Endpoints tried before this one.
     tried: Vec<u32>,
 }
@@ -99,6 +109,8 @@ pub enum Unplaced {
     Empty,
     /// Its endpoint is gone, and `when_lost` is `reject`.
     Lost,
+    /// It would have to move, and can't.
+    Bound(AffinityOutcome),
 }
 
 /// A run that has ended: what is to be recorded, outside the lock.
@@ -125,6 +137,7 @@ impl Unplaced {
             Unplaced::Full => Refusal::QueueFull,
             Unplaced::Empty => Refusal::NoEndpoint,
             Unplaced::Lost => Refusal::SessionLost,
+            Unplaced::Bound(affinity) => Refusal::SessionGone(affinity),
         }
     }
 }
@@ -134,6 +147,8 @@ impl Unplaced {
 struct Request<'a> {
     key: Option<&'a SessionKey>,
     run: Option<RunId>,
+    /// It makes a session without starting a run.
+    creates: bool,
     version: Option<&'a str>,
     now: Instant,
     rng: u64,
@@ -174,12 +189,35 @@ impl Core {
         let now = self.advance(now);
         self.expire(EXPIRED_PER_PICK, now);
         debug_assert_eq!(run.is_some(), ask.kind == Kind::Start);
-        let request = Request { key: ask.key, run, version: ask.version, now, rng };
+        if matches!(ask.kind, Kind::Join | Kind::Read | Kind::Cancel)
+            && let Some(number) = ask.run.and_then(|key| self.runs.find(key))
+            && let Some(grant) = self.follow(number, ask.kind, now)
+        {
+            return Ok(grant);
+        }
+        if run.is_some() && self.runs.len() >= RUNS_MAX {
+            return Err(Unplaced::Full);
+        }
+        let grant = self.place(&ask, run, now, rng)?;
+        if let Some(run) = grant.run {
+            if let Some(key) = ask.run {
+                self.runs.name(run, key);
+            }
+            if let Some(run) = self.runs.run_mut(run) {
+                run.about = ask.about.cloned().unwrap_or_default();
+                run.deadline = self.rules.max_duration.map(|max| now + max);
+            }
+        }
+        Ok(grant)
+    }
+
+    fn place(&mut self, ask: &Ask<'_>, run: Option<RunId>, now: Instant, rng: u64) -> Result<Grant, Unplaced> {
+        let request = Request { key: ask.key, run, creates: ask.creates, version: ask.version, now, rng };
         let (Some(key), true) = (ask.key, self.rules.affinity != config::Affinity::None) else {
             return self.pick_without_session(request);
         };
         if let Some(session) = self.live_session(key, now) {
-            return self.pick_pinned(session, request);
+            return self.pick_pinned(session, ask.bound, request);
         }
         match (self.rules.affinity, ask.hint) {
             (config::Affinity::Hash, _) => self.pick_hashed(key, request),
@@ -215,30 +253,35 @@ impl Core {
         if self.live_session(key, now).is_some() {
             return;
         }
+        self.end_placing(grant);
         let Some(session) = self.pin(key, grant.endpoint, grant.matched, now) else { return };
         self.sessions.open(session);
         self.sessions.confirm(session, true);
         grant.session = Some(session);
-        match grant.run {
-            Some(run) => {
-                self.runs.link(run, None);
-                if let Some(run) = self.runs.run_mut(run) {
+        match grant.run.filter(|run| self.runs.run(*run).is_some_and(|run| !run.ended)) {
+            Some(number) => {
+                self.runs.link(number, None);
+                if let Some(run) = self.runs.run_mut(number) {
                     run.session = Some(session);
                 }
-                self.sessions.set_first_run(session, Some(run));
+                self.sessions.set_first_run(session, Some(number));
             }
-            None => self.give_credit(session, now),
+            None if grant.run.is_none() => self.give_credit(session, now),
+            None => {}
         }
     }
 
     /// Moves a grant to another endpoint, or to the same one where its pin is confirmed.
     pub fn retry(&mut self, grant: &mut Grant, now: Instant, rng: u64) -> Result<Arc<Target>, Unplaced> {
         let now = self.advance(now);
+        if grant.run.and_then(|run| self.runs.run(run)).is_some_and(|run| run.ended) {
+            return Err(Unplaced::Lost);
+        }
         let from = grant.endpoint;
         let pinned = grant.session.map(|session| (self.sessions.endpoint(session), self.sessions.settled(session)));
         let to = match pinned {
+            _ if grant.fixed => from,
             Some((here, true)) if here == from => from,
-            None if grant.hashed => from,
             Some((here, settled)) if here != from && (settled || self.may_follow(grant, here)) => {
                 if grant.tried.contains(&here) {
                     return Err(Unplaced::Empty);
@@ -248,6 +291,8 @@ impl Core {
                 }
                 here
             }
+            // Whoever has joined it meanwhile is there.
+            _ if grant.run.and_then(|run| self.runs.run(run)).is_some_and(|run| run.carriers > 1) => from,
             _ => self.choose_another(grant, now, rng)?,
         };
         if let Some(run) = grant.run.and_then(|run| self.runs.run_mut(run)) {
@@ -273,10 +318,11 @@ impl Core {
     }
 
     /// Gives back what a grant holds.
-    pub fn finish(&mut self, grant: Grant, outcome: RunOutcome, now: Instant) -> Option<Ended> {
+    pub fn finish(&mut self, mut grant: Grant, finish: Finish, now: Instant) -> Option<Ended> {
         let now = self.advance(now);
+        self.end_placing(&mut grant);
         let ended = match grant.run {
-            Some(run) => self.drop_carrier(run, outcome, now),
+            Some(run) => self.drop_carrier(run, finish, now),
             None => {
                 self.endpoints[grant.endpoint].open -= 1;
                 None
@@ -285,15 +331,15 @@ impl Core {
         if let Some(session) = grant.session
             && self.sessions.close(session)
         {
-            if self.sessions.confirmed(session) {
-                let ticks = self.ticks(now);
-                self.sessions.rest(session, ticks);
-            } else {
-                self.unpin(session);
-            }
+            self.rest_or_unpin(session, now);
         }
         self.settle(grant.endpoint, now);
         ended
+    }
+
+    /// How a grant's run hears that it was ended from elsewhere.
+    pub fn stop(&self, grant: &Grant) -> Option<Arc<Stop>> {
+        Some(Arc::clone(&self.runs.run(grant.run?)?.stop))
     }
 
     /// The answer of an active health check.
@@ -305,6 +351,14 @@ impl Core {
             self.endpoints[number].health.answer(healthy, unhealthy_after, healthy_after);
             self.refresh(number, now);
         }
+    }
+
+    /// Takes what an endpoint says of its own load, for so long.
+    pub fn reported_load(&mut self, identity: &str, runs: u32, holds: Duration, now: Instant) {
+        let now = self.advance(now);
+        let Some(number) = self.by_identity.get(identity).copied() else { return };
+        self.endpoints[number].reported = Some((runs, now + holds));
+        self.reindex(number);
     }
 
     /// Starts or ends an operator's drain of all endpoints at an address (or identity). False where there is none.
@@ -354,6 +408,8 @@ impl Core {
         }
         for number in self.endpoints.numbers() {
             let endpoint = &mut self.endpoints[number];
+            // Settling brings the order by load up to date.
+            endpoint.reported.take_if(|(_, until)| now >= *until);
             if endpoint.drain_deadline.take_if(|deadline| now >= *deadline).is_some() && !endpoint.idle() {
                 endpoint.target.cut.now();
             }
@@ -384,8 +440,8 @@ impl Core {
     fn pick_without_session(&mut self, request: Request<'_>) -> Result<Grant, Unplaced> {
         let (version, matched) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
         let endpoint = match request.run {
-            Some(_) => self.choose(version, &request, &[]).ok_or(Unplaced::Full)?,
-            None => self.versions[version].next_in_rotation(&[]).ok_or(Unplaced::Empty)?,
+            None if !request.creates => self.versions[version].next_in_rotation(&[]).ok_or(Unplaced::Empty)?,
+            _ => self.place_session(version, &request)?,
         };
         Ok(self.reserve(endpoint, None, matched, AffinityOutcome::None, &request))
     }
@@ -399,12 +455,18 @@ impl Core {
         Ok(self.reserve(endpoint, session, matched, affinity, &request))
     }
 
-    fn pick_pinned(&mut self, session: u32, request: Request<'_>) -> Result<Grant, Unplaced> {
+    fn pick_pinned(&mut self, session: u32, bound: bool, request: Request<'_>) -> Result<Grant, Unplaced> {
         let here = self.sessions.endpoint(session);
         let works_here = self.runs.any_at(self.sessions.first_run(session), here);
         let standing = self.standing(here);
         let moved = match self.leaves(standing, works_here, request.run.is_some())? {
             None => None,
+            Some(outcome) if bound => {
+                if !self.sessions.busy(session) {
+                    self.unpin(session);
+                }
+                return Err(Unplaced::Bound(outcome));
+            }
             Some(outcome) => match self.place_again(self.endpoints[here].version, &request) {
                 Ok(there) => Some((there, outcome)),
                 // Better an endpoint that drains than none.
@@ -473,7 +535,7 @@ impl Core {
             return Err(Unplaced::PinnedFull);
         }
         let mut grant = self.reserve(endpoint, None, matched, AffinityOutcome::Hit, &request);
-        grant.hashed = true;
+        grant.fixed = true;
         Ok(grant)
     }
 
@@ -585,11 +647,14 @@ impl Core {
             Some(_) => endpoint.outstanding += 1,
             None => endpoint.open += 1,
         }
+        let placing = request.creates && request.run.is_none() && session.is_none();
+        endpoint.credit += u32::from(placing);
         self.versions[endpoint.version].turn(number, endpoint, slow_start, request.now);
         let target = endpoint.target.clone();
         let run = request.run.map(|id| {
             let first = session.and_then(|session| self.sessions.first_run(session));
-            let new = NewRun { id, target, endpoint: number, session, started: request.now };
+            let about = About::default();
+            let new = NewRun { id, target, endpoint: number, session, started: request.now, about, carriers: 1 };
             self.runs.insert(new, first)
         });
         if let Some(session) = session {
@@ -609,8 +674,17 @@ impl Core {
             run_id: request.run,
             affinity,
             matched,
-            hashed: false,
+            fixed: false,
+            placing,
             tried: Vec::new(),
+        }
+    }
+
+    /// A session that an exchange was to make is there, or will not be.
+    fn end_placing(&mut self, grant: &mut Grant) {
+        if std::mem::take(&mut grant.placing) {
+            self.endpoints[grant.endpoint].credit -= 1;
+            self.reindex(grant.endpoint);
         }
     }
 
@@ -628,13 +702,13 @@ impl Core {
         tried.push(grant.endpoint);
         let version = self.endpoints[grant.endpoint].version;
         let key = grant.session.map(|session| SessionKey { scope: None, text: self.sessions.key(session).into() });
-        let request = Request { key: key.as_ref(), run: grant.run_id, version: None, now, rng };
+        let request = Request { key: key.as_ref(), run: grant.run_id, creates: grant.placing, version: None, now, rng };
         let version = if self.versions[version].configured && self.offers(version, &tried) {
             version
         } else {
             self.choose_version(&request, &tried).ok_or(Unplaced::Empty)?.0
         };
-        if request.run.is_none() && grant.session.is_none() {
+        if request.run.is_none() && grant.session.is_none() && !grant.placing {
             return self.versions[version].next_in_rotation(&tried).ok_or(Unplaced::Empty);
         }
         match self.choose(version, &request, &tried) {
@@ -658,6 +732,10 @@ impl Core {
                 self.endpoints[from].open -= 1;
                 self.endpoints[to].open += 1;
             }
+        }
+        if grant.placing {
+            self.endpoints[from].credit -= 1;
+            self.endpoints[to].credit += 1;
         }
         let Rules { slow_start, .. } = self.rules;
         let endpoint = &mut self.endpoints[to];
@@ -750,26 +828,6 @@ impl Core {
             self.endpoints[endpoint].credit -= 1;
             self.reindex(endpoint);
         }
-    }
-
-    // Runs.
-
-    /// One exchange of a run is over; the last one takes the run with it.
-    fn drop_carrier(&mut self, number: u32, outcome: RunOutcome, now: Instant) -> Option<Ended> {
-        let run = self.runs.run_mut(number)?;
-        run.outcome = outcome;
-        run.carriers -= 1;
-        if run.carriers > 0 {
-            return None;
-        }
-        let (run, first) = self.runs.remove(number)?;
-        if let (Some(session), Some(first)) = (run.session, first) {
-            self.sessions.set_first_run(session, first);
-        }
-        self.endpoints[run.endpoint].outstanding -= 1;
-        self.reindex(run.endpoint);
-        let duration = now.saturating_duration_since(run.started);
-        Some(Ended { target: run.target, outcome: run.outcome, duration })
     }
 
     // Endpoints.
@@ -967,6 +1025,8 @@ impl Rules {
             balance: service.balance,
             slow_start: service.slow_start,
             drain_timeout: service.drain_timeout,
+            unseen_timeout: service.runs.unseen_timeout,
+            max_duration: service.runs.max_duration,
         }
     }
 
@@ -985,6 +1045,8 @@ impl Rules {
             balance: config::Balance::LeastOutstandingRuns,
             slow_start: Duration::ZERO,
             drain_timeout: Duration::ZERO,
+            unseen_timeout: Duration::from_secs(3600),
+            max_duration: None,
         }
     }
 }

@@ -3,14 +3,16 @@
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::config;
 use crate::ids::{self, RunId};
 use crate::metrics::ServiceMetrics;
-use crate::state::core::{Core, Grant};
+use crate::protocols::{Fact, Standing};
+use crate::state::core::{CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
-use crate::state::status::{RunInfo, ServiceStatus, SessionInfo};
+use crate::state::status::{CancelReport, DueCall, RunInfo, ServiceStatus, SessionInfo};
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
 
 /// Slots of the session table that are read under one hold of the lock.
@@ -27,11 +29,26 @@ pub struct Dispatcher {
 pub struct Ask<'a> {
     pub key: Option<&'a SessionKey>,
     pub kind: Kind,
+    /// It makes a session without starting a run.
+    pub creates: bool,
+    /// Its session lives where it is pinned and nowhere else: it is refused rather than moved.
+    pub bound: bool,
+    /// Of a join, read or cancel: the run that is meant. Of a start: the run's key where the client made it.
+    pub run: Option<&'a str>,
+    /// Of a start: what is to be known of its run.
+    pub about: Option<&'a About>,
     /// The version that a `versions[].match` of the current configuration chose, by name.
     pub version: Option<&'a str>,
     /// Where the proxy's own cookie says that the session lives; used when the table does not know the session
     /// (another replica, a restart).
     pub hint: Option<&'a PinHint>,
+}
+
+impl<'a> Ask<'a> {
+    /// As plain HTTP asks.
+    pub fn new(kind: Kind, key: Option<&'a SessionKey>) -> Ask<'a> {
+        Ask { key, kind, creates: false, bound: false, run: None, about: None, version: None, hint: None }
+    }
 }
 
 /// A pin as the proxy's cookie carries it.
@@ -63,7 +80,8 @@ pub struct Lease {
     dispatcher: Arc<Dispatcher>,
     /// Taken by the drop.
     grant: Option<Grant>,
-    outcome: RunOutcome,
+    finish: Finish,
+    stop: Option<Arc<Stop>>,
 }
 
 impl Dispatcher {
@@ -81,13 +99,14 @@ impl Dispatcher {
         let run = (ask.kind == Kind::Start).then(RunId::generate);
         let picked = {
             let mut core = self.core();
-            core.pick(ask, run, now, rng).map(|grant| (core.target(&grant), grant))
+            core.pick(ask, run, now, rng).map(|grant| (core.target(&grant), core.stop(&grant), grant))
         };
         match picked {
-            Ok((target, grant)) => {
+            Ok((target, stop, grant)) => {
                 let affinity = grant.affinity();
                 self.metrics.affinity[affinity as usize].inc();
-                let lease = Lease { dispatcher: self.clone(), grant: Some(grant), outcome: RunOutcome::Cancelled };
+                let finish = Finish::Ended(RunOutcome::Cancelled);
+                let lease = Lease { dispatcher: self.clone(), grant: Some(grant), finish, stop };
                 Ok(Placed { target, affinity, lease })
             }
             Err(unplaced) => {
@@ -113,6 +132,11 @@ impl Dispatcher {
     /// The answer of an active health check of the endpoint with this [`crate::config::EndpointUrl::identity`].
     pub fn probe_result(&self, identity: &str, healthy: bool, now: Instant) {
         self.core().probe_result(identity, healthy, now);
+    }
+
+    /// What an endpoint says of its own load, for so long: it may have runs that no request of ours started.
+    pub fn reported_load(&self, identity: &str, runs: u32, holds: Duration, now: Instant) {
+        self.core().reported_load(identity, runs, holds, now);
     }
 
     /// Drains the endpoint at `host:port` (or with this identity) until it is undrained. False: there is none.
@@ -168,6 +192,37 @@ impl Dispatcher {
         while self.core().expire(SCAN as usize, now) == SCAN as usize {}
     }
 
+    /// Ends the runs whose time is over and gives the calls that are to be made about others, `limit` at most.
+    pub fn due_runs(&self, limit: usize, now: Instant) -> Vec<DueCall> {
+        let mut ended = Vec::new();
+        let calls = self.core().due_runs(limit, &mut ended, now);
+        record(ended);
+        calls
+    }
+
+    /// What a status call found; `None`: it reached nobody.
+    pub fn asked(&self, call: &DueCall, found: Option<Standing>, now: Instant) {
+        let mut ended = Vec::new();
+        self.core().asked(call.number, call.id, found, &mut ended, now);
+        record(ended);
+    }
+
+    /// What an endpoint said to a cancel call.
+    pub fn cancelled(&self, call: &DueCall, answer: CancelAnswer, now: Instant) {
+        let mut ended = Vec::new();
+        self.core().cancelled(call.number, call.id, answer, &mut ended, now);
+        record(ended);
+    }
+
+    /// Ends a run by hand: what is carried is cut, and the endpoint is asked where its protocol has a call for it.
+    /// `None`: there is no such run here.
+    pub fn cancel(&self, id: RunId, now: Instant) -> Option<(CancelReport, Option<DueCall>)> {
+        let mut ended = Vec::new();
+        let report = self.core().cancel_by_id(id, &mut ended, now);
+        record(ended);
+        report
+    }
+
     fn core(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -211,18 +266,55 @@ impl Lease {
 
     /// Sets how the run is to be judged when the lease is dropped; without it a dropped run counts as cancelled.
     pub fn outcome(&mut self, outcome: RunOutcome) {
-        self.outcome = outcome;
+        self.finish = Finish::Ended(outcome);
+    }
+
+    /// As [`Lease::outcome`], or that the run is to go on.
+    pub fn finish(&mut self, finish: Finish) {
+        self.finish = finish;
+    }
+
+    /// Takes what the answer told, in order. `about` is for runs that begin unasked.
+    pub fn tell(&mut self, facts: &mut Vec<Fact>, scope: Option<[u8; 16]>, about: &About, now: Instant) {
+        if let (Some(grant), false) = (&mut self.grant, facts.is_empty()) {
+            let mut ended = Vec::new();
+            self.dispatcher.core().tell(grant, facts, scope, about, &mut ended, now);
+            record(ended);
+        }
+    }
+
+    /// The socket over which these runs began is gone.
+    pub fn leave_started(&self, keys: &[String], finish: Finish, now: Instant) {
+        let mut ended = Vec::new();
+        self.dispatcher.core().leave_started(keys, finish, &mut ended, now);
+        record(ended);
+    }
+
+    /// Tells whether the run was ended from elsewhere; `None` where this is no run's exchange.
+    pub fn stop(&self) -> Option<&Arc<Stop>> {
+        self.stop.as_ref()
+    }
+
+    /// The run is to be ended by its protocol's call, and to count as cancelled. True: there is such a call, and the run
+    /// goes on until it is answered.
+    pub fn cancel_soon(&mut self, now: Instant) -> bool {
+        self.grant.as_ref().is_some_and(|grant| self.dispatcher.core().cancel_soon(grant, now))
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         let Some(grant) = self.grant.take() else { return };
-        let ended = self.dispatcher.core().finish(grant, self.outcome, ids::now());
-        if let Some(ended) = ended {
-            let metrics = &ended.target.metrics;
-            metrics.runs[ended.outcome as usize].inc();
-            metrics.run_duration_seconds.observe(ended.duration.as_secs_f64());
-        }
+        let ended = self.dispatcher.core().finish(grant, self.finish, ids::now());
+        record(ended);
+    }
+}
+
+/// What has ended is counted outside of the lock.
+fn record(ended: impl IntoIterator<Item = Ended>) {
+    for ended in ended {
+        let metrics = &ended.target.metrics;
+        metrics.runs[ended.outcome as usize].inc();
+        metrics.run_duration_seconds.observe(ended.duration.as_secs_f64());
     }
 }

@@ -32,6 +32,8 @@ pub(crate) struct Endpoint {
     /// Sessions placed here of which the first run is still to come.
     pub credit: u32,
     pub sessions: u32,
+    /// Runs that it says it has, those included that started elsewhere, and until when that holds.
+    pub reported: Option<(u32, Instant)>,
     /// The newest configuration names it.
     pub configured: bool,
     /// An operator drains it.
@@ -149,6 +151,7 @@ impl Endpoint {
             open: 0,
             credit: 0,
             sessions: 0,
+            reported: None,
             configured: true,
             drained: false,
             gone: false,
@@ -169,6 +172,11 @@ impl Endpoint {
         self.max_runs.is_none_or(|max| self.outstanding < max)
     }
 
+    /// Runs that it has, by our own count or by what it says: never the sum, which would count ours twice.
+    pub fn load(&self) -> u32 {
+        self.outstanding.max(self.reported.map_or(0, |(runs, _)| runs))
+    }
+
     pub fn draining(&self) -> bool {
         self.drained || !self.configured
     }
@@ -180,7 +188,7 @@ impl Endpoint {
 
     fn score(&self, share: u64) -> Score {
         Score {
-            load: u64::from(self.outstanding) + u64::from(self.credit) + 1,
+            load: u64::from(self.load()) + u64::from(self.credit) + 1,
             weight: u64::from(self.weight.max(1)) * share,
         }
     }

@@ -136,13 +136,17 @@ impl Sessions {
         self.add(key, endpoint, born_seconds << FLAG_BITS | flags)
     }
 
-    /// Makes `key` another name of `session`, unless it is known, the session has enough or the table has.
+    /// Makes `key` another name of `session`, unless it is known or the table has enough. Of a session with many names
+    /// the oldest is forgotten.
     pub fn add_alias(&mut self, session: u32, key: &SessionKey, aliases_max: usize) {
         if self.aliases >= aliases_max || self.find(key).is_some() {
             return;
         }
         if self.extra(session).is_some_and(|extra| extra.aliases.len() >= ALIASES_MAX) {
-            return;
+            // A chain of answers names its session anew each time: the newest names are the ones that come back.
+            let oldest = self.extra_mut(session).aliases.remove(0);
+            self.aliases -= 1;
+            self.erase(oldest);
         }
         let alias = self.add(key, session, ALIAS);
         self.aliases += 1;
@@ -225,6 +229,13 @@ impl Sessions {
         if settled {
             record.set_flag(SETTLED, true);
         }
+    }
+
+    /// Takes back that it is confirmed: its endpoint does not know it any more.
+    pub fn doubt(&mut self, session: u32) {
+        let record = self.record_mut(session);
+        record.set_flag(CONFIRMED, false);
+        record.set_flag(SETTLED, false);
     }
 
     pub fn confirmed(&self, session: u32) -> bool {
@@ -525,12 +536,12 @@ mod tests {
             sessions.add_alias(id, &key(&format!("alias-{n}")), 100);
         }
         sessions.add_alias(id, &key("b"), 100);
-        assert_eq!(sessions.find(&key("alias-7")), Some(id));
-        assert_eq!(sessions.find(&key("alias-8")), None, "eight are enough");
+        assert_eq!(sessions.find(&key("alias-12")), Some(id));
+        assert_eq!(sessions.find(&key("alias-11")), None, "eight are enough");
         assert_eq!(sessions.find(&key("b")), Some(other), "a known key stays what it is");
-        assert!(sessions.answers_to(id, "alias-3"));
+        assert!(sessions.answers_to(id, "alias-13"));
         sessions.remove(id);
-        assert_eq!(sessions.find(&key("alias-0")), None);
+        assert_eq!(sessions.find(&key("alias-12")), None);
         assert_eq!((sessions.len(), sessions.aliases), (1, 0));
         sessions.add_alias(other, &key("alias-0"), 0);
         assert_eq!(sessions.find(&key("alias-0")), None, "the table's own bound");

@@ -1,6 +1,13 @@
 //! Status: what the live state tells the admin API and the metrics.
 
+use std::sync::Arc;
+
 use serde::Serialize;
+
+use crate::ids::RunId;
+use crate::protocols::Call;
+use crate::state::Target;
+use crate::state::runs::About;
 
 /// One service, in the shape of `GET /api/v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -37,6 +44,8 @@ pub struct EndpointStatus {
     pub address: String,
     pub state: EndpointState,
     pub outstanding_runs: u32,
+    /// Runs that it says it has itself, where it does.
+    pub reported_runs: Option<u32>,
     /// Exchanges that are not runs.
     pub open_exchanges: u32,
     pub max_runs: Option<u32>,
@@ -106,7 +115,42 @@ pub struct RunInfo {
     /// The plain key of its session; as in [`SessionInfo`].
     pub session: Option<String>,
     pub state: &'static str,
+    /// As `agent_protocol` names it.
+    pub protocol: &'static str,
+    /// What the protocol calls it, where that is known.
+    pub protocol_id: Option<String>,
     pub age_ms: u64,
     pub carriers: u32,
     pub attempts: u32,
+}
+
+/// A call about a run that is due.
+pub struct DueCall {
+    pub number: u32,
+    pub id: RunId,
+    pub target: Arc<Target>,
+    pub about: About,
+    /// The protocol's id of the run.
+    pub key: Box<str>,
+    pub question: Question,
+    pub call: Call,
+}
+
+/// What a [`DueCall`] is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    Status,
+    Cancel,
+}
+
+/// What `DELETE /api/v1/runs/ID` answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CancelReport {
+    /// The run is over.
+    Confirmed,
+    /// The endpoint was asked to end it.
+    Sent,
+    /// Nobody can be asked; it does not count any more.
+    Impossible,
 }

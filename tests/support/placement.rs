@@ -47,7 +47,14 @@ impl Fleet {
                     when_draining: config::WhenDraining::MoveIdle,
                     when_lost: config::WhenLost::Rebind,
                 },
-                runs: config::Runs { matches: None, max_per_endpoint: None, max_duration: None },
+                runs: config::Runs {
+                    matches: None,
+                    max_per_endpoint: None,
+                    max_duration: None,
+                    on_disconnect: config::OnDisconnect::Protocol,
+                    unseen_timeout: Duration::from_secs(3600),
+                    heartbeat: None,
+                },
                 timeouts: config::Timeouts {
                     connect: Duration::from_secs(5),
                     first_byte: Duration::from_secs(300),
@@ -63,6 +70,7 @@ impl Fleet {
                     timeout: Duration::from_secs(2),
                     unhealthy_after: 3,
                     healthy_after: 2,
+                    load: None,
                 },
                 outlier: config::Outlier {
                     consecutive_failures: 5,

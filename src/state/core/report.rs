@@ -79,14 +79,16 @@ impl Core {
             (Some(key), Some(id)) => self.sessions.answers_to(id, key),
             (Some(_), None) => false,
         };
-        let runs = self.runs.iter().filter(|run| wanted(run.session)).take(limit);
+        let runs = self.runs.iter().map(|(_, run)| run).filter(|run| wanted(run.session)).take(limit);
         runs.map(|run| RunInfo {
             id: run.id.to_string(),
             version: run.target.version.to_string(),
             endpoint: run.target.address.to_string(),
             session: run.session.map(|session| self.sessions.key(session).to_owned()),
-            state: "running",
-            age_ms: milliseconds(now.saturating_duration_since(run.started)),
+            state: if run.cancel.is_some() { "cancelling" } else { "running" },
+            protocol: run.about.protocol.map_or("http", |protocol| protocol.name()),
+            protocol_id: run.key.as_deref().map(str::to_owned),
+            age_ms: milliseconds(run.age(now)),
             carriers: run.carriers,
             attempts: run.attempts,
         })
@@ -132,6 +134,7 @@ impl Core {
             address: endpoint.target.address.to_string(),
             state: self.state(endpoint),
             outstanding_runs: endpoint.outstanding,
+            reported_runs: endpoint.reported.map(|(runs, _)| runs),
             open_exchanges: endpoint.open,
             max_runs: endpoint.max_runs,
             sessions: endpoint.sessions,
