@@ -3,7 +3,10 @@
 //!
 //! A protocol is one file and one line in [`ALL`]. Ids that are found here route, they never authorise.
 
+mod langgraph;
 mod openai_chat;
+#[cfg(test)]
+mod testing;
 
 use std::sync::{Arc, LazyLock};
 
@@ -16,7 +19,7 @@ use crate::run::{Kind, RunOutcome};
 use crate::sse;
 
 /// Every protocol, in the order in which `auto` asks them.
-pub static ALL: &[&dyn Protocol] = &[&openai_chat::OpenaiChat];
+pub static ALL: &[&dyn Protocol] = &[&langgraph::Langgraph, &openai_chat::OpenaiChat];
 
 /// Keys of sessions and runs that are longer are none.
 pub const KEY_BYTES_MAX: usize = 512;
