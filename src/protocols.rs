@@ -4,9 +4,14 @@
 //! A protocol is one file and one line in [`ALL`]. Ids that are found here route, they never authorise.
 
 mod langgraph;
+mod mcp;
 mod openai_chat;
 #[cfg(test)]
+mod recorded;
+#[cfg(test)]
 mod testing;
+
+pub use mcp::rewrite_endpoint_event;
 
 use std::sync::{Arc, LazyLock};
 
@@ -19,7 +24,7 @@ use crate::run::{Kind, RunOutcome};
 use crate::sse;
 
 /// Every protocol, in the order in which `auto` asks them.
-pub static ALL: &[&dyn Protocol] = &[&langgraph::Langgraph, &openai_chat::OpenaiChat];
+pub static ALL: &[&dyn Protocol] = &[&langgraph::Langgraph, &mcp::Mcp, &openai_chat::OpenaiChat];
 
 /// Keys of sessions and runs that are longer are none.
 pub const KEY_BYTES_MAX: usize = 512;
@@ -141,7 +146,8 @@ pub enum OnDisconnect {
     GoesOn,
 }
 
-/// Reads one answer. Called in this order: `head`, then as [`Look`] said, then `end` if the body ended whole.
+/// Reads one answer. Called in this order: `head`, then as [`Look`] said, then `end` if the body ended whole, or else
+/// `cut`.
 pub trait Watch: Send {
     /// Takes the final head, and says what of the body is to be read.
     fn head(&mut self, status: u16, fields: &Fields, facts: &mut Vec<Fact>) -> Look;
@@ -155,8 +161,14 @@ pub trait Watch: Send {
     /// Takes one text message of a WebSocket.
     fn message(&mut self, _from: From, _text: &[u8], _facts: &mut Vec<Fact>) {}
 
-    /// The body has ended whole, and no [`Fact::Ended`] was told: what became of the run that the exchange started.
+    /// The body has ended whole. Answers what became of the run that the exchange started or joined; that matters only
+    /// where no [`Fact::Ended`] was told.
     fn end(&mut self, facts: &mut Vec<Fact>) -> AtEnd;
+
+    /// The body did not end whole: the client left, the endpoint broke off or a time-out cut it, and a run that ends
+    /// with its exchange ends with this outcome. What else lived in this answer alone ends here: a session, runs of
+    /// other exchanges. The exchange's own run is none of its business.
+    fn cut(&mut self, _outcome: RunOutcome, _facts: &mut Vec<Fact>) {}
 }
 
 /// What of an answer's body is to be read.

@@ -133,9 +133,6 @@ impl Watching {
             self.watch.body(&extractor, &mut self.facts);
         }
         self.pass_on(lease);
-        if let Some(told) = self.told {
-            return Finish::Ended(told);
-        }
         let end = self.watch.end(&mut self.facts);
         self.pass_on(lease);
         self.leave_started(lease);
@@ -148,7 +145,9 @@ impl Watching {
     }
 
     /// The exchange has ended before its end: what became of its run. `otherwise`: if the run ends with its exchange.
-    pub fn broken_off(&mut self, otherwise: RunOutcome, lease: &Lease) -> Finish {
+    pub fn broken_off(&mut self, otherwise: RunOutcome, lease: &mut Lease) -> Finish {
+        self.watch.cut(otherwise, &mut self.facts);
+        self.pass_on(lease);
         self.leave_started(lease);
         match (self.told.or(self.refused), self.about.goes_on, self.named) {
             (Some(told), ..) => Finish::Ended(told),
