@@ -26,9 +26,9 @@ use tokio::task::JoinSet;
 use tracing::{debug, error};
 
 use crate::config::Address;
-use crate::control::{DrainHandle, ReloadHandle, ReloadState};
+use crate::control::{DrainHandle, ReloadHandle, ReloadState, runs};
 use crate::drain::Phase;
-use crate::ids;
+use crate::ids::{self, RunId};
 use crate::metrics;
 use crate::net::listen::{self, Accepted, Socket};
 use crate::snapshot::Running;
@@ -135,8 +135,8 @@ fn router(context: Arc<Context>, access: guard::Access) -> Router {
             .route("/api/v1/config", get(config))
             .route("/api/v1/reload", post(reload))
             .route("/api/v1/sessions", get(sessions).delete(forget_sessions))
-            .route("/api/v1/runs", get(runs))
-            .route("/api/v1/runs/{id}", delete(async || not_yet("ending a run is not available yet")))
+            .route("/api/v1/runs", get(list_runs))
+            .route("/api/v1/runs/{id}", delete(end_run))
             .route("/api/v1/services/{service}/endpoints/{address}/drain", post(drain_endpoint))
             .route("/api/v1/services/{service}/endpoints/{address}/undrain", post(undrain_endpoint))
             .route("/api/v1/services/{service}/rollout", get(no_rollout))
@@ -240,7 +240,7 @@ async fn forget_sessions(State(context): Shared, Query(parameters): Parameters) 
     Ok(Json(json!({ "forgotten": forgotten })).into_response())
 }
 
-async fn runs(
+async fn list_runs(
     State(context): Shared,
     Query(parameters): Parameters,
     Extension(reader): Extension<Reader>,
@@ -249,6 +249,20 @@ async fn runs(
     let dispatchers = dispatchers(&context, parameters.text("service"))?;
     let rows = view::runs(&dispatchers, parameters.text("session"), parameters.limit()?, reader, ids::now());
     Ok(Json(json!({ "runs": rows })).into_response())
+}
+
+/// The kill switch.
+async fn end_run(State(context): Shared, Path(id): Path<String>) -> Result<Response, Problem> {
+    let id =
+        RunId::parse(&id).ok_or_else(|| Problem::bad_request("a run's id is a UUID, as `longhaul runs` shows it"))?;
+    for dispatcher in view::dispatchers(&context) {
+        let Some((report, call)) = dispatcher.cancel(id, ids::now()) else { continue };
+        if let Some(call) = call {
+            tokio::spawn(async move { runs::make(&dispatcher, &call).await });
+        }
+        return Ok(Json(json!({ "cancel": report })).into_response());
+    }
+    Err(Problem::not_found("there is no outstanding run with this id; it may have ended"))
 }
 
 async fn drain_endpoint(

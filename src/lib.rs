@@ -20,6 +20,7 @@ pub mod logging;
 pub mod message;
 pub mod metrics;
 pub mod net;
+pub mod orca;
 pub mod protocols;
 pub mod proxy;
 pub mod run;

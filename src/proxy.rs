@@ -21,9 +21,11 @@ pub mod account;
 pub mod buffer;
 pub mod connection;
 pub mod cut;
+pub mod detached;
 pub mod edits;
 pub mod forward;
 pub mod forwarded;
+pub mod heartbeat;
 pub mod http2_server;
 pub mod identify;
 pub mod learn;
@@ -125,6 +127,11 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
         Err(error) => return answer_error(connection, client, &caller, error, timer, &mut record).await,
     };
     let end = relay::stream(client, &mut flow, timer).await;
+    if detached::goes_on(&flow, end) {
+        detached::spawn(connection, flow, record);
+        reset(client, h2::Reason::CANCEL);
+        return After::Close;
+    }
     flow.tell(&mut record);
     let finish = flow.give_back(end);
     record.ended(finish);
@@ -163,13 +170,18 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
             After::Close
         }
     };
-    if let Peer::Http2(http2) = client
-        && end != End::Whole
-    {
-        let reason = if end == End::ClientGone { h2::Reason::CANCEL } else { h2::Reason::INTERNAL_ERROR };
-        http2.reset(reason);
+    match end {
+        End::Whole => {}
+        End::ClientGone => reset(client, h2::Reason::CANCEL),
+        _ => reset(client, h2::Reason::INTERNAL_ERROR),
     }
     kept
+}
+
+fn reset(client: &mut Peer, reason: h2::Reason) {
+    if let Peer::Http2(http2) = client {
+        http2.reset(reason);
+    }
 }
 
 /// What to say of an answer that ended before its end, to a client that is still there.

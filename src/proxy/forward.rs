@@ -12,9 +12,11 @@ use crate::error::{Code, ProxyError};
 use crate::ids;
 use crate::message::{Framing, RequestHead, ResponseHead, Version};
 use crate::net::cookie::CookieSession;
+use crate::orca::Report;
 use crate::proxy::account::Record;
 use crate::proxy::connection::Connection;
 use crate::proxy::cut::Since;
+use crate::proxy::heartbeat::Heartbeat;
 use crate::proxy::identify::{self, Identity};
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
@@ -453,6 +455,10 @@ fn begin_answer(
         })?;
     }
 
+    if let Some(report) = Report::read(&answer.fields) {
+        lease.reported_load(&report, now);
+    }
+
     // The session: confirmed, learned, told to the client.
     let mut learn = None;
     if success {
@@ -516,6 +522,12 @@ fn begin_answer(
     let eof_framed = caller.version == Version::Http10 && answer.framing == Framing::Chunked;
     let client_keep_alive = client_keep_alive && !eof_framed;
     let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
+    let heartbeat = service.config.runs.heartbeat.filter(|_| {
+        is_event_stream(&answer)
+            && matches!(answer.framing, Framing::Chunked | Framing::Eof)
+            && !answer.fields.contains("content-encoding")
+    });
+    let heartbeat = heartbeat.map(|after| Box::new(Heartbeat::new(after, raw, now)));
     let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
     if begun.is_err() {
         let finish = gone_before_answer(service, response_observer.watching_mut(), &mut lease);
@@ -544,6 +556,8 @@ fn begin_answer(
         idle_milliseconds: u32::try_from(idle.as_millis()).unwrap_or(u32::MAX),
         run_deadline: deadlines.run,
         service: Arc::clone(service),
+        heartbeat,
+        cancels: false,
         finish: Finish::Ended(outcome),
         upstream_keep_alive,
         client_keep_alive,

@@ -1,6 +1,6 @@
 //! Peer: the client's or the endpoint's side of one exchange, as a source of body bytes and a sink for them.
 //!
-//! Two kinds, one relay: [`Http1`] reads and writes its own connection, [`Http2`] one stream of a connection that a task
+//! One relay for all kinds: [`Http1`] reads and writes its own connection, [`Http2`] one stream of a connection that a task
 //! of its own drives.
 
 mod http1;
@@ -21,6 +21,8 @@ pub use http2::{Http2, fields, header_map};
 pub enum Peer {
     Http1(Http1),
     Http2(Box<Http2>),
+    /// Takes everything and gives nothing: in the place of a client that has left.
+    Nobody,
 }
 
 /// What a source gives next.
@@ -51,6 +53,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.poll_next(context, raw, observer),
             Peer::Http2(peer) => peer.poll_next(context, observer),
+            Peer::Nobody => Poll::Pending,
         }
     }
 
@@ -59,6 +62,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.held(),
             Peer::Http2(peer) => peer.held(),
+            Peer::Nobody => &[],
         }
     }
 
@@ -67,6 +71,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.consume(count),
             Peer::Http2(peer) => peer.consume(count),
+            Peer::Nobody => {}
         }
     }
 
@@ -75,6 +80,15 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.source_ended(),
             Peer::Http2(peer) => peer.source_ended(),
+            Peer::Nobody => true,
+        }
+    }
+
+    /// The trailers that came in, until [`Peer::poll_next`] gives them.
+    pub fn trailers(&self) -> Option<&Fields> {
+        match self {
+            Peer::Http1(peer) => peer.trailers(),
+            Peer::Http2(_) | Peer::Nobody => None,
         }
     }
 
@@ -82,7 +96,7 @@ impl Peer {
     pub fn is_between_chunks(&self) -> bool {
         match self {
             Peer::Http1(peer) => peer.is_between_chunks(),
-            Peer::Http2(_) => false,
+            Peer::Http2(_) | Peer::Nobody => false,
         }
     }
 
@@ -92,6 +106,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.poll_write(context, data),
             Peer::Http2(peer) => peer.poll_write(context, data),
+            Peer::Nobody => Poll::Ready(Ok(data.len())),
         }
     }
 
@@ -99,7 +114,7 @@ impl Peer {
     pub fn poll_flush(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Peer::Http1(peer) => peer.poll_flush(context),
-            Peer::Http2(_) => Poll::Ready(Ok(())),
+            Peer::Http2(_) | Peer::Nobody => Poll::Ready(Ok(())),
         }
     }
 
@@ -113,6 +128,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.poll_finish(context, raw, trailers),
             Peer::Http2(peer) => Poll::Ready(peer.finish(trailers.take().map(|trailers| *trailers))),
+            Peer::Nobody => Poll::Ready(Ok(())),
         }
     }
 
@@ -122,6 +138,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.poll_gone(context),
             Peer::Http2(peer) => peer.poll_gone(context),
+            Peer::Nobody => Poll::Pending,
         }
     }
 
@@ -129,7 +146,7 @@ impl Peer {
     /// other side has not taken yet; on HTTP/1.1 the end comes behind it.
     pub fn poll_reset(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match self {
-            Peer::Http1(_) => Poll::Pending,
+            Peer::Http1(_) | Peer::Nobody => Poll::Pending,
             Peer::Http2(peer) => peer.poll_gone(context),
         }
     }
@@ -139,6 +156,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.put_back(ahead),
             Peer::Http2(peer) => peer.put_back(ahead),
+            Peer::Nobody => {}
         }
     }
 
@@ -147,6 +165,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.put_back_trailers(trailers),
             Peer::Http2(peer) => peer.put_back_trailers(trailers),
+            Peer::Nobody => {}
         }
     }
 
@@ -157,6 +176,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.pending_head().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n"),
             Peer::Http2(peer) => peer.send_informational(head),
+            Peer::Nobody => {}
         }
     }
 
@@ -170,6 +190,7 @@ impl Peer {
                 *head.headers_mut() = header_map(&interim.fields);
                 peer.send_informational(head);
             }
+            Peer::Nobody => {}
         }
     }
 
@@ -178,6 +199,7 @@ impl Peer {
         match self {
             Peer::Http1(peer) => peer.become_tunnel(),
             Peer::Http2(peer) => peer.become_tunnel(),
+            Peer::Nobody => {}
         }
     }
 
@@ -185,7 +207,7 @@ impl Peer {
     pub fn take_back_head(&mut self) -> bool {
         match self {
             Peer::Http1(peer) => peer.take_back_head(),
-            Peer::Http2(_) => false,
+            Peer::Http2(_) | Peer::Nobody => false,
         }
     }
 

@@ -12,10 +12,12 @@ use bytes::Bytes;
 use crate::config;
 use crate::error::{Code, ProxyError};
 use crate::message::{Fields, ResponseHead};
+use crate::orca::Report;
 use crate::proxy::account::Record;
 use crate::proxy::cut::{Heard, Hearing, Since};
 use crate::proxy::edits;
 use crate::proxy::forward;
+use crate::proxy::heartbeat::Heartbeat;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
 use crate::proxy::timer::Timer;
@@ -142,6 +144,7 @@ pub fn poll_pump(
                 }
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(PumpFault::Source(fault))),
                 Poll::Ready(Ok(Next::End(trailers))) => {
+                    direction.observer.report = trailers.as_ref().and_then(Report::read).map(Box::new);
                     came_in(&mut direction.observer, true);
                     if let Some(replay) = &mut direction.replay {
                         replay.trailers.clone_from(&trailers);
@@ -150,6 +153,9 @@ pub fn poll_pump(
                     direction.stage = Stage::Finishing;
                 }
                 Poll::Ready(Ok(Next::Bytes)) => {
+                    if let Some(trailers) = from.trailers() {
+                        direction.observer.report = Report::read(trailers).map(Box::new);
+                    }
                     came_in(&mut direction.observer, from.source_ended());
                     if direction.observer.over_limit() {
                         return Poll::Ready(Err(PumpFault::OverLimit));
@@ -301,6 +307,10 @@ pub struct Flow {
     pub idle_milliseconds: u32,
     pub run_deadline: Option<Instant>,
     pub service: Arc<Service>,
+    /// Where the configuration asks for them and the answer is a stream of events.
+    pub heartbeat: Option<Box<Heartbeat>>,
+    /// The run is to end with its exchange whatever its protocol says.
+    pub cancels: bool,
     /// What becomes of the run if the answer comes whole; with its last byte, what became of it.
     pub finish: Finish,
     /// The endpoint lets its connection be used again.
@@ -339,8 +349,12 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
     let mut cut = Hearing::new(Since { cut: &target.cut, count: flow.cuts, stop: stop.as_ref() });
     poll_fn(|context| {
         let end = poll_both(client, flow, context);
-        if std::mem::take(&mut flow.request.moved) | std::mem::take(&mut flow.response.moved) {
+        let answered = std::mem::take(&mut flow.response.moved);
+        if std::mem::take(&mut flow.request.moved) | answered {
             last_moved = crate::ids::now();
+        }
+        if answered && let Some(heartbeat) = &mut flow.heartbeat {
+            heartbeat.put_off(last_moved);
         }
         if end.is_ready() {
             return end;
@@ -353,13 +367,13 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
                 Poll::Pending => {}
             }
         }
-        flow.poll_time_outs(last_moved, timer, context)
+        flow.poll_time_outs(client, last_moved, timer, context)
     })
     .await
 }
 
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
-    let Flow { upstream, request, response, tunnel, lease, finish, .. } = flow;
+    let Flow { upstream, request, tunnel, .. } = flow;
     if !request.over() {
         match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
             Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
@@ -377,9 +391,21 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
             Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(End::ClientGone),
         }
     }
+    if let Some(heartbeat) = &mut flow.heartbeat {
+        match heartbeat.poll_write(client, context) {
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(_)) => return Poll::Ready(End::ClientGone),
+            // Whoever does not take the comment takes nothing behind it either.
+            Poll::Pending => return Poll::Pending,
+        }
+    }
+    let Flow { upstream, response, lease, finish, .. } = flow;
     // Whoever has read an id can use it, and whoever has read the whole answer finds the run ended.
     let came_in = |observer: &mut Observer, ended: bool| {
         if let Some(holder) = lease {
+            if let Some(report) = observer.report.take() {
+                holder.reported_load(&report, crate::ids::now());
+            }
             if let Some(told) = observer.tell(holder, ended) {
                 *finish = told;
             }
@@ -404,20 +430,33 @@ impl Flow {
     /// Gives the endpoint's slot back, and says how the run ended.
     pub fn give_back(&mut self, end: End) -> Finish {
         if let Some(lease) = &mut self.lease {
-            let on_disconnect = self.service.config.runs.on_disconnect;
-            self.finish = judge(end, on_disconnect, self.response.observer.watching_mut(), lease);
+            let cancels = self.cancels || self.service.config.runs.on_disconnect == config::OnDisconnect::Cancel;
+            self.finish = judge(end, cancels, self.response.observer.watching_mut(), lease);
         }
         give_back(&mut self.lease, self.finish);
         self.finish
     }
 
-    fn poll_time_outs(&mut self, last_moved: Instant, timer: &mut Timer, context: &mut Context<'_>) -> Poll<End> {
+    fn poll_time_outs(
+        &mut self,
+        client: &mut Peer,
+        last_moved: Instant,
+        timer: &mut Timer,
+        context: &mut Context<'_>,
+    ) -> Poll<End> {
         let mut since = last_moved;
         loop {
             let idle = since + Duration::from_millis(u64::from(self.idle_milliseconds));
-            let deadline = self.run_deadline.map_or(idle, |run| run.min(idle));
-            ready!(timer.poll_passed(context, deadline));
-            if self.run_deadline.is_some_and(|run| run <= deadline) {
+            let over = self.run_deadline.map_or(idle, |run| run.min(idle));
+            let beat = self.heartbeat.as_ref().map_or(over, |heartbeat| heartbeat.due());
+            ready!(timer.poll_passed(context, beat.min(over)));
+            if beat < over {
+                if ready!(self.poll_beat(client, context)).is_err() {
+                    return Poll::Ready(End::ClientGone);
+                }
+                continue;
+            }
+            if self.run_deadline.is_some_and(|run| run <= over) {
                 return Poll::Ready(End::TimedOut(Code::RunTimeout));
             }
             if !self.response.blocked {
@@ -426,6 +465,22 @@ impl Flow {
             // The client holds back: that silence is not the endpoint's.
             since = crate::ids::now();
         }
+    }
+
+    /// Breaks the silence, where that can be done: between two events, and between two chunks where these pass as they are.
+    fn poll_beat(&mut self, client: &mut Peer, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(heartbeat) = &mut self.heartbeat else { return Poll::Ready(Ok(())) };
+        let source = &self.upstream.peer;
+        let may = !self.response.blocked
+            && source.held().is_empty()
+            && (!self.response.raw || source.is_between_chunks())
+            && self.response.observer.between_events();
+        if !may {
+            heartbeat.put_off(crate::ids::now());
+            return Poll::Ready(Ok(()));
+        }
+        heartbeat.begin(crate::ids::now());
+        heartbeat.poll_write(client, context)
     }
 
     /// Puts what was counted into the exchange's record.
@@ -444,7 +499,7 @@ fn give_back(lease: &mut Option<Lease>, finish: Finish) {
 }
 
 /// What becomes of a run whose exchange has ended before the endpoint's last byte.
-fn judge(end: End, on_disconnect: config::OnDisconnect, watching: Option<&mut Watching>, lease: &mut Lease) -> Finish {
+fn judge(end: End, cancels: bool, watching: Option<&mut Watching>, lease: &mut Lease) -> Finish {
     let outcome = match end {
         End::ClientGone | End::Refused(_) => RunOutcome::Cancelled,
         End::TimedOut(_) => RunOutcome::TimedOut,
@@ -455,7 +510,7 @@ fn judge(end: End, on_disconnect: config::OnDisconnect, watching: Option<&mut Wa
     let Some(watching) = watching else { return Finish::Ended(outcome) };
     let finish = watching.broken_off(outcome, lease);
     match (finish, end) {
-        (Finish::Left, End::ClientGone) if on_disconnect == config::OnDisconnect::Cancel => forward::cancel_soon(lease),
+        (Finish::Left, End::ClientGone) if cancels => forward::cancel_soon(lease),
         (Finish::Left, End::DrainOver) => Finish::Ended(outcome),
         (finish, _) => finish,
     }

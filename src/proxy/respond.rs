@@ -58,6 +58,7 @@ pub fn begin(
     end: bool,
 ) -> std::io::Result<()> {
     match client {
+        Peer::Nobody => Ok(()),
         Peer::Http1(peer) => {
             if version == Version::Http10 && head.framing == Framing::Chunked {
                 // HTTP/1.0 knows no chunks (RFC 9112 section 7): the end of the connection ends the body.

@@ -251,7 +251,7 @@ impl Upstream {
                     }
                 }
             }
-            (Peer::Http2(_), Wire::Http1 { .. }) => Poll::Pending,
+            (Peer::Http2(_), Wire::Http1 { .. }) | (Peer::Nobody, _) => Poll::Pending,
         }
     }
 

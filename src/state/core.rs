@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use crate::balance::{self, Candidate};
 use crate::config;
 use crate::ids::RunId;
+use crate::orca::Report;
 use crate::state::dispatcher::{Ask, PinHint};
 use crate::state::endpoints::{Choice, Endpoint, Endpoints, HealthStanding, Version};
 use crate::state::runs::{About, NewRun, Runs, Stop};
@@ -24,6 +25,9 @@ pub use outstanding::{CancelAnswer, Finish};
 
 /// How long a session that was placed without a run weighs as one.
 const CREDIT_TIME: Duration = Duration::from_secs(10);
+
+/// How long a load counts that an answer told; the next one replaces it.
+const REPORT_TIME: Duration = Duration::from_secs(10);
 
 /// Expired sessions that one pick cleans up at most.
 const EXPIRED_PER_PICK: usize = 16;
@@ -359,6 +363,15 @@ impl Core {
         let Some(number) = self.by_identity.get(identity).copied() else { return };
         self.endpoints[number].reported = Some((runs, now + holds));
         self.reindex(number);
+    }
+
+    /// As [`Core::reported_load`], told with an answer of a grant's endpoint.
+    pub fn reported_with_answer(&mut self, grant: &Grant, report: &Report, now: Instant) {
+        let now = self.advance(now);
+        let endpoint = &mut self.endpoints[grant.endpoint];
+        let Some(runs) = report.as_runs(endpoint.max_runs) else { return };
+        endpoint.reported = Some((runs, now + REPORT_TIME));
+        self.reindex(grant.endpoint);
     }
 
     /// Starts or ends an operator's drain of all endpoints at an address (or identity). False where there is none.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::config;
 use crate::ids::{self, RunId};
 use crate::metrics::ServiceMetrics;
+use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
 use crate::state::core::{CancelAnswer, Core, Ended, Finish, Grant};
 use crate::state::runs::{About, Stop};
@@ -254,6 +255,13 @@ impl Lease {
         match &mut self.grant {
             Some(grant) => self.dispatcher.core().retry(grant, now, rng).map_err(|unplaced| unplaced.refusal()),
             None => Err(Refusal::NoEndpoint),
+        }
+    }
+
+    /// Load that the answer told (its head, or its trailers).
+    pub fn reported_load(&self, report: &Report, now: Instant) {
+        if let Some(grant) = &self.grant {
+            self.dispatcher.core().reported_with_answer(grant, report, now);
         }
     }
 

@@ -375,6 +375,10 @@ impl Http1 {
         matches!(self.incoming, Incoming::Ended)
     }
 
+    pub fn trailers(&self) -> Option<&Fields> {
+        self.trailers.as_deref()
+    }
+
     /// Nothing of the message that came in is left, and nothing came after it.
     pub fn is_at_rest(&self) -> bool {
         self.source_ended() && self.held_start == self.held_end && self.start == self.end && self.ahead.is_none()
