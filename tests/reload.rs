@@ -428,6 +428,7 @@ fn probe_of(url: &str, path: &str) -> Probe {
             healthy_after: 2,
             load: None,
         },
+        own_load: None,
     }
 }
 

@@ -13,10 +13,14 @@ use crate::config;
 use crate::control::call::{self, Body, Question, Way};
 use crate::ids;
 use crate::json::{Extractor, Pointers};
+use crate::protocols::Protocol;
+use crate::snapshot::Recognition;
 use crate::state::dispatcher::Dispatcher;
 
 /// Probes under way at once, of all services; more wait for their turn.
 const PROBES_MAX: usize = 256;
+/// An endpoint that does not tell its load is asked again after so many intervals.
+const ABSENT_LOAD_INTERVALS: u32 = 6;
 /// How much of an answer's body is read, so that the endpoint can finish writing it; more is cut.
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
@@ -34,6 +38,23 @@ pub struct Check {
 pub struct Probe {
     pub way: Way,
     pub health: config::Health,
+    /// Where its protocol has a path of its own for the number of its runs.
+    pub own_load: Option<OwnLoad>,
+}
+
+/// Where endpoints of a protocol tell how many runs they have.
+#[derive(Clone, Copy)]
+pub struct OwnLoad {
+    pub path: &'static str,
+    pub protocol: &'static dyn Protocol,
+}
+
+impl OwnLoad {
+    /// Only a service of which the protocol is certain is asked in it.
+    pub fn of(recognition: Recognition) -> Option<OwnLoad> {
+        let Recognition::One(protocol) = recognition else { return None };
+        Some(OwnLoad { path: protocol.load_path()?, protocol })
+    }
 }
 
 /// What one probe showed.
@@ -95,11 +116,53 @@ impl Check {
             && mine.host == its.host
             && mine.set == its.set
             && same_health
+            && self.probe.own_load.map(|load| load.path) == other.probe.own_load.map(|load| load.path)
+    }
+}
+
+/// Checks health and asks for load, as far as each is wanted.
+async fn keep_probing(check: Arc<Check>, slots: Arc<Semaphore>) {
+    let health = &check.probe.health;
+    let checked = async {
+        if health.path.is_some() || health.tcp {
+            keep_checking(&check, &slots).await;
+        }
+    };
+    let loaded = async {
+        if let Some(load) = check.probe.own_load {
+            keep_asking_for_load(&check, load, &slots).await;
+        }
+    };
+    tokio::join!(checked, loaded);
+}
+
+/// Asks each interval how many runs an endpoint has. One that has no such path is asked seldom.
+async fn keep_asking_for_load(check: &Check, load: OwnLoad, slots: &Semaphore) {
+    let health = &check.probe.health;
+    loop {
+        let Ok(slot) = slots.acquire().await else { return };
+        let asked = tokio::time::timeout(health.timeout, async {
+            let stream = call::connect(&check.probe.way).await?;
+            let question = Question::get(load.path);
+            let answer = call::ask(&check.probe.way, stream, &question, BODY_BYTES_MAX).await?;
+            Ok::<_, String>((answer.status, answer.body.read().await))
+        });
+        let found = match asked.await {
+            Ok(Ok((status, body))) if status.is_success() => load.protocol.load(&body),
+            _ => None,
+        };
+        drop(slot);
+        let mut rest = health.interval;
+        match found {
+            Some(runs) => check.dispatcher.reported_load(&check.identity, runs, expiry(health), ids::now()),
+            None => rest *= ABSENT_LOAD_INTERVALS,
+        }
+        tokio::time::sleep(jittered(rest, ids::random_u64())).await;
     }
 }
 
 /// The first probe at once, then one each interval.
-async fn keep_probing(check: Arc<Check>, slots: Arc<Semaphore>) {
+async fn keep_checking(check: &Check, slots: &Semaphore) {
     let mut last = None;
     let load = check.probe.health.load.as_ref().map(|pointer| Arc::new(Pointers::of([pointer])));
     loop {
@@ -112,7 +175,7 @@ async fn keep_probing(check: Arc<Check>, slots: Arc<Semaphore>) {
             Verdict::NoEvidence(_) => {}
         }
         if last.as_ref() != Some(&verdict) {
-            tell(&check, &verdict);
+            tell(check, &verdict);
             last = Some(verdict);
         }
         if let Some(body) = body {

@@ -18,7 +18,7 @@ use tracing::{error, info, warn};
 
 use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
 use crate::control::call::Way;
-use crate::control::health::{Check, Probe};
+use crate::control::health::{Check, OwnLoad, Probe};
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
@@ -570,6 +570,7 @@ impl Builder {
                 None => Dispatcher::new(&service.name, Arc::clone(&metrics)),
             },
         };
+        let recognition = Recognition::of(service.agent_protocol);
         let cookie = service.session.cookie.as_ref().map(|cookie| self.sealer(&service.name, cookie));
 
         let mut targets = Vec::with_capacity(service.versions.len());
@@ -587,7 +588,8 @@ impl Builder {
                         continue;
                     }
                 };
-                if service.health.path.is_some() || service.health.tcp {
+                let own_load = OwnLoad::of(recognition);
+                if service.health.path.is_some() || service.health.tcp || own_load.is_some() {
                     services.checks.push(Arc::new(Check {
                         service: Arc::clone(&name),
                         dispatcher: Arc::clone(&dispatcher),
@@ -602,6 +604,7 @@ impl Builder {
                                 tls: tls.clone(),
                             },
                             health: service.health.clone(),
+                            own_load,
                         },
                     }));
                 }
@@ -621,7 +624,6 @@ impl Builder {
         }
         let settings = ServiceSettings { config: service.clone(), targets };
         services.dispatchers.push((Arc::clone(&dispatcher), settings));
-        let recognition = Recognition::of(service.agent_protocol);
         services.list.push(Arc::new(Service {
             name,
             config: service.clone(),
