@@ -3,6 +3,10 @@
 //!
 //! A protocol is one file and one line in [`ALL`]. Ids that are found here route, they never authorise.
 
+pub mod a2a;
+mod acp;
+mod adk;
+mod agentcore;
 mod langgraph;
 mod mcp;
 mod openai_chat;
@@ -24,7 +28,16 @@ use crate::run::{Kind, RunOutcome};
 use crate::sse;
 
 /// Every protocol, in the order in which `auto` asks them.
-pub static ALL: &[&dyn Protocol] = &[&langgraph::Langgraph, &mcp::Mcp, &openai_chat::OpenaiChat];
+pub static ALL: &[&dyn Protocol] = &[
+    &langgraph::Langgraph,
+    &mcp::Mcp,
+    &a2a::A2a,
+    &acp::Acp,
+    &adk::Adk,
+    &openai_chat::OpenaiChat,
+    // What runs in such a container may speak any of the others, which then say more.
+    &agentcore::Agentcore,
+];
 
 /// Keys of sessions and runs that are longer are none.
 pub const KEY_BYTES_MAX: usize = 512;
@@ -379,6 +392,33 @@ impl Request<'_> {
 /// A key as every place tells it: not empty, not too long.
 pub fn key(text: &str) -> Option<String> {
     (!text.is_empty() && text.len() <= KEY_BYTES_MAX).then(|| text.to_owned())
+}
+
+/// Cuts a path in front of the first segment that is `name` (which begins with the slash).
+pub fn at_segment<'a>(path: &'a str, name: &str) -> Option<(&'a str, &'a str)> {
+    let is_whole = |position: &usize| matches!(path.as_bytes().get(position + name.len()), None | Some(b'/'));
+    let position = memchr::memmem::find_iter(path.as_bytes(), name).find(is_whole)?;
+    Some(path.split_at(position))
+}
+
+/// As RFC 9562 section 4 writes one.
+pub fn is_uuid(text: &str) -> bool {
+    text.len() == 36
+        && text.bytes().enumerate().all(|(index, byte)| match index {
+            8 | 13 | 18 | 23 => byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        })
+}
+
+/// Whether an id may stand in a path as it is: one segment, nothing to be escaped. (An escape in it stays one.)
+pub fn is_segment(text: &str) -> bool {
+    !matches!(text, "" | "." | "..")
+        && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"/?#\\\"<>^`{|}".contains(&byte))
+}
+
+/// Pointers made ready, for the statics of recognisers.
+fn pointers(list: &[&str]) -> Arc<Pointers> {
+    Arc::new(Pointers::new(list.iter().copied()))
 }
 
 /// `text/event-stream`, whatever its parameters.

@@ -10,20 +10,16 @@ use std::sync::{Arc, LazyLock};
 
 use answers::{Batch, Cancelling, Form, Joined, NewThread, OnSuccess, Reading, Started, ThreadEvents};
 use http::Method;
-use memchr::memmem;
 
 use crate::json::{Extractor, Pointers, Progress};
 use crate::protocols::{
-    Call, Cancel, Fact, KEY_BYTES_MAX, OnDisconnect, Protocol, Recognised, Request, RunRef, Sign, Standing, Watch, key,
+    Call, Cancel, Fact, KEY_BYTES_MAX, OnDisconnect, Protocol, Recognised, Request, RunRef, Sign, Standing, Watch,
+    at_segment, is_segment, is_uuid, key, pointers,
 };
 use crate::run::{Kind, RunOutcome};
 
 /// langgraph-api 0.16: the API of threads and runs, and its version 2 of commands and lifecycle events.
 pub struct Langgraph;
-
-fn pointers(list: &[&str]) -> Arc<Pointers> {
-    Arc::new(Pointers::new(list.iter().copied()))
-}
 
 /// Of requests.
 const SHAPE: &[&str] = &["/assistant_id", "/thread_id"];
@@ -236,13 +232,6 @@ fn of_runs<'a>(rest: &[&'a str]) -> Option<Spot<'a>> {
     })
 }
 
-/// Cuts a path in front of the first segment that is `name` (which begins with the slash).
-fn at_segment<'a>(path: &'a str, name: &str) -> Option<(&'a str, &'a str)> {
-    let is_whole = |position: &usize| matches!(path.as_bytes().get(position + name.len()), None | Some(b'/'));
-    let position = memmem::find_iter(path.as_bytes(), name).find(is_whole)?;
-    Some(path.split_at(position))
-}
-
 /// OpenAI Assistants have paths like ours; their threads are `thread_…`, ours are UUIDs.
 fn is_assistants(request: &Request<'_>, place: &Place<'_>) -> bool {
     place.thread.is_some_and(|thread| thread.starts_with("thread_"))
@@ -254,16 +243,11 @@ fn is_version_of_assistants(place: &Place<'_>) -> bool {
     place.base.ends_with("/v1") && !place.thread.is_some_and(is_uuid)
 }
 
-fn is_uuid(text: &str) -> bool {
-    text.len() == 36
-        && text.bytes().enumerate().all(|(index, byte)| match index {
-            8 | 13 | 18 | 23 => byte == b'-',
-            _ => byte.is_ascii_hexdigit(),
-        })
-}
-
 /// A run with its thread, as its path names both. One without a thread is known by its id alone, and can't be asked about.
 fn run_key(thread: Option<&str>, run: &str) -> Option<String> {
+    if !is_segment(run) || thread.is_some_and(|thread| !is_segment(thread)) {
+        return None;
+    }
     match thread {
         Some(thread) if thread.len() + run.len() < KEY_BYTES_MAX => Some(format!("{thread}/{run}")),
         Some(_) => None,
@@ -300,7 +284,7 @@ fn post(request: &Request<'_>, place: &Place<'_>, body: Option<&Extractor>) -> O
             Some("run.start" | "input.respond") => start(place, Form::Command, text("/params/multitaskStrategy"), None),
             _ => Recognised::other(),
         },
-        (Spot::Events, _) => watched(ThreadEvents::new(place)),
+        (Spot::Events, _) => thread_events(place),
         (Spot::Cancel(_), _) => {
             let waits = is_yes(request.query_value("wait"));
             Recognised { kind: Kind::Cancel, ..watched(Cancelling::new(run, waits)) }
@@ -329,7 +313,7 @@ fn get(request: &Request<'_>, place: &Place<'_>) -> Recognised {
         Spot::Run(_) => Recognised { kind: Kind::Read, ..watched(Reading { run }) },
         Spot::Join(_) => join(Form::Wait),
         Spot::RunStream(_) => join(Form::Stream),
-        Spot::ThreadStream | Spot::Events => watched(ThreadEvents::new(place)),
+        Spot::ThreadStream | Spot::Events => thread_events(place),
         _ => Recognised::other(),
     }
 }
@@ -347,6 +331,11 @@ fn delete(place: &Place<'_>) -> Recognised {
 
 fn watched(watch: impl Watch + 'static) -> Recognised {
     Recognised { watch: Some(Box::new(watch)), ..Recognised::other() }
+}
+
+/// Runs that are told there are not the exchange's, and don't end with it.
+fn thread_events(place: &Place<'_>) -> Recognised {
+    Recognised { on_disconnect: OnDisconnect::GoesOn, ..watched(ThreadEvents::new(place)) }
 }
 
 fn start(place: &Place<'_>, form: Form, strategy: Option<&str>, on_disconnect: Option<&str>) -> Recognised {
@@ -434,7 +423,7 @@ mod tests {
             ("GET /threads/{T}/state?subgraphs=true", "", Other, Some(T), None, false),
             ("POST /threads/{T}/state/checkpoint", "{}", Other, Some(T), None, false),
             ("POST /threads/{T}/history", "{}", Other, Some(T), None, false),
-            ("GET /threads/{T}/stream", "", Other, Some(T), None, false),
+            ("GET /threads/{T}/stream", "", Other, Some(T), None, true),
             ("GET /threads/{T}/runs", "", Other, Some(T), None, false),
             ("POST /threads/{T}/runs", r#"{"assistant_id":"a","after_seconds":60}"#, Start, Some(T), None, true),
             ("POST /threads/{T}/runs/stream", r#"{"assistant_id":"a"}"#, Start, Some(T), None, true),
@@ -460,7 +449,7 @@ mod tests {
             ("POST /runs/cancel", r#"{"thread_id":"{T}","run_ids":["{R}"]}"#, Cancel, Some(T), None, false),
             ("POST /threads/{T}/commands", r#"{"id":1,"method":"run.start","params":{}}"#, Start, Some(T), None, true),
             ("POST /threads/{T}/commands", r#"{"id":2,"method":"agent.getTree"}"#, Other, Some(T), None, false),
-            ("POST /threads/{T}/stream/events", r#"{"channels":["lifecycle"]}"#, Other, Some(T), None, false),
+            ("POST /threads/{T}/stream/events", r#"{"channels":["lifecycle"]}"#, Other, Some(T), None, true),
         ] {
             let recognised = ask(line, body).unwrap_or_else(|| panic!("{line} is LangGraph's"));
             assert_eq!(recognised.kind, kind, "{line}");

@@ -4,11 +4,11 @@ use std::sync::{Arc, LazyLock};
 
 use memchr::memmem;
 
-use super::{Place, STATUS, THREAD_OF_BODY, place, pointers, run_key, standing};
+use super::{Place, STATUS, THREAD_OF_BODY, place, run_key, standing};
 use crate::json::{Extractor, Pointers};
 use crate::message::Fields;
 use crate::protocols::{
-    AtEnd, Fact, From, Look, Standing, Watch, is_event_stream, is_json, is_success, key, outcome_of_status,
+    AtEnd, Fact, From, Look, Standing, Watch, is_event_stream, is_json, is_success, key, outcome_of_status, pointers,
 };
 use crate::run::RunOutcome;
 use crate::sse;
