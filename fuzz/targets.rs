@@ -1,8 +1,9 @@
 //! Targets: what must hold for any bytes. Run by the fuzzer, and over the committed corpus by `tests/corpus.rs`.
 //!
-//! The first byte of `chunks`, `sse` and `json` says into what pieces the rest is cut.
+//! The first byte of `chunks`, `sse`, `json` and `answer` says into what pieces the rest is cut.
 
 use longhaul::config::JsonPointer;
+use longhaul::error::{Code, ProxyError};
 use longhaul::http1::chunks::{Chunks, FramingError, HEADROOM, Piece};
 use longhaul::http1::{
     HeadLimits, head_end, normalise_target, read_request, read_response, valid_authority, write_request,
@@ -10,7 +11,9 @@ use longhaul::http1::{
 };
 use longhaul::json::{Extractor, Progress};
 use longhaul::message::{Fields, Version};
-use longhaul::sse::Scanner;
+use longhaul::protocols::a2a::rewrite_card;
+use longhaul::protocols::{ALL, Cancel, Fact, From, KEY_BYTES_MAX, Look, Plan, Protocol, Recognised, Request, RunRef};
+use longhaul::sse::{Reader, Scanner};
 
 const LIMITS: HeadLimits = HeadLimits { max_bytes: 4096, max_fields: 32 };
 
@@ -191,4 +194,186 @@ fn extracted(document: &[u8], piece: usize) -> (Progress, Vec<Option<String>>) {
     }
     let progress = extractor.finish();
     (progress, (0..pointers.len()).map(|index| extractor.value(index).map(str::to_owned)).collect())
+}
+
+/// Keys of sessions and runs are bounded, and every call about a run can be sent. The request is text: `POST /path?query`, then
+/// fields, an empty line and the body.
+pub fn request(data: &[u8]) {
+    let Some(asked) = Asked::read(data) else { return };
+    for protocol in protocols() {
+        let Some(recognised) = asked.recognise(protocol) else { continue };
+        let by = recognised.protocol.expect("whoever recognises says so");
+        assert!(protocol.is_none_or(|protocol| protocol.name() == by.name()));
+        recognised.session.iter().for_each(|key| bounded(key));
+        assert!(recognised.base.len() <= 2 * KEY_BYTES_MAX);
+        if let Some(run) = &recognised.run {
+            calls_are_valid(by, &recognised.base, run);
+        }
+        let error = ProxyError::new(Code::NoEndpoint, "No endpoint is ready.");
+        if let Some(body) = by.error_body(&error, recognised.rpc_id.as_deref()) {
+            assert!(serde_json::from_slice::<serde_json::Value>(&body).is_ok());
+        }
+        by.judge(&RunRef { base: &recognised.base, key: "a/b" }, 200, &asked.body);
+        by.load(&asked.body);
+    }
+    rewrite_card(&asked.body, "http://10.0.0.1:9000", "https://agents.example.com");
+}
+
+/// What an answer tells is bounded, and the same however its body is cut. The first byte says into what pieces; then a
+/// request as for `request`, a line `==`, and the answer: `200`, fields, an empty line and the body.
+pub fn answer(data: &[u8]) {
+    const LINE: &[u8] = b"\n==\n";
+    let Some((&size, exchange)) = data.split_first() else { return };
+    let Some(at) = exchange.windows(LINE.len()).position(|window| window == LINE) else { return };
+    let Some(asked) = Asked::read(&exchange[..at]) else { return };
+    let (head, body) = split_head(&exchange[at + LINE.len()..]);
+    let mut lines = head.lines();
+    let Some(status) = lines.next().and_then(|line| line.parse::<u16>().ok()) else { return };
+    let head = fields(lines);
+    for protocol in protocols() {
+        let Some(whole) = asked.recognise(protocol) else { continue };
+        let Some(cut) = asked.recognise(protocol) else { panic!("it was recognised a moment ago") };
+        let (by, base) = (whole.protocol.expect("whoever recognises says so"), whole.base.clone());
+        let Some(facts) = told(whole, status, &head, body, body.len().max(1)) else { continue };
+        assert_eq!(told(cut, status, &head, body, usize::from(size).max(1)), Some(facts.clone()));
+        for fact in &facts {
+            match fact {
+                Fact::Session(key) => bounded(key),
+                Fact::Run(run) | Fact::RunStarted(run) | Fact::RunEnded(run, _) | Fact::RunAlive(run) => {
+                    calls_are_valid(by, &base, run);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Auto, and everyone who could be configured.
+fn protocols() -> impl Iterator<Item = Option<&'static dyn Protocol>> {
+    std::iter::once(None).chain(ALL.iter().copied().map(Some))
+}
+
+struct Asked {
+    method: http::Method,
+    path: String,
+    query: Option<String>,
+    fields: Fields,
+    upgrade: Option<String>,
+    body: Vec<u8>,
+}
+
+impl Asked {
+    fn read(data: &[u8]) -> Option<Asked> {
+        let (head, body) = split_head(data);
+        let mut lines = head.lines();
+        let (method, target) = lines.next()?.split_once(' ')?;
+        let (path, query) = normalise_target(target).ok()?;
+        let mut fields = fields(lines);
+        let upgrade = fields.get("upgrade").map(|value| String::from_utf8_lossy(value).into_owned());
+        fields.remove("upgrade");
+        Some(Asked { method: method.parse().ok()?, path, query, fields, upgrade, body: body.to_vec() })
+    }
+
+    fn recognise(&self, protocol: Option<&'static dyn Protocol>) -> Option<Recognised> {
+        let request = Request {
+            method: &self.method,
+            path: &self.path,
+            query: self.query.as_deref(),
+            fields: &self.fields,
+            upgrade: self.upgrade.as_deref(),
+        };
+        let plan = Plan::new(protocol, &request);
+        let values = plan.wants(&request).map(|pointers| {
+            let mut extractor = Extractor::read(pointers, &self.body);
+            extractor.finish();
+            extractor
+        });
+        plan.recognise(&request, values.as_ref().filter(|_| !self.body.is_empty()))
+    }
+}
+
+fn split_head(data: &[u8]) -> (String, &[u8]) {
+    let end = data.windows(2).position(|window| window == b"\n\n");
+    let (head, body) = end.map_or((data, &b""[..]), |end| (&data[..end], &data[end + 2..]));
+    (String::from_utf8_lossy(head).into_owned(), body)
+}
+
+fn fields<'a>(lines: impl Iterator<Item = &'a str>) -> Fields {
+    let mut fields = Fields::default();
+    for (name, value) in lines.filter_map(|line| line.split_once(": ")) {
+        fields.append(name, value.as_bytes());
+    }
+    fields
+}
+
+/// Everything that an answer tells; `None`: it is of no interest.
+fn told(mut recognised: Recognised, status: u16, head: &Fields, body: &[u8], piece: usize) -> Option<Vec<Fact>> {
+    /// Of one head, event or message.
+    const FACTS_MAX: usize = 8;
+    /// Of a whole body: a batch of runs.
+    const FACTS_OF_BODY_MAX: usize = 128;
+    let watch = recognised.watch.as_mut()?;
+    let mut facts = Vec::new();
+    let look = watch.head(status, head, &mut facts);
+    assert!(facts.len() <= FACTS_MAX);
+    match look {
+        Look::Nothing => {}
+        Look::Json(pointers) => {
+            let mut extractor = Extractor::of(pointers.clone());
+            body.chunks(piece).for_each(|part| {
+                extractor.feed(part);
+            });
+            extractor.finish();
+            watch.body(&extractor, &mut facts);
+            assert!(facts.len() <= FACTS_OF_BODY_MAX);
+        }
+        Look::Events => {
+            let mut reader = Reader::default();
+            for part in body.chunks(piece) {
+                reader.feed(part, |event| {
+                    let before = facts.len();
+                    watch.event(event, &mut facts);
+                    assert!(facts.len() - before <= FACTS_MAX);
+                });
+            }
+        }
+        Look::Messages => {
+            for line in body.split(|byte| *byte == b'\n') {
+                let before = facts.len();
+                match line.strip_prefix(b"> ") {
+                    Some(text) => watch.message(From::Client, text, &mut facts),
+                    None => watch.message(From::Endpoint, line, &mut facts),
+                }
+                assert!(facts.len() - before <= FACTS_MAX);
+            }
+        }
+    }
+    let before = facts.len();
+    watch.end(&mut facts);
+    assert!(facts.len() - before <= FACTS_MAX);
+    Some(facts)
+}
+
+fn bounded(key: &str) {
+    assert!(!key.is_empty() && key.len() <= KEY_BYTES_MAX);
+}
+
+/// What is made of a run's key, which an endpoint or a client chose, can't be anything but one request.
+fn calls_are_valid(protocol: &dyn Protocol, base: &str, key: &str) {
+    bounded(key);
+    let run = RunRef { base, key };
+    let calls = [
+        protocol.status_call(&run),
+        protocol.cancel_call(&run, Cancel::Interrupt),
+        protocol.cancel_call(&run, Cancel::Rollback),
+    ];
+    for call in calls.into_iter().flatten() {
+        assert!(call.target.starts_with('/'), "{}", call.target);
+        assert!(call.target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#'), "{}", call.target);
+        for (name, value) in &call.fields {
+            assert!(http::HeaderName::from_lowercase(name.as_bytes()).is_ok(), "{name}");
+            assert!(http::HeaderValue::from_str(value).is_ok(), "{value}");
+        }
+        assert!(call.body.is_empty() || serde_json::from_slice::<serde_json::Value>(&call.body).is_ok());
+    }
 }

@@ -33,6 +33,16 @@ fn json() {
     run("json", targets::json);
 }
 
+#[test]
+fn request() {
+    run("request", targets::request);
+}
+
+#[test]
+fn answer() {
+    run("answer", targets::answer);
+}
+
 proptest! {
     #[test]
     fn head_pieces(data in pieces("head")) {
@@ -52,6 +62,16 @@ proptest! {
     #[test]
     fn sse_pieces(data in pieces("sse")) {
         targets::sse(&data);
+    }
+
+    #[test]
+    fn request_pieces(data in pieces("request")) {
+        targets::request(&data[1..]);
+    }
+
+    #[test]
+    fn answer_pieces(data in pieces("answer")) {
+        targets::answer(&data);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::protocols::{
     AtEnd, Fact, KEY_BYTES_MAX, Look, Protocol, Recognised, Request, Sign, Watch, at_segment, is_event_stream, is_json,
     is_success, key, outcome_of_status, pointers,
 };
-use crate::run::{Kind, RunOutcome};
+use crate::run::RunOutcome;
 use crate::sse;
 
 /// google-adk 2.13.
@@ -60,8 +60,7 @@ impl Protocol for Adk {
     fn wants(&self, request: &Request<'_>) -> Option<&'static Arc<Pointers>> {
         match spot(request)? {
             Spot::Run | Spot::RunEvents => Some(&SESSION),
-            Spot::NewSession { .. } => None,
-            Spot::Live | Spot::Session { .. } => None,
+            Spot::Live | Spot::NewSession { .. } | Spot::Session { .. } => None,
         }
     }
 
@@ -259,6 +258,7 @@ mod tests {
     use super::*;
     use crate::protocols::OnDisconnect;
     use crate::protocols::testing::{Asked, answer};
+    use crate::run::Kind;
 
     const JSON: (&str, &str) = ("content-type", "application/json");
     const EVENTS: (&str, &str) = ("content-type", "text/event-stream");

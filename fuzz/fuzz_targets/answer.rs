@@ -1,0 +1,8 @@
+//! Fuzz target `answer`: see `targets.rs`.
+#![no_main]
+
+#[path = "../targets.rs"]
+#[expect(dead_code, reason = "each binary runs one of the targets")]
+mod targets;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| targets::answer(data));
