@@ -27,3 +27,4 @@ pub mod run;
 pub mod snapshot;
 pub mod sse;
 pub mod state;
+pub mod websocket;

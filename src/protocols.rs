@@ -6,14 +6,19 @@
 pub mod a2a;
 mod acp;
 mod adk;
+mod ag_ui;
 mod agentcore;
+mod ai_sdk;
+mod anthropic;
 mod langgraph;
 mod mcp;
 mod openai_chat;
+mod openai_responses;
 #[cfg(test)]
 mod recorded;
 #[cfg(test)]
 mod testing;
+mod typed;
 
 pub use mcp::rewrite_endpoint_event;
 
@@ -34,7 +39,11 @@ pub static ALL: &[&dyn Protocol] = &[
     &a2a::A2a,
     &acp::Acp,
     &adk::Adk,
+    &openai_responses::OpenaiResponses,
     &openai_chat::OpenaiChat,
+    &anthropic::Anthropic,
+    &ag_ui::AgUi,
+    &ai_sdk::AiSdk,
     // What runs in such a container may speak any of the others, which then say more.
     &agentcore::Agentcore,
 ];

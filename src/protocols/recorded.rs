@@ -4,7 +4,7 @@ use http::Method;
 
 use crate::json::Extractor;
 use crate::message::Fields;
-use crate::protocols::{AtEnd, Fact, Look, Plan, Protocol, Recognised, Request, by_name, is_json};
+use crate::protocols::{AtEnd, Fact, From, Look, Plan, Protocol, Recognised, Request, by_name, is_json};
 use crate::run::{Kind, RunOutcome};
 use crate::sse;
 
@@ -63,6 +63,20 @@ pub fn told(recognised: &mut Recognised, head: &str, body: &str) -> (Vec<Fact>, 
 pub fn told_until_cut(recognised: &mut Recognised, head: &str, body: &str) -> Vec<Fact> {
     let mut facts = read(recognised, head, body);
     recognised.watch.as_mut().expect("the answer is read").cut(RunOutcome::Cancelled, &mut facts);
+    facts
+}
+
+/// What messages of a WebSocket tell; those of the client begin with `>`.
+pub fn told_by_messages(recognised: &mut Recognised, messages: &[&str]) -> Vec<Fact> {
+    let mut facts = Vec::new();
+    let watch = recognised.watch.as_mut().expect("the answer is read");
+    assert!(matches!(watch.head(101, &Fields::default(), &mut facts), Look::Messages));
+    for message in messages {
+        match message.strip_prefix('>') {
+            Some(text) => watch.message(From::Client, text.as_bytes(), &mut facts),
+            None => watch.message(From::Endpoint, message.as_bytes(), &mut facts),
+        }
+    }
     facts
 }
 
