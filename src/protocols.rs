@@ -51,6 +51,9 @@ pub static ALL: &[&dyn Protocol] = &[
 /// Keys of sessions and runs that are longer are none.
 pub const KEY_BYTES_MAX: usize = 512;
 
+/// An exchange that would need more than this to be remembered by is plain HTTP.
+pub const BASE_BYTES_MAX: usize = 1024;
+
 /// One protocol: the recogniser of its requests, and what its runs can be asked.
 pub trait Protocol: Sync {
     /// As `agent_protocol` names it.
@@ -350,7 +353,7 @@ impl Plan {
                 body.and_then(by_shape).or(*by_path)?
             }
         };
-        let recognised = protocol.recognise(request, body)?;
+        let recognised = protocol.recognise(request, body).filter(|found| found.base.len() <= BASE_BYTES_MAX)?;
         Some(Recognised { protocol: Some(protocol), ..recognised })
     }
 }
