@@ -3,9 +3,13 @@
 pub mod core;
 pub mod dispatcher;
 mod endpoints;
+pub mod pace;
+pub mod queue;
+pub mod rate;
 pub mod runs;
 pub mod sessions;
 pub mod status;
+pub mod turn;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};

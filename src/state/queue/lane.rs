@@ -1,0 +1,143 @@
+//! Lane: those who wait for the same: by class, within a class by turns of principals, and there by arrival.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::state::queue::{Class, PASSED_MAX, Principal, Ticket};
+
+/// Whose turns are counted: a principal within a class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Flow {
+    pub class: Class,
+    pub principal: Principal,
+}
+
+#[derive(Default)]
+pub(super) struct Lane {
+    classes: BTreeMap<Class, Row>,
+}
+
+/// One class of a lane.
+struct Row {
+    /// More urgent waiters that took what this class's next could have used, since it had its last turn.
+    passed: u32,
+    /// When that was (a stamp), or when it came to be.
+    turn: u64,
+    /// Principals in the order of their turns. A stamp may be older than the principal's own, when it was served from
+    /// another lane; whoever stands in front is put right before it counts.
+    rotation: BTreeMap<u64, Principal>,
+    waiters: HashMap<Principal, Line>,
+}
+
+/// One principal's waiters, with the stamp that the rotation has of it.
+struct Line {
+    stamp: u64,
+    tickets: BTreeSet<Ticket>,
+}
+
+/// The next waiter of a class.
+#[derive(Clone, Copy)]
+pub(super) struct Front {
+    pub ticket: Ticket,
+    class: Class,
+    stamp: u64,
+    /// Its class was passed over too often, and had its last turn at this stamp.
+    overdue: Option<u64>,
+}
+
+impl Front {
+    /// Whether this one goes first: the overdue by turns, so that each of those lets another go first only once; then
+    /// the more urgent, then by turns of principals, then by arrival.
+    pub fn goes_before(&self, other: &Front) -> bool {
+        match (self.overdue, other.overdue) {
+            (Some(turn), Some(others)) => (turn, self.stamp, self.ticket) < (others, other.stamp, other.ticket),
+            (Some(_), None) => true,
+            (None, Some(_)) => false,
+            (None, None) => (self.class, self.stamp, self.ticket) < (other.class, other.stamp, other.ticket),
+        }
+    }
+}
+
+impl Lane {
+    pub fn is_empty(&self) -> bool {
+        self.classes.is_empty()
+    }
+
+    /// Everybody, in no order.
+    pub fn tickets(&self) -> Vec<Ticket> {
+        let lines = self.classes.values().flat_map(|row| row.waiters.values());
+        lines.flat_map(|line| line.tickets.iter().copied()).collect()
+    }
+
+    /// `stamp` is of the flow's last turn, `now` the newest of all.
+    pub fn insert(&mut self, ticket: Ticket, flow: Flow, stamp: u64, now: u64) {
+        let row = self.classes.entry(flow.class).or_insert_with(|| Row {
+            passed: 0,
+            turn: now,
+            rotation: BTreeMap::new(),
+            waiters: HashMap::new(),
+        });
+        let line = row.waiters.entry(flow.principal).or_insert_with(|| {
+            row.rotation.insert(stamp, flow.principal);
+            Line { stamp, tickets: BTreeSet::new() }
+        });
+        line.tickets.insert(ticket);
+    }
+
+    pub fn remove(&mut self, ticket: Ticket, flow: Flow) {
+        let Some(row) = self.classes.get_mut(&flow.class) else { return };
+        let Some(line) = row.waiters.get_mut(&flow.principal) else { return };
+        line.tickets.remove(&ticket);
+        if line.tickets.is_empty() {
+            row.rotation.remove(&line.stamp);
+            row.waiters.remove(&flow.principal);
+        }
+        if row.waiters.is_empty() {
+            self.classes.remove(&flow.class);
+        }
+    }
+
+    /// The next of every class; `stamp_of` knows when a flow had its last turn.
+    pub fn fronts(&mut self, stamp_of: impl Fn(Flow) -> u64) -> impl Iterator<Item = Front> {
+        self.classes.iter_mut().filter_map(move |(class, row)| {
+            row.front(|principal| stamp_of(Flow { class: *class, principal })).map(|(stamp, ticket)| Front {
+                ticket,
+                class: *class,
+                stamp,
+                overdue: (row.passed >= PASSED_MAX).then_some(row.turn),
+            })
+        })
+    }
+
+    /// A waiter of this class goes; `now` is the stamp of that turn.
+    pub fn served(&mut self, class: Class, now: u64) {
+        if let Some(row) = self.classes.get_mut(&class) {
+            row.passed = 0;
+            row.turn = now;
+        }
+    }
+
+    /// A waiter of `class` took what anybody here could have used.
+    pub fn passed_over(&mut self, class: Class) {
+        for (_, row) in self.classes.iter_mut().filter(|(other, _)| **other > class) {
+            row.passed = row.passed.saturating_add(1);
+        }
+    }
+}
+
+impl Row {
+    fn front(&mut self, stamp_of: impl Fn(Principal) -> u64) -> Option<(u64, Ticket)> {
+        // Stamps only grow, so the least that is true is the least of all. Each turn of this loop puts one principal
+        // right that was served elsewhere since.
+        loop {
+            let (stamp, principal) = self.rotation.first_key_value().map(|(stamp, principal)| (*stamp, *principal))?;
+            let line = self.waiters.get_mut(&principal)?;
+            let newest = stamp_of(principal);
+            if newest == stamp {
+                return line.tickets.first().map(|ticket| (stamp, *ticket));
+            }
+            self.rotation.remove(&stamp);
+            self.rotation.insert(newest, principal);
+            line.stamp = newest;
+        }
+    }
+}

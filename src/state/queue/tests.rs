@@ -1,0 +1,381 @@
+//! Tests of the queue: against a model that does everything by looking at everybody.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Push { class: u8, principal: u8, session: Option<u64>, place: Place, wait: u64 },
+    Leave(usize),
+    Offer { endpoint: u32, version: usize, slot: bool, open: bool },
+    Sort(usize, Place),
+    Unsort,
+    Unpin(u32),
+    Pass(u64),
+    Max(usize),
+}
+
+fn places() -> impl Strategy<Value = Place> {
+    prop_oneof![
+        (0..3_u32).prop_map(Place::Endpoint),
+        (0..2_usize).prop_map(Place::Version),
+        Just(Place::Any),
+        Just(Place::Ready),
+        Just(Place::Turn),
+    ]
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..4_u8, 0..3_u8, proptest::option::of(0..4_u64), places(), 1..50_u64)
+            .prop_map(|(class, principal, session, place, wait)| Step::Push { class, principal, session, place, wait }),
+        2 => (0..40_usize).prop_map(Step::Leave),
+        6 => (0..3_u32, any::<bool>(), proptest::bool::weighted(0.8)).prop_map(|(endpoint, slot, open)| Step::Offer {
+            endpoint,
+            version: (endpoint % 2) as usize,
+            slot,
+            open,
+        }),
+        2 => ((0..40_usize), places()).prop_map(|(which, place)| Step::Sort(which, place)),
+        1 => Just(Step::Unsort),
+        1 => (0..3_u32).prop_map(Step::Unpin),
+        1 => (1..20_u64).prop_map(Step::Pass),
+        1 => (0..30_usize).prop_map(Step::Max),
+    ]
+}
+
+/// Everybody in one list, in order of arrival.
+#[derive(Default)]
+struct Model {
+    waiting: Vec<One>,
+    max: usize,
+    /// (class, principal), when it had its last turn.
+    turns: Vec<((u8, u8), u64)>,
+    /// (place, class), how often it was passed over, when it had its last turn.
+    rows: Vec<((Place, u8), (u32, u64))>,
+    stamp: u64,
+}
+
+#[derive(Clone, Debug)]
+struct One {
+    ticket: Ticket,
+    class: u8,
+    principal: u8,
+    session: Option<u64>,
+    place: Place,
+    deadline: u64,
+}
+
+fn slot_place(place: Place) -> bool {
+    !matches!(place, Place::Ready | Place::Turn)
+}
+
+impl Model {
+    fn turn(&self, one: &One) -> u64 {
+        self.turns.iter().find(|(flow, _)| *flow == (one.class, one.principal)).expect("it waits").1
+    }
+
+    fn row(&self, one: &One) -> (u32, u64) {
+        self.rows.iter().find(|(row, _)| *row == (one.place, one.class)).expect("it waits").1
+    }
+
+    /// Rows and turns are of those who wait; a new one begins now.
+    fn tidy(&mut self) {
+        let waiting = &self.waiting;
+        self.rows.retain(|((place, class), _)| waiting.iter().any(|one| one.place == *place && one.class == *class));
+        self.turns.retain(|(flow, _)| waiting.iter().any(|one| (one.class, one.principal) == *flow));
+        for one in &self.waiting {
+            if !self.turns.iter().any(|(flow, _)| *flow == (one.class, one.principal)) {
+                self.stamp += 1;
+                self.turns.push(((one.class, one.principal), self.stamp));
+            }
+            if !self.rows.iter().any(|(row, _)| *row == (one.place, one.class)) {
+                self.rows.push(((one.place, one.class), (0, self.stamp)));
+            }
+        }
+    }
+
+    fn can_use(one: &One, offer: Offer) -> bool {
+        match one.place {
+            Place::Endpoint(endpoint) => offer.slot && endpoint == offer.endpoint,
+            Place::Version(version) => offer.slot && offer.open && version == offer.version,
+            Place::Any => offer.slot && offer.open,
+            Place::Ready => offer.open,
+            Place::Turn => false,
+        }
+    }
+
+    fn first(&self, offer: Offer) -> Option<One> {
+        let able = self.waiting.iter().filter(|one| Model::can_use(one, offer));
+        // Within its row only the next by turns counts.
+        let next = able.min_by_key(|one| {
+            let (passed, turn) = self.row(one);
+            let by_turns = (self.turn(one), one.ticket);
+            if passed >= PASSED_MAX { (0, turn, by_turns) } else { (1, one.class.into(), by_turns) }
+        });
+        next.cloned()
+    }
+
+    fn take(&mut self, taken: &One, offer: Offer) {
+        self.stamp += 1;
+        self.waiting.retain(|one| one.ticket != taken.ticket);
+        for ((place, class), (passed, turn)) in &mut self.rows {
+            let probe = One { place: *place, ..taken.clone() };
+            if (*place, *class) == (taken.place, taken.class) {
+                (*passed, *turn) = (0, self.stamp);
+            } else if Model::can_use(&probe, offer) && *class > taken.class {
+                *passed += 1;
+            }
+        }
+        for (flow, turn) in &mut self.turns {
+            if *flow == (taken.class, taken.principal) {
+                *turn = self.stamp;
+            }
+        }
+        self.tidy();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn it_does_what_a_list_of_everybody_would(steps in proptest::collection::vec(steps(), 1..120)) {
+        let start = crate::ids::now();
+        let at = |time: u64| start + Duration::from_millis(time);
+        let mut now = 0;
+        let mut queue: Queue<u64> = Queue::new(20);
+        let mut model = Model { max: 20, ..Model::default() };
+        let mut arrivals = 0;
+        for step in steps {
+            match step {
+                Step::Push { class, principal, session, place, wait } => {
+                    arrivals += 1;
+                    let arrival = Arrival {
+                        class: Class(class),
+                        principal: (principal > 0).then_some([principal; 16]),
+                        session,
+                        place,
+                        deadline: at(now + wait),
+                        waiter: arrivals,
+                    };
+                    let pushed = queue.push(arrival, at(now));
+                    prop_assert_eq!(pushed.is_ok(), model.waiting.len() < model.max);
+                    if let Ok(ticket) = pushed {
+                        let mut one = One { ticket, class, principal, session, place, deadline: now + wait };
+                        let mut others = model.waiting.iter().filter(|other| session.is_some() && other.session == session);
+                        if let Some(other) = others.clone().next() {
+                            (one.class, one.principal) = (other.class, other.principal);
+                        }
+                        if slot_place(place) && let Some(other) = others.find(|other| slot_place(other.place)) {
+                            one.place = other.place;
+                        }
+                        model.waiting.push(one);
+                        model.tidy();
+                    }
+                }
+                Step::Leave(which) => {
+                    if !model.waiting.is_empty() {
+                        let one = model.waiting.remove(which % model.waiting.len());
+                        prop_assert!(queue.leave(one.ticket).is_some());
+                        prop_assert!(queue.leave(one.ticket).is_none());
+                        model.tidy();
+                    }
+                }
+                Step::Offer { endpoint, version, slot, open } => {
+                    let offer = Offer { endpoint, version, slot, open };
+                    let expected = model.first(offer);
+                    let first = queue.first(offer);
+                    prop_assert_eq!(first, expected.as_ref().map(|one| one.ticket));
+                    if let Some(one) = expected {
+                        prop_assert!(queue.take(one.ticket, offer).is_some());
+                        model.take(&one, offer);
+                    }
+                }
+                Step::Sort(which, to) => {
+                    if !model.waiting.is_empty() {
+                        let index = which % model.waiting.len();
+                        let One { ticket, session, .. } = model.waiting[index];
+                        queue.sort(ticket, to);
+                        for one in &mut model.waiting {
+                            let same = session.is_some() && one.session == session;
+                            if one.ticket == ticket || (same && slot_place(to) && slot_place(one.place)) {
+                                one.place = to;
+                            }
+                        }
+                        model.tidy();
+                    }
+                }
+                Step::Unsort => {
+                    queue.unsort();
+                    for one in &mut model.waiting {
+                        if matches!(one.place, Place::Version(_)) {
+                            one.place = Place::Any;
+                        }
+                    }
+                    model.tidy();
+                }
+                Step::Unpin(endpoint) => {
+                    queue.unpin(endpoint);
+                    for one in &mut model.waiting {
+                        if one.place == Place::Endpoint(endpoint) {
+                            one.place = Place::Any;
+                        }
+                    }
+                    model.tidy();
+                }
+                Step::Pass(time) => {
+                    now += time;
+                    let mut due: Vec<One> = model.waiting.iter().filter(|one| one.deadline <= now).cloned().collect();
+                    due.sort_by_key(|one| (one.deadline, one.ticket));
+                    let expired: Vec<Ticket> =
+                        queue.expire(at(now), usize::MAX).into_iter().map(|(ticket, _)| ticket).collect();
+                    prop_assert_eq!(expired, due.iter().map(|one| one.ticket).collect::<Vec<_>>());
+                    model.waiting.retain(|one| one.deadline > now);
+                    model.tidy();
+                }
+                Step::Max(max) => {
+                    queue.set_max(max);
+                    model.max = max;
+                }
+            }
+            prop_assert_eq!(queue.len(), model.waiting.len());
+            let placeable = |one: &&One| matches!(one.place, Place::Version(_) | Place::Any | Place::Ready);
+            prop_assert_eq!(queue.placeable(), model.waiting.iter().filter(placeable).count());
+            for (index, one) in model.waiting.iter().enumerate() {
+                prop_assert_eq!(queue.position(one.ticket), Some(index + 1));
+                prop_assert_eq!(queue.place(one.ticket), Some(one.place));
+            }
+            let next = model.waiting.iter().map(|one| one.deadline).min();
+            prop_assert_eq!(queue.next_deadline(), next.map(at));
+        }
+        let rest: Vec<Ticket> = model.waiting.iter().map(|one| one.ticket).collect();
+        for ticket in rest {
+            queue.leave(ticket);
+        }
+        let Queue { lanes, flows, sessions, deadlines, placeable, .. } = &queue;
+        prop_assert!(lanes.is_empty() && flows.is_empty() && sessions.is_empty() && deadlines.is_empty());
+        prop_assert_eq!(*placeable, 0);
+    }
+
+    /// Whatever the mix of endpoints, classes and arrivals: the next of a class waits for so many others, and no more.
+    #[test]
+    fn nobody_starves(offers in proptest::collection::vec((0..3_u32, 0..4_u8, places()), 1..600), class in 1..8_u8) {
+        let now = crate::ids::now();
+        let mut queue = Queue::new(usize::MAX);
+        let patient = queue.push(arrival(class, 0, Place::Endpoint(0)), now).expect("there is room");
+        let mut overtaken = 0;
+        for (endpoint, urgent, place) in offers {
+            // More urgent ones keep coming, wherever they may go.
+            for place in [place, Place::Any, Place::Endpoint(endpoint)] {
+                queue.push(arrival(urgent.min(class - 1), 1, place), now).expect("there is room");
+            }
+            let offer = Offer { endpoint, version: 0, slot: true, open: true };
+            let next = queue.first(offer).expect("somebody waits");
+            queue.take(next, offer);
+            if next == patient {
+                return Ok(());
+            }
+            overtaken += u32::from(endpoint == 0);
+            prop_assert!(overtaken <= OVERTAKEN_MAX);
+        }
+    }
+}
+
+fn arrival(class: u8, principal: u8, place: Place) -> Arrival<()> {
+    Arrival {
+        class: Class(class),
+        principal: (principal > 0).then_some([principal; 16]),
+        session: None,
+        place,
+        deadline: crate::ids::now() + Duration::from_secs(30),
+        waiter: (),
+    }
+}
+
+fn offer(endpoint: u32) -> Offer {
+    Offer { endpoint, version: 0, slot: true, open: true }
+}
+
+fn drain(queue: &mut Queue<()>, endpoint: u32) -> Vec<Ticket> {
+    let mut order = Vec::new();
+    while let Some(next) = queue.first(offer(endpoint)) {
+        queue.take(next, offer(endpoint));
+        order.push(next);
+    }
+    order
+}
+
+#[test]
+fn a_header_that_says_nothing_usable_is_the_default_and_extremes_are_the_ends() {
+    let class = |text: &str| Class::of_header(Some(text.as_bytes())).0;
+    assert_eq!(Class::of_header(None).0, 3);
+    assert_eq!((class(" 0 "), class("7"), class("5")), (0, 7, 5));
+    assert_eq!((class("-4"), class("99"), class("high"), class("")), (0, 7, 3, 3));
+}
+
+#[test]
+fn a_pinned_waiter_of_another_endpoint_blocks_nobody() {
+    let now = crate::ids::now();
+    let mut queue = Queue::new(10);
+    let elsewhere = queue.push(arrival(0, 0, Place::Endpoint(1)), now).expect("room");
+    let turn = queue.push(arrival(0, 0, Place::Turn), now).expect("room");
+    let any = queue.push(arrival(3, 0, Place::Any), now).expect("room");
+    assert_eq!(drain(&mut queue, 0), [any]);
+    assert_eq!(drain(&mut queue, 1), [elsewhere]);
+    assert_eq!(queue.place(turn), Some(Place::Turn));
+}
+
+#[test]
+fn principals_take_turns_and_a_crowd_delays_a_newcomer_by_one() {
+    let now = crate::ids::now();
+    let mut queue = Queue::new(100);
+    let crowd: Vec<Ticket> = (0..50).map(|_| queue.push(arrival(3, 1, Place::Any), now).expect("room")).collect();
+    let few: Vec<Ticket> = (0..2).map(|_| queue.push(arrival(3, 2, Place::Version(0)), now).expect("room")).collect();
+    let order = drain(&mut queue, 0);
+    assert_eq!(order[..5], [crowd[0], few[0], crowd[1], few[1], crowd[2]]);
+}
+
+#[test]
+fn of_one_session_none_overtakes_another() {
+    let now = crate::ids::now();
+    let mut queue = Queue::new(100);
+    let of_session = |class, place| Arrival { session: Some(7), ..arrival(class, 0, place) };
+    let first = queue.push(of_session(5, Place::Endpoint(1)), now).expect("room");
+    let urgent = queue.push(of_session(0, Place::Any), now).expect("room");
+    assert_eq!(drain(&mut queue, 0), [], "the later one waits where the first does");
+    queue.sort(urgent, Place::Any);
+    assert_eq!(drain(&mut queue, 0), [first, urgent]);
+}
+
+#[test]
+fn readiness_alone_serves_those_who_need_no_slot() {
+    let now = crate::ids::now();
+    let mut queue = Queue::new(100);
+    let start = queue.push(arrival(3, 0, Place::Any), now).expect("room");
+    let reader = queue.push(arrival(3, 0, Place::Ready), now).expect("room");
+    let full = Offer { slot: false, ..offer(0) };
+    assert_eq!(queue.first(full), Some(reader));
+    queue.take(reader, full);
+    assert_eq!(queue.first(full), None);
+    assert_eq!(queue.first(Offer { open: false, ..offer(0) }), None, "a draining endpoint takes its own only");
+    assert_eq!(queue.first(offer(0)), Some(start));
+}
+
+#[test]
+fn thousands_come_and_go_while_one_waits() {
+    let now = crate::ids::now();
+    let mut queue = Queue::new(10_000);
+    let patient = queue.push(arrival(7, 0, Place::Endpoint(9)), now).expect("room");
+    for _ in 0..100_000 {
+        let ticket = queue.push(arrival(3, 0, Place::Any), now).expect("room");
+        assert_eq!(queue.position(ticket), Some(2));
+        assert_eq!(queue.first(offer(0)), Some(ticket));
+        queue.take(ticket, offer(0));
+    }
+    assert_eq!(queue.position(patient), Some(1));
+    assert!(queue.oldest_age(now + Duration::from_secs(3)) >= Duration::from_secs(3));
+}
