@@ -3,9 +3,12 @@
 pub mod core;
 pub mod dispatcher;
 mod endpoints;
+pub mod handover;
+pub mod idempotency;
 pub mod pace;
 pub mod queue;
 pub mod rate;
+pub mod recording;
 pub mod runs;
 pub mod sessions;
 pub mod status;
