@@ -126,6 +126,7 @@ mod tests {
             session: None,
             place: Place::Any,
             deadline: now + Duration::from_secs(1),
+            beyond_max: false,
             waiter: (),
         };
         let ticket = room.queue.push(arrival, now).expect("there is room");

@@ -84,10 +84,11 @@ mod tests {
         assert_eq!((after(0), after(500), after(1_000), after(2_000), after(4_000)), (10, 15, 20, 40, 160));
         let mut pace = Pace::new(start);
         let mut now = start;
-        for _ in 0..200 {
+        for taken in 0..200 {
             if let Err(later) = pace.ready(now) {
                 now = later;
             }
+            assert_eq!(now == start, taken < FIRST, "after {taken}");
             assert_eq!(pace.ready(now), Ok(()));
             pace.take();
         }

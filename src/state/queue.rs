@@ -11,18 +11,17 @@ mod rank;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use crate::state::queue::lane::{Flow, Lane};
+use crate::state::queue::lane::{Flow, Front, Lane};
 use crate::state::queue::rank::Ranks;
 
-/// How often the next waiter of a class lets more urgent ones go first; then it is due.
+/// How often a class lets others go first; then it is due.
 pub const PASSED_MAX: u32 = 8;
 
-/// The bound on starvation: waiters of other classes that take a slot which the next of a class could have used. Once it
-/// is due, every other class of every lane that the slot looks at goes before it at most once.
-pub const OVERTAKEN_MAX: u32 = PASSED_MAX + LANES_OF_A_SLOT * (Class::LEAST_URGENT.0 as u32 + 1);
+/// The bound on starvation: waiters of other classes that take a slot which the next of a class could have used. Once a
+/// class is due, every other goes before it at most once.
+pub const OVERTAKEN_MAX: u32 = PASSED_MAX + CLASSES as u32 - 1;
 
-/// Endpoint, version, any, and those that wait for readiness only.
-const LANES_OF_A_SLOT: u32 = 4;
+const CLASSES: usize = 8;
 
 /// How urgent a start is: 0 to 7, lower is more urgent, as the urgency of RFC 9218 section 4.1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,6 +83,9 @@ pub struct Arrival<W> {
     pub session: Option<u64>,
     pub place: Place,
     pub deadline: Instant,
+    /// It needs no place of those that [`Queue::set_max`] bounds, because something else does: there is one start at most
+    /// that interrupts a session.
+    pub beyond_max: bool,
     pub waiter: W,
 }
 
@@ -188,10 +190,10 @@ impl<W> Queue<W> {
     /// Takes a place at the end; gives the arrival back where there is none. Later waiters of one session stand with the
     /// first: in its class and for the same slot, so that none overtakes another.
     pub fn push(&mut self, arrival: Arrival<W>, now: Instant) -> Result<Ticket, Arrival<W>> {
-        if self.waiting.len() >= self.max {
+        if self.waiting.len() >= self.max && !arrival.beyond_max {
             return Err(arrival);
         }
-        let Arrival { class, principal, session, mut place, deadline, waiter } = arrival;
+        let Arrival { class, principal, session, mut place, deadline, waiter, .. } = arrival;
         let mut flow = Flow { class, principal };
         if let Some(others) = session.and_then(|session| self.sessions.get(&session)) {
             let mut others = others.iter().map(|ticket| &self.waiting[ticket]);
@@ -265,28 +267,24 @@ impl<W> Queue<W> {
     /// [`Queue::leave`].
     pub fn first(&mut self, offer: Offer) -> Option<Ticket> {
         let Queue { lanes, flows, .. } = self;
-        let mut next: Option<lane::Front> = None;
+        let mut fronts: [Option<Front>; CLASSES] = [None; CLASSES];
         for place in offer.places() {
             let Some(lane) = lanes.get_mut(&place) else { continue };
             for front in lane.fronts(|flow| flows[&flow].stamp) {
-                if next.is_none_or(|best| front.goes_before(&best)) {
-                    next = Some(front);
-                }
+                let known = &mut fronts[usize::from(front.class.0)];
+                *known = Some(known.map_or(front, |known| known.or(front)));
             }
         }
-        next.map(|front| front.ticket)
+        fronts.into_iter().flatten().min_by_key(Front::order).map(|front| front.ticket)
     }
 
     /// The waiter goes, to what was offered to it. Those that were passed over are nearer to their turn now.
     pub fn take(&mut self, ticket: Ticket, offer: Offer) -> Option<W> {
-        let Waiting { flow, place, .. } = *self.waiting.get(&ticket)?;
+        let flow = self.waiting.get(&ticket)?.flow;
         self.last_stamp += 1;
-        if let Some(lane) = self.lanes.get_mut(&place) {
-            lane.served(flow.class, self.last_stamp);
-        }
         for place in offer.places() {
             if let Some(lane) = self.lanes.get_mut(&place) {
-                lane.passed_over(flow.class);
+                lane.served(flow.class, self.last_stamp);
             }
         }
         if let Some(turns) = self.flows.get_mut(&flow) {

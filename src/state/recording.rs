@@ -293,7 +293,7 @@ impl State {
         let new = (old * 2).clamp(FIRST_BYTES, BLOCK_BYTES);
         while !(self.whole || self.readers > 0) || self.kept() + (new - old) > bytes_max || !budget.reserve(new - old) {
             self.whole = false;
-            if self.readers == 0 || self.blocks.pop_front().is_none() {
+            if self.blocks.pop_front().is_none() {
                 return false;
             }
             self.start += BLOCK_BYTES as u64;

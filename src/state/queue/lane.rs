@@ -18,7 +18,7 @@ pub(super) struct Lane {
 
 /// One class of a lane.
 struct Row {
-    /// More urgent waiters that took what this class's next could have used, since it had its last turn.
+    /// Waiters of other classes that took what this class's next could have used, since the class had its last turn.
     passed: u32,
     /// When that was (a stamp), or when it came to be.
     turn: u64,
@@ -34,26 +34,28 @@ struct Line {
     tickets: BTreeSet<Ticket>,
 }
 
-/// The next waiter of a class.
+/// The next waiter of a class, in one lane or in several.
 #[derive(Clone, Copy)]
 pub(super) struct Front {
     pub ticket: Ticket,
-    class: Class,
+    pub class: Class,
     stamp: u64,
-    /// Its class was passed over too often, and had its last turn at this stamp.
+    /// The class was passed over too often, and had its last turn at this stamp.
     overdue: Option<u64>,
 }
 
 impl Front {
-    /// Whether this one goes first: the overdue by turns, so that each of those lets another go first only once; then
-    /// the more urgent, then by turns of principals, then by arrival.
-    pub fn goes_before(&self, other: &Front) -> bool {
-        match (self.overdue, other.overdue) {
-            (Some(turn), Some(others)) => (turn, self.stamp, self.ticket) < (others, other.stamp, other.ticket),
-            (Some(_), None) => true,
-            (None, Some(_)) => false,
-            (None, None) => (self.class, self.stamp, self.ticket) < (other.class, other.stamp, other.ticket),
-        }
+    /// The next of both, which are of one class: by turns of principals, then by arrival.
+    pub fn or(self, other: Front) -> Front {
+        let overdue = [self.overdue, other.overdue].into_iter().flatten().min();
+        let next = if (self.stamp, self.ticket) < (other.stamp, other.ticket) { self } else { other };
+        Front { overdue, ..next }
+    }
+
+    /// Of two classes the lesser goes first: the overdue by turns, so that each of those lets another go first only
+    /// once, then the more urgent.
+    pub fn order(&self) -> (u64, Class) {
+        (self.overdue.unwrap_or(u64::MAX), self.class)
     }
 }
 
@@ -108,18 +110,15 @@ impl Lane {
         })
     }
 
-    /// A waiter of this class goes; `now` is the stamp of that turn.
+    /// A waiter of `class` took what anybody here could have used; `now` is the stamp of that turn.
     pub fn served(&mut self, class: Class, now: u64) {
-        if let Some(row) = self.classes.get_mut(&class) {
-            row.passed = 0;
-            row.turn = now;
-        }
-    }
-
-    /// A waiter of `class` took what anybody here could have used.
-    pub fn passed_over(&mut self, class: Class) {
-        for (_, row) in self.classes.iter_mut().filter(|(other, _)| **other > class) {
-            row.passed = row.passed.saturating_add(1);
+        for (other, row) in &mut self.classes {
+            if *other == class {
+                row.passed = 0;
+                row.turn = now;
+            } else {
+                row.passed = row.passed.saturating_add(1);
+            }
         }
     }
 }
