@@ -11,7 +11,7 @@ mod rank;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use crate::state::queue::lane::{Flow, Front, Lane};
+use crate::state::queue::lane::{Flow, Lane};
 use crate::state::queue::rank::Ranks;
 
 /// How often a class lets others go first; then it is due.
@@ -267,15 +267,13 @@ impl<W> Queue<W> {
     /// [`Queue::leave`].
     pub fn first(&mut self, offer: Offer) -> Option<Ticket> {
         let Queue { lanes, flows, .. } = self;
-        let mut fronts: [Option<Front>; CLASSES] = [None; CLASSES];
-        for place in offer.places() {
-            let Some(lane) = lanes.get_mut(&place) else { continue };
-            for front in lane.fronts(|flow| flows[&flow].stamp) {
-                let known = &mut fronts[usize::from(front.class.0)];
-                *known = Some(known.map_or(front, |known| known.or(front)));
-            }
-        }
-        fronts.into_iter().flatten().min_by_key(Front::order).map(|front| front.ticket)
+        // First the class, of all lanes together; then within it by turns of principals, and by arrival.
+        let due = offer.places().filter_map(|place| lanes.get(&place)?.due()).min()?;
+        let fronts = offer.places().filter_map(|place| {
+            let stamp_of = |flow| flows[&flow].stamp;
+            lanes.get_mut(&place)?.front(due.class, stamp_of)
+        });
+        fronts.min().map(|(_, ticket)| ticket)
     }
 
     /// The waiter goes, to what was offered to it. Those that were passed over are nearer to their turn now.

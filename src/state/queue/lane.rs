@@ -34,29 +34,13 @@ struct Line {
     tickets: BTreeSet<Ticket>,
 }
 
-/// The next waiter of a class, in one lane or in several.
-#[derive(Clone, Copy)]
-pub(super) struct Front {
-    pub ticket: Ticket,
+/// When a class of a lane goes. The least goes first: the overdue by turns, so that each of those lets another go first
+/// only once, then the more urgent.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Due {
+    /// The class was passed over too often, and had its last turn at this stamp; later than all stamps otherwise.
+    turn: u64,
     pub class: Class,
-    stamp: u64,
-    /// The class was passed over too often, and had its last turn at this stamp.
-    overdue: Option<u64>,
-}
-
-impl Front {
-    /// The next of both, which are of one class: by turns of principals, then by arrival.
-    pub fn or(self, other: Front) -> Front {
-        let overdue = [self.overdue, other.overdue].into_iter().flatten().min();
-        let next = if (self.stamp, self.ticket) < (other.stamp, other.ticket) { self } else { other };
-        Front { overdue, ..next }
-    }
-
-    /// Of two classes the lesser goes first: the overdue by turns, so that each of those lets another go first only
-    /// once, then the more urgent.
-    pub fn order(&self) -> (u64, Class) {
-        (self.overdue.unwrap_or(u64::MAX), self.class)
-    }
 }
 
 impl Lane {
@@ -98,16 +82,18 @@ impl Lane {
         }
     }
 
-    /// The next of every class; `stamp_of` knows when a flow had its last turn.
-    pub fn fronts(&mut self, stamp_of: impl Fn(Flow) -> u64) -> impl Iterator<Item = Front> {
-        self.classes.iter_mut().filter_map(move |(class, row)| {
-            row.front(|principal| stamp_of(Flow { class: *class, principal })).map(|(stamp, ticket)| Front {
-                ticket,
-                class: *class,
-                stamp,
-                overdue: (row.passed >= PASSED_MAX).then_some(row.turn),
-            })
-        })
+    /// The class of which a waiter goes first.
+    pub fn due(&self) -> Option<Due> {
+        let due = |(class, row): (&Class, &Row)| Due {
+            turn: if row.passed >= PASSED_MAX { row.turn } else { u64::MAX },
+            class: *class,
+        };
+        self.classes.iter().map(due).min()
+    }
+
+    /// The next of a class, with the stamp of its principal's last turn, which `stamp_of` knows.
+    pub fn front(&mut self, class: Class, stamp_of: impl Fn(Flow) -> u64) -> Option<(u64, Ticket)> {
+        self.classes.get_mut(&class)?.front(|principal| stamp_of(Flow { class, principal }))
     }
 
     /// A waiter of `class` took what anybody here could have used; `now` is the stamp of that turn.
