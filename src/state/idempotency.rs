@@ -87,6 +87,8 @@ pub struct Starts {
     starts: HashMap<StartKey, Known>,
     /// Those whose run has ended, by when.
     ended: BTreeSet<(Instant, StartKey)>,
+    /// Those of them whose answer was not let go yet.
+    kept: BTreeSet<(Instant, StartKey)>,
     budget: Arc<Budget>,
 }
 
@@ -99,7 +101,7 @@ struct Known {
 impl Starts {
     /// Remembers starts for `keep` after the end of their runs. Budgets may be shared between services.
     pub fn new(keep: Duration, budget: Arc<Budget>) -> Starts {
-        Starts { keep, starts: HashMap::new(), ended: BTreeSet::new(), budget }
+        Starts { keep, starts: HashMap::new(), ended: BTreeSet::new(), kept: BTreeSet::new(), budget }
     }
 
     /// How long starts are remembered from now on, those that are already included.
@@ -142,6 +144,7 @@ impl Starts {
             Finish::Keep => {
                 known.ended = Some(now);
                 self.ended.insert((now, key));
+                self.kept.insert((now, key));
             }
             Finish::Forget => {
                 self.starts.remove(&key);
@@ -151,31 +154,32 @@ impl Starts {
 
     /// Forgets what was kept long enough. Whoever reads an answer reads on.
     pub fn expire(&mut self, now: Instant) {
-        while let Some((ended, key)) = self.ended.first()
+        while let Some((ended, _)) = self.ended.first()
             && now.saturating_duration_since(*ended) >= self.keep
         {
-            self.starts.remove(key);
-            self.ended.pop_first();
+            self.forget_oldest();
         }
     }
 
     /// Lets the oldest answers go where memory is short: their runs are remembered, so that none is started again. Only
     /// where the table itself is full is the oldest run forgotten.
     fn make_room(&mut self) {
-        if self.budget.is_tight() {
-            for (_, key) in &self.ended {
-                if let Some(known) = self.starts.get(key) {
-                    known.recording.forget();
-                }
-                if !self.budget.is_tight() {
-                    break;
-                }
+        while self.budget.is_tight()
+            && let Some((_, key)) = self.kept.pop_first()
+        {
+            if let Some(known) = self.starts.get(&key) {
+                known.recording.forget();
             }
         }
-        if self.starts.len() >= STARTS_MAX
-            && let Some((_, oldest)) = self.ended.pop_first()
-        {
-            self.starts.remove(&oldest);
+        if self.starts.len() >= STARTS_MAX {
+            self.forget_oldest();
+        }
+    }
+
+    fn forget_oldest(&mut self) {
+        if let Some(oldest) = self.ended.pop_first() {
+            self.kept.remove(&oldest);
+            self.starts.remove(&oldest.1);
         }
     }
 }
@@ -396,7 +400,7 @@ mod tests {
             starts.expire(at(now));
             let running = model.iter().filter(|known| known.ended.is_none()).count();
             prop_assert_eq!(starts.len(), running);
-            prop_assert!(starts.ended.is_empty());
+            prop_assert!(starts.ended.is_empty() && starts.kept.is_empty());
             drop((starts, model));
             prop_assert_eq!(budget.used(), 0);
         }
