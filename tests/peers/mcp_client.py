@@ -121,7 +121,15 @@ async def discovered(context: Context):
 
 async def stateless_errors(context: Context):
     """Errors of the stateless version; an unknown method is a 404 that says nothing about a session."""
-    meta = {"_meta": {"io.modelcontextprotocol/protocolVersion": STATELESS}}
+    prefix = "io.modelcontextprotocol"
+    client = {"name": "test", "version": "1"}
+    meta = {
+        "_meta": {
+            f"{prefix}/protocolVersion": STATELESS,
+            f"{prefix}/clientInfo": client,
+            f"{prefix}/clientCapabilities": {},
+        }
+    }
     headers = {"mcp-protocol-version": STATELESS}
     unknown = await context.post(
         {"jsonrpc": "2.0", "id": 1, "method": "no/such", "params": meta}, **headers, **{"mcp-method": "no/such"}

@@ -2,17 +2,19 @@
 by the client's headers), HTTP+SSE on /sse, and on /seen what it has done, for the tests."""
 
 import asyncio
+import uuid
 from collections import Counter
 
 import mcp_types
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.streamable_http import EventMessage, EventStore
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 import serving
 
-seen = {"initialized": 0, "calls": Counter(), "running": 0, "cancelled": 0}
+seen = {"calls": Counter(), "running": 0, "cancelled": 0}
 counters: Counter = Counter()  # by session
 server = MCPServer("counter")
 
@@ -82,24 +84,32 @@ async def greet(context: Context) -> str:
 
 
 class Memory(EventStore):
-    """Events of all streams in the order in which they came."""
+    """Events of all streams of one session in the order in which they came."""
 
     def __init__(self) -> None:
+        self.name = uuid.uuid4().hex[:8]
         self.events: list[tuple[str, mcp_types.JSONRPCMessage | None]] = []
 
     async def store_event(self, stream_id, message):
         self.events.append((stream_id, message))
-        return str(len(self.events))
+        return f"{self.name}-{len(self.events)}"
 
     async def replay_events_after(self, last_event_id, send_callback):
-        last = int(last_event_id)
-        if not 0 < last <= len(self.events):
+        name, _, last = last_event_id.partition("-")
+        if name != self.name or not 0 < int(last) <= len(self.events):
             return None
-        stream = self.events[last - 1][0]
-        for number, (of, message) in enumerate(self.events[last:], start=last + 1):
+        stream = self.events[int(last) - 1][0]
+        for number, (of, message) in enumerate(self.events[int(last) :], start=int(last) + 1):
             if of == stream and message is not None:
-                await send_callback(EventMessage(message, str(number)))
+                await send_callback(EventMessage(message, f"{name}-{number}"))
         return stream
+
+
+class SessionManager(StreamableHTTPSessionManager):
+    """Gives each session a memory of its own. The package gives all sessions the same, in which streams are told apart by
+    the ids of requests, and those repeat from session to session."""
+
+    event_store = property(lambda _self: Memory(), lambda _self, _value: None)
 
 
 async def show(_request) -> JSONResponse:
@@ -107,6 +117,7 @@ async def show(_request) -> JSONResponse:
 
 
 application = server.streamable_http_app(event_store=Memory(), retry_interval=100)
+server.session_manager.__class__ = SessionManager
 application.router.routes.extend(server.sse_app().routes)
 application.add_route("/seen", show)
 

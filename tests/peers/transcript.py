@@ -13,8 +13,9 @@ import traceback
 
 async def run(scenarios: dict, make_context) -> None:
     url, names = sys.argv[1], sys.argv[2:]
-    if names == ["all"]:
-        names = [name for name, scenario in scenarios.items() if not getattr(scenario, "alone", False)]
+    if "all" in names:
+        names.remove("all")
+        names += [name for name, scenario in scenarios.items() if not getattr(scenario, "alone", False)]
     failed = False
 
     async def one(name: str) -> None:
