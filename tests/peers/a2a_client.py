@@ -1,7 +1,9 @@
 """Scenarios of the official A2A client and of A2A on the wire: a2a_client.py URL SCENARIO.. (transcript.py says what is
-printed). Clients go where the agent card sends them, so the card must name the address of the proxy."""
+printed). Clients go where the agent card sends them, so the card must name the address of the proxy; with A2A_STAY=1
+they stay at URL whatever the card says."""
 
 import asyncio
+import os
 import uuid
 
 import httpx
@@ -37,6 +39,8 @@ class Context:
             for each in card.supported_interfaces
             if each.protocol_binding == binding and each.protocol_version == version
         ]
+        for each in kept if os.environ.get("A2A_STAY") else []:
+            each.url = self.url + httpx.URL(each.url).path
         del card.supported_interfaces[:]
         card.supported_interfaces.extend(kept)
         config = ClientConfig(
@@ -156,8 +160,8 @@ async def contexts(context: Context):
 
 async def background(client) -> dict:
     """A task that is left at once goes on and is found again by its id."""
-    left, _ = await first_task(client, say("long 1", at_once=True))
-    cut, _ = await first_task(client, say("long 1"))
+    left, _ = await first_task(client, say("long 3", at_once=True))
+    cut, _ = await first_task(client, say("long 3"))
     early = [await state(client, left), await state(client, cut)]
     return {
         "early": [each in ("TASK_STATE_SUBMITTED", "TASK_STATE_WORKING") for each in early],
@@ -196,7 +200,7 @@ async def rest_cancel(context: Context):
 async def resubscribe(context: Context):
     """Two that join a running task see it end."""
     client = await context.client()
-    task, _ = await first_task(client, say("long 1.5", at_once=True))
+    task, _ = await first_task(client, say("long 3", at_once=True))
 
     async def join():
         events = [shown(event) async for event in client.subscribe(SubscribeToTaskRequest(id=task))]

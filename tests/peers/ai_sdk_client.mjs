@@ -48,7 +48,7 @@ async function fail(url) {
 async function resume(url) {
   const one = async () => {
     const chatId = crypto.randomUUID();
-    const reader = (await send(url, chatId, "long 1.5")).getReader();
+    const reader = (await send(url, chatId, "long 4")).getReader();
     for (let count = 0; count < 5; count++) await reader.read();
     await reader.cancel();
     const joined = await transport(url).reconnectToStream({ chatId });

@@ -20,13 +20,14 @@ function chat(id) {
 function answer(text, turn, stop) {
   return createUIMessageStream({
     execute: async ({ writer }) => {
+      const stopped = new Promise((resolve) => stop.addEventListener("abort", resolve));
       writer.write({ type: "start", messageId: crypto.randomUUID() });
       writer.write({ type: "start-step" });
       writer.write({ type: "text-start", id: "text" });
       const long = text.startsWith("long ");
       const parts = long ? Array.from({ length: 10 }, (_, step) => `${step} `) : [`turn ${turn}: `, text];
       for (const delta of parts) {
-        if (long) await sleep((Number(text.slice(5)) * 1000) / 10);
+        if (long) await Promise.race([sleep((Number(text.slice(5)) * 1000) / 10), stopped]);
         if (stop.aborted) {
           writer.write({ type: "abort" });
           return;

@@ -132,7 +132,7 @@ async def errors(context: Context):
 async def background(context: Context):
     """A run that no request waits for; polls see it end."""
     thread = await context.thread()
-    run = await context.start(thread, {"say": "later", "sleep": 1})
+    run = await context.start(thread, {"say": "later", "sleep": 3})
     early = await context.becomes(thread, run, "pending", "running")
     final = await context.becomes(thread, run, "success", "error", "interrupted")
     return {"early": early in ("pending", "running"), "final": final, "turns": await context.turns(thread)}
