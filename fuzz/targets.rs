@@ -1,6 +1,6 @@
 //! Targets: what must hold for any bytes. Run by the fuzzer, and over the committed corpus by `tests/corpus.rs`.
 //!
-//! The first byte of `chunks`, `sse`, `json` and `answer` says into what pieces the rest is cut.
+//! The first byte of `chunks`, `sse`, `websocket`, `json` and `answer` says into what pieces the rest is cut.
 
 use longhaul::config::JsonPointer;
 use longhaul::error::{Code, ProxyError};
@@ -14,6 +14,7 @@ use longhaul::message::{Fields, Version};
 use longhaul::protocols::a2a::rewrite_card;
 use longhaul::protocols::{ALL, Cancel, Fact, From, KEY_BYTES_MAX, Look, Plan, Protocol, Recognised, Request, RunRef};
 use longhaul::sse::{Reader, Scanner};
+use longhaul::websocket;
 
 const LIMITS: HeadLimits = HeadLimits { max_bytes: 4096, max_fields: 32 };
 
@@ -172,6 +173,22 @@ pub fn sse(data: &[u8]) {
     assert_eq!(stream.chunks(usize::from(size).max(1)).map(|piece| cut.feed(piece)).sum::<u32>(), events);
     assert_eq!(cut.between_events(), whole.between_events());
     assert!(events as usize <= stream.len() / 2);
+}
+
+/// Messages are the same however the direction is cut, and bounded.
+pub fn websocket(data: &[u8]) {
+    let Some((&size, stream)) = data.split_first() else { return };
+    let read = |piece: usize| {
+        let mut reader = websocket::Reader::default();
+        let mut told = Vec::new();
+        for part in stream.chunks(piece) {
+            reader.feed(part, |message| told.push((message.text.to_vec(), message.cut)));
+        }
+        (told, reader.is_blind())
+    };
+    let whole = read(stream.len().max(1));
+    assert_eq!(read(usize::from(size).max(1)), whole);
+    assert!(whole.0.iter().map(|(text, _)| text.len()).sum::<usize>() <= stream.len());
 }
 
 /// Values are the same however the document is cut; what serde can read does not fail.

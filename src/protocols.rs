@@ -51,8 +51,8 @@ pub static ALL: &[&dyn Protocol] = &[
 /// Keys of sessions and runs that are longer are none.
 pub const KEY_BYTES_MAX: usize = 512;
 
-/// An exchange that would need more than this to be remembered by is plain HTTP.
-pub const BASE_BYTES_MAX: usize = 1024;
+/// What a run's start leaves for later calls ([`Recognised::base`]) is no longer, or there are none.
+pub const BASE_BYTES_MAX: usize = 2 * KEY_BYTES_MAX;
 
 /// One protocol: the recogniser of its requests, and what its runs can be asked.
 pub trait Protocol: Sync {
@@ -390,6 +390,16 @@ impl Request<'_> {
     /// The segments of the path, still percent-encoded: `/a/b` has `a` and `b`.
     pub fn segments(&self) -> impl DoubleEndedIterator<Item = &str> + Clone {
         self.path.trim_start_matches('/').split('/')
+    }
+
+    /// Path and query, for calls of ours; `None`: too long to be remembered, or nothing that a request line may have.
+    pub fn target(&self) -> Option<String> {
+        let target = match self.query {
+            Some(query) => format!("{}?{query}", self.path),
+            None => self.path.to_owned(),
+        };
+        let is_plain = target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#');
+        (is_plain && target.len() <= BASE_BYTES_MAX).then_some(target)
     }
 
     /// The first value of a query parameter, percent-decoded.

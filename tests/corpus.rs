@@ -29,6 +29,11 @@ fn sse() {
 }
 
 #[test]
+fn websocket() {
+    run("websocket", targets::websocket);
+}
+
+#[test]
 fn json() {
     run("json", targets::json);
 }
@@ -72,6 +77,11 @@ proptest! {
     #[test]
     fn answer_pieces(data in pieces("answer")) {
         targets::answer(&data);
+    }
+
+    #[test]
+    fn websocket_pieces(data in pieces("websocket")) {
+        targets::websocket(&data);
     }
 
     #[test]

@@ -15,7 +15,8 @@ use http::Method;
 use crate::error::ProxyError;
 use crate::json::{Extractor, Found, Pointers};
 use crate::protocols::{
-    Call, Cancel, KEY_BYTES_MAX, OnDisconnect, Protocol, Recognised, Request, RunRef, Sign, Standing, key,
+    BASE_BYTES_MAX, Call, Cancel, KEY_BYTES_MAX, OnDisconnect, Protocol, Recognised, Request, RunRef, Sign, Standing,
+    key,
 };
 
 pub use legacy::rewrite_endpoint_event;
@@ -245,17 +246,17 @@ struct Base<'a> {
 }
 
 impl Base<'_> {
+    /// Empty where it would be too long or is nothing that can be sent: then there are no calls.
     fn written(request: &Request<'_>) -> String {
         let session = if is_stateless(request) { None } else { request.header("mcp-session-id") };
-        let mut text = version(request).unwrap_or_default().to_owned();
-        for part in ["\n", session.unwrap_or_default(), "\n", request.path] {
-            text.push_str(part);
+        let (version, session) = (version(request).unwrap_or_default(), session.unwrap_or_default());
+        let Some(target) = request.target() else { return String::new() };
+        let length = version.len() + session.len() + target.len() + 2;
+        let is_plain = [version, session].iter().all(|text| text.bytes().all(|byte| byte.is_ascii_graphic()));
+        if !is_plain || length > BASE_BYTES_MAX {
+            return String::new();
         }
-        if let Some(query) = request.query {
-            text.push('?');
-            text.push_str(query);
-        }
-        text
+        format!("{version}\n{session}\n{target}")
     }
 
     fn read(text: &str) -> Option<Base<'_>> {

@@ -167,16 +167,11 @@ fn create(request: &Request<'_>, body: Option<&Extractor>) -> Recognised {
     let says = |pointer, word| body.is_some_and(|body| body.word(pointer) == Some(word));
     let in_background = says("/background", "true");
     let answer = Answer::new(Asked::Create { in_background, is_stored: !says("/store", "false") });
-    let mut base = request.path.trim_end_matches('/').to_owned();
-    if let Some(query) = request.query {
-        base.push('?');
-        base.push_str(query);
-    }
     Recognised {
         session: chain(body),
         // Closing the connection is how a response in the foreground is cancelled.
         on_disconnect: if in_background { OnDisconnect::GoesOn } else { OnDisconnect::Ends },
-        base,
+        base: request.target().unwrap_or_default(),
         ..Recognised::start(answer)
     }
 }
@@ -204,6 +199,7 @@ fn target(run: &RunRef<'_>, behind: &str) -> Option<String> {
     }
     let (path, query) = run.base.split_once('?').map_or((run.base, None), |(path, query)| (path, Some(query)));
     let query = query.map_or(String::new(), |query| format!("?{query}"));
+    let path = path.trim_end_matches('/');
     Some(format!("{path}/{}{behind}{query}", utf8_percent_encode(run.key, PLAIN)))
 }
 
