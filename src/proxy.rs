@@ -35,6 +35,7 @@ pub mod pool;
 pub mod problem;
 pub mod relay;
 pub mod respond;
+pub mod rewrite;
 pub mod route;
 pub mod timer;
 pub mod upstream;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
 
 use crate::config::{self, Affinity, HttpVersion};
@@ -22,6 +23,7 @@ use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Peer, SourceFault};
 use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow};
+use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
@@ -126,7 +128,7 @@ pub async fn forward(
     let connect_timeout = overrides.connect.unwrap_or(timeouts.connect);
     let mut attempt = 1;
     let mut fresh = false;
-    let (upstream, answer) = loop {
+    let (mut upstream, mut answer) = loop {
         let tried = try_once(
             Attempt { asked: &asked, target: &target, cuts, stop: lease.stop(), deadlines, connect_timeout, fresh },
             client,
@@ -192,6 +194,19 @@ pub async fn forward(
         return Err(unanswered.error);
     };
 
+    let outside = Outside { scheme: asked.scheme, authority: &request.authority, prefix };
+    let ahead = rewrite::ahead(
+        identity.recognised.as_ref(),
+        service.recognition,
+        &outside,
+        &request,
+        &target.url,
+        &mut answer,
+        &mut upstream.peer,
+        timer,
+    )
+    .await;
+
     begin_answer(
         asked,
         client,
@@ -203,6 +218,7 @@ pub async fn forward(
         upstream,
         direction,
         answer,
+        ahead,
         deadlines,
         record,
     )
@@ -432,6 +448,7 @@ fn begin_answer(
     mut upstream: Upstream,
     direction: Direction,
     mut answer: ResponseHead,
+    ahead: Option<Bytes>,
     deadlines: Deadlines,
     record: &mut Record,
 ) -> Result<Forwarded, ProxyError> {
@@ -477,6 +494,11 @@ fn begin_answer(
     if is_event_stream(&answer) {
         response_observer.expect_events();
     }
+    let untouched = ahead.is_none();
+    if let Some(ahead) = ahead {
+        response_observer.observe(&ahead);
+        upstream.peer.put_back(ahead);
+    }
 
     // The answer's head as the client is to see it.
     edits::remove_own(&mut answer.fields);
@@ -515,7 +537,11 @@ fn begin_answer(
     let upstream_keep_alive = answer.keep_alive;
     let from_http1 = upstream.peer.is_http1();
     let raw = tunnel
-        || (from_http1 && client.is_http1() && answer.framing == Framing::Chunked && caller.version == Version::Http11);
+        || (untouched
+            && from_http1
+            && client.is_http1()
+            && answer.framing == Framing::Chunked
+            && caller.version == Version::Http11);
     let mut request_direction = direction;
     let bodiless = matches!(answer.framing, Framing::None | Framing::Length(0)) && !tunnel;
     let client_keep_alive = may_keep_alive(connection, client, caller) && answer.framing != Framing::Eof && !tunnel;

@@ -127,7 +127,7 @@ pub async fn identify(
 }
 
 /// The request as its endpoint will see it.
-fn view<'a>(request: &'a RequestHead, prefix: Option<&str>) -> protocols::Request<'a> {
+pub fn view<'a>(request: &'a RequestHead, prefix: Option<&str>) -> protocols::Request<'a> {
     let stripped = prefix.and_then(|prefix| edits::strip_prefix(&request.path, prefix));
     protocols::Request {
         method: &request.method,

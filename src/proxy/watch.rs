@@ -3,12 +3,13 @@
 use crate::error::Code;
 use crate::json::{Extractor, Progress};
 use crate::message::Fields;
-use crate::protocols::{self, AtEnd, Fact, Look, OnDisconnect, Recognised, Watch};
+use crate::protocols::{self, AtEnd, Fact, From, Look, OnDisconnect, Recognised, Watch};
 use crate::run::RunOutcome;
 use crate::sse;
 use crate::state::core::Finish;
 use crate::state::dispatcher::Lease;
 use crate::state::runs::About;
+use crate::websocket;
 
 /// Runs that one socket may have begun; more are not followed.
 const STARTED_MAX: usize = 1024;
@@ -36,6 +37,8 @@ enum Reading {
     Nothing,
     Json(Box<Extractor>),
     Events(sse::Reader),
+    /// Those that the endpoint sends over a WebSocket.
+    Messages(Box<websocket::Reader>),
 }
 
 /// What of a recognised exchange the dispatcher keeps with its run.
@@ -70,7 +73,8 @@ impl Watching {
         self.reading = match self.watch.head(status, fields, &mut self.facts) {
             Look::Json(pointers) => Reading::Json(Box::new(Extractor::of(pointers.clone()))),
             Look::Events => Reading::Events(sse::Reader::default()),
-            Look::Messages | Look::Nothing => Reading::Nothing,
+            Look::Messages => Reading::Messages(Box::default()),
+            Look::Nothing => Reading::Nothing,
         };
         self.refused = (status >= 400).then(|| protocols::outcome_of_status(status));
         self.pass_on(lease);
@@ -91,6 +95,10 @@ impl Watching {
         let Watching { watch, reading, facts, .. } = self;
         match reading {
             Reading::Nothing => 0,
+            Reading::Messages(reader) => {
+                reader.feed(payload, |message| watch.message(From::Endpoint, message.text, facts));
+                0
+            }
             Reading::Events(reader) => {
                 let mut events = 0;
                 reader.feed(payload, |event| {
