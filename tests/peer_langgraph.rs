@@ -124,7 +124,7 @@ async fn recognised_100_background_runs_are_counted_as_the_servers_count_them() 
     let servers = SERVERS.take(3).await;
     let proxy = proxy_before(&servers, "langgraph", "    health: {path: /ok}\n").await;
     let proxied = url(&proxy);
-    let client = PeerClient::start(CLIENT, &proxied, &["leave_background=100,3"]);
+    let client = PeerClient::start(CLIENT, &proxied, &["leave_background=100,2"]);
 
     let started = Instant::now();
     let mut samples: Vec<(Instant, u64, u64)> = Vec::new();

@@ -53,12 +53,13 @@ async fn clients_see_no_difference_through_plain_http_before_one_server() {
 }
 
 /// What a configuration can say without recognition: the session's header, learned from the answer that brings it.
+const KEY: &str = "    session: {key: [{header: mcp-session-id}, {response_header: mcp-session-id}]}\n";
+
 #[tokio::test]
 async fn sessions_stay_by_their_configured_header_before_three_servers() {
     let servers = SERVERS.take(3).await;
-    let key = "    session: {key: [{header: mcp-session-id}, {response_header: mcp-session-id}]}\n";
-    let proxy = proxy_before(&servers, "http", key).await;
-    let seen = transcript(PYTHON, &url(&proxy), &["session", "sessions", "progress", "many=200,5"]).await;
+    let proxy = proxy_before(&servers, "http", KEY).await;
+    let seen = transcript(PYTHON, &url(&proxy), &["session", "sessions", "progress", "many=200,3"]).await;
     assert_eq!(seen["many"], serde_json::json!({"sessions": 200, "wrong": 0}));
 }
 
@@ -83,7 +84,7 @@ async fn recognised_200_sessions_over_three_servers_and_none_is_lost() {
     let servers = SERVERS.take(3).await;
     let before = servers.counts("/seen", "/sessions").await;
     let proxy = proxy_before(&servers, "mcp", "").await;
-    let seen = transcript(PYTHON, &url(&proxy), &["many=200,10"]).await;
+    let seen = transcript(PYTHON, &url(&proxy), &["many=200,3"]).await;
     assert_eq!(seen["many"], serde_json::json!({"sessions": 200, "wrong": 0}));
     let after = servers.counts("/seen", "/sessions").await;
     let new: Vec<u64> = before.iter().zip(&after).map(|(before, after)| after - before).collect();
@@ -91,12 +92,22 @@ async fn recognised_200_sessions_over_three_servers_and_none_is_lost() {
     assert!(new.iter().all(|count| (60..=74).contains(count)), "spread evenly: {new:?}");
 }
 
+/// A session whose server is gone goes to another, which doesn't know it and says so.
+#[tokio::test]
+async fn clients_of_a_killed_server_start_again_by_their_configured_header() {
+    assert_only_the_clients_of_a_killed_server_notice("http", KEY).await;
+}
+
 #[tokio::test]
 async fn recognised_clients_of_a_killed_server_start_again_and_the_others_notice_nothing() {
+    assert_only_the_clients_of_a_killed_server_notice("mcp", "").await;
+}
+
+async fn assert_only_the_clients_of_a_killed_server_notice(protocol: &str, more: &str) {
     let mut servers = SERVERS.take(3).await;
     let before = servers.counts("/seen", "/sessions").await;
     let health = "    health: {tcp: true, interval: 250ms, unhealthy_after: 1}\n";
-    let proxy = proxy_before(&servers, "mcp", health).await;
+    let proxy = proxy_before(&servers, protocol, &format!("{more}{health}")).await;
     let mut client = PeerClient::start(PYTHON, &url(&proxy), &["survive=200"]);
     client.prints("ready").await;
     let lost = servers.each()[1].count("/seen", "/sessions").await - before[1];

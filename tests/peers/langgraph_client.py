@@ -16,7 +16,8 @@ class Context:
     def __init__(self, url: str) -> None:
         self.url = url
         # No key: the client must not look for one in the environment.
-        self.client = get_client(url=url, api_key=None)
+        # Longer than its default of 5 s: where hundreds of calls are made at once, the last wait for a connection.
+        self.client = get_client(url=url, api_key=None, timeout=60)
         self.threads, self.runs = self.client.threads, self.client.runs
 
     async def thread(self) -> str:

@@ -18,9 +18,9 @@ use tempfile::TempDir;
 use super::{DEADLINE, RawClient, Response, eventually_within, get};
 
 /// How long a server may take until it serves, on a busy machine.
-const START: Duration = Duration::from_secs(60);
-/// How long a client may take for all of its scenarios.
-const CLIENT: Duration = Duration::from_secs(90);
+const START: Duration = Duration::from_secs(120);
+/// How long a client may take for all of its scenarios, on a busy machine.
+const CLIENT: Duration = Duration::from_secs(180);
 /// How many lines of a server's diagnostics a failure shows.
 const SHOWN_LINES: usize = 60;
 
@@ -240,9 +240,15 @@ impl PeerClient {
     }
 
     /// Waits until the client prints a line.
-    pub async fn prints(&self, line: &str) {
-        let found = || self.output.all().iter().any(|printed| printed == line);
-        eventually_within(CLIENT, &format!("{} prints {line:?}", self.name), found).await;
+    pub async fn prints(&mut self, line: &str) {
+        let PeerClient { name, child, output, diagnostics, .. } = self;
+        let found = || {
+            let printed = output.all();
+            let ended = child.try_wait().expect("a child of ours").is_some();
+            assert!(!ended, "{name} ended: {printed:#?}\n{}", diagnostics.last());
+            printed.iter().any(|printed| printed == line)
+        };
+        eventually_within(CLIENT, &format!("{name} prints {line:?}"), found).await;
     }
 
     /// Tells a client that waits for it to go on.
