@@ -28,7 +28,7 @@ class Context:
         self.url = url
 
     def http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(trust_env=False, timeout=30)
+        return httpx.AsyncClient(trust_env=False, timeout=60)
 
     async def client(self, binding="JSONRPC", version="1.0", streaming=True):
         """A client of this binding, as the card of the agent advertises it."""

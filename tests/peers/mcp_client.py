@@ -40,7 +40,7 @@ class Context:
 
     async def post(self, json: dict, **headers) -> httpx2.Response:
         accept = {"accept": "application/json, text/event-stream"}
-        async with httpx2.AsyncClient(trust_env=False) as http:
+        async with httpx2.AsyncClient(trust_env=False, timeout=60) as http:
             return await http.post(f"{self.url}/mcp", json=json, headers={**accept, **headers})
 
 
@@ -177,7 +177,7 @@ async def deleted(context: Context):
     ready = await context.post({"jsonrpc": "2.0", "method": "notifications/initialized"}, **headers)
     ping = {"jsonrpc": "2.0", "id": 2, "method": "ping"}
     alive = await context.post(ping, **headers)
-    async with httpx2.AsyncClient(trust_env=False) as http:
+    async with httpx2.AsyncClient(trust_env=False, timeout=60) as http:
         ended = await http.delete(f"{context.url}/mcp", headers=headers)
     gone = await context.post(ping, **headers)
     return [answer.status_code for answer in (answer, ready, alive, ended, gone)]
