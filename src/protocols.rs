@@ -418,9 +418,12 @@ pub fn key(text: &str) -> Option<String> {
 
 /// Cuts a path in front of the first segment that is `name` (which begins with the slash).
 pub fn at_segment<'a>(path: &'a str, name: &str) -> Option<(&'a str, &'a str)> {
-    let is_whole = |position: &usize| matches!(path.as_bytes().get(position + name.len()), None | Some(b'/'));
-    let position = memchr::memmem::find_iter(path.as_bytes(), name).find(is_whole)?;
-    Some(path.split_at(position))
+    let path_bytes = path.as_bytes();
+    let begins = |position: &usize| {
+        let rest = &path_bytes[*position..];
+        rest.starts_with(name.as_bytes()) && matches!(rest.get(name.len()), None | Some(b'/'))
+    };
+    Some(path.split_at(memchr::memchr_iter(b'/', path_bytes).find(begins)?))
 }
 
 /// As RFC 9562 section 4 writes one.
