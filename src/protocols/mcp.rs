@@ -3,6 +3,7 @@
 //! A run is a `tools/call`. Everything else (lists, gets, pings, notifications, the client's answers to what the server
 //! asks) only has to reach the session's endpoint.
 
+mod base;
 mod call;
 mod legacy;
 mod listen;
@@ -15,8 +16,7 @@ use http::Method;
 use crate::error::ProxyError;
 use crate::json::{Extractor, Found, Pointers};
 use crate::protocols::{
-    BASE_BYTES_MAX, Call, Cancel, KEY_BYTES_MAX, OnDisconnect, Protocol, Recognised, Request, RunRef, Sign, Standing,
-    key,
+    Call, Cancel, KEY_BYTES_MAX, OnDisconnect, Protocol, Recognised, Request, RunRef, Sign, Standing, key,
 };
 
 pub use legacy::rewrite_endpoint_event;
@@ -236,72 +236,6 @@ fn call_of_key(key: &str) -> Option<(&str, &str)> {
     key.split_once(' ')
 }
 
-/// What calls of ours need to know of a run's start.
-struct Base<'a> {
-    version: &'a str,
-    /// What the header said; empty without.
-    session: &'a str,
-    /// Path and query.
-    target: &'a str,
-}
-
-impl Base<'_> {
-    /// Empty where it would be too long or is nothing that can be sent: then there are no calls.
-    fn written(request: &Request<'_>) -> String {
-        let session = if is_stateless(request) { None } else { request.header("mcp-session-id") };
-        let (version, session) = (version(request).unwrap_or_default(), session.unwrap_or_default());
-        let Some(target) = request.target() else { return String::new() };
-        let length = version.len() + session.len() + target.len() + 2;
-        let is_plain = [version, session].iter().all(|text| text.bytes().all(|byte| byte.is_ascii_graphic()));
-        if !is_plain || length > BASE_BYTES_MAX {
-            return String::new();
-        }
-        format!("{version}\n{session}\n{target}")
-    }
-
-    fn read(text: &str) -> Option<Base<'_>> {
-        let mut parts = text.splitn(3, '\n');
-        Some(Base { version: parts.next()?, session: parts.next()?, target: parts.next()? })
-    }
-
-    /// A message of ours to where the run was started.
-    fn call(&self, method: &str, name: Option<&str>, body: String) -> Call {
-        let mut fields = vec![("accept", "application/json, text/event-stream".to_owned())];
-        if !self.version.is_empty() {
-            fields.push(("mcp-protocol-version", self.version.to_owned()));
-        }
-        if !self.session.is_empty() {
-            fields.push(("mcp-session-id", self.session.to_owned()));
-        }
-        if self.version == STATELESS {
-            fields.push(("mcp-method", method.to_owned()));
-            fields.extend(name.map(|name| ("mcp-name", header_value(name))));
-        }
-        Call { method: Method::POST, target: self.target.to_owned(), fields, body: body.into_bytes() }
-    }
-}
-
-/// A text as `Mcp-Name` carries it: in Base64 where it is not plain, or looks as if it were.
-fn header_value(text: &str) -> String {
-    use base64::Engine;
-    let is_plain = text.bytes().all(|byte| (0x20..0x7f).contains(&byte)) && text.trim() == text;
-    if is_plain && !text.starts_with(SENTINEL) {
-        return text.to_owned();
-    }
-    format!("{SENTINEL}{}?=", base64::engine::general_purpose::STANDARD.encode(text))
-}
-
-/// The text of an `Mcp-Name`.
-fn text_of_header(value: &str) -> Option<String> {
-    use base64::Engine;
-    let Some(encoded) = value.strip_prefix(SENTINEL).and_then(|rest| rest.strip_suffix("?=")) else {
-        return Some(value.to_owned());
-    };
-    String::from_utf8(base64::engine::general_purpose::STANDARD.decode(encoded).ok()?).ok()
-}
-
-const SENTINEL: &str = "=?base64?";
-
 #[cfg(test)]
 mod tests {
     use crate::error::{Code, ProxyError};
@@ -310,6 +244,7 @@ mod tests {
     use crate::run::{Kind, RunOutcome};
 
     use super::Mcp;
+    use super::base::{header_value, text_of_header};
 
     const SSE: &str = "200 content-type: text/event-stream";
     const JSON: &str = "200 content-type: application/json";
@@ -606,8 +541,8 @@ mod tests {
         // Trap 17: where the body can't be read, the header says it, maybe in Base64.
         let text = "POST /mcp\nmcp-protocol-version: 2026-07-28\nmcp-method: tasks/get\nmcp-name: =?base64?w6k=?=";
         assert_eq!(words(&recognised("mcp", text)), (Kind::Read, None, Some("é")));
-        assert_eq!(super::header_value("é"), "=?base64?w6k=?=");
-        assert_eq!(super::text_of_header(&super::header_value("=?base64?")).as_deref(), Some("=?base64?"));
+        assert_eq!(header_value("é"), "=?base64?w6k=?=");
+        assert_eq!(text_of_header(&header_value("=?base64?")).as_deref(), Some("=?base64?"));
     }
 
     #[test]

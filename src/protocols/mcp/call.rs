@@ -6,9 +6,8 @@ use memchr::memmem::Finder;
 
 use crate::json::{Extractor, Pointers};
 use crate::message::Fields;
-use crate::protocols::mcp::{
-    BATCH, BATCH_MESSAGES_MAX, Base, call_key, call_of_key, is_stateless, rpc_id, session, tasks,
-};
+use crate::protocols::mcp::base::Base;
+use crate::protocols::mcp::{BATCH, BATCH_MESSAGES_MAX, call_key, call_of_key, is_stateless, rpc_id, session, tasks};
 use crate::protocols::{
     self, AtEnd, Fact, Look, OnDisconnect, Recognised, Request, RunRef, Watch, is_event_stream, is_json, is_success,
     outcome_of_status,

@@ -2,8 +2,9 @@
 
 use crate::json::Extractor;
 use crate::message::Fields;
+use crate::protocols::mcp::base::{Base, text_of_header};
 use crate::protocols::mcp::call::{ANSWER, Small, may_be_answer, tell_lost};
-use crate::protocols::mcp::{Base, STATELESS, call_of_key, text_of_header};
+use crate::protocols::mcp::{STATELESS, call_of_key};
 use crate::protocols::{
     self, AtEnd, Call, Fact, Look, Recognised, Request, RunRef, Standing, Watch, is_event_stream, is_json, is_success,
 };
