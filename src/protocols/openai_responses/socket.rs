@@ -157,7 +157,7 @@ mod tests {
                 &message("error", r#""error":{"code":"x"},"stream_id":"b""#),
                 // It concerns no response that has begun.
                 &message("error", r#""error":{"code":"previous_response_not_found"},"stream_id":"d""#),
-                &message("response.failed", &of("r4", "c")),
+                &message("response.completed", &of("r4", "c")),
                 &message("response.failed", &of("r4", "c")),
             ],
         );
@@ -171,7 +171,7 @@ mod tests {
                 started("r3"),
                 started("r4"),
                 ended("r3", RunOutcome::Failed),
-                ended("r4", RunOutcome::Failed),
+                ended("r4", RunOutcome::Completed),
             ]
         );
     }
