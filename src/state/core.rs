@@ -193,7 +193,7 @@ impl Core {
         let now = self.advance(now);
         self.expire(EXPIRED_PER_PICK, now);
         debug_assert_eq!(run.is_some(), ask.kind == Kind::Start);
-        if matches!(ask.kind, Kind::Join | Kind::Read | Kind::Cancel)
+        if ask.kind != Kind::Start
             && let Some(number) = ask.run.and_then(|key| self.runs.find(key))
             && let Some(grant) = self.follow(number, ask.kind, now)
         {
