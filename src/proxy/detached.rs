@@ -34,7 +34,9 @@ async fn go_on(worker: Rc<Worker>, mut flow: Box<Flow>, mut record: Record) {
     let mut timer = Timer::new(FIRST_WAKE);
     let mut nobody = Peer::Nobody;
     // Waiting is all there is to be done for whoever reads nothing.
-    flow.heartbeat = None;
+    if let Some(timed) = &mut flow.timed {
+        timed.heartbeat = None;
+    }
     let relaying = relay::stream(&mut nobody, &mut flow, &mut timer);
     let end = match longest(&record) {
         Some(most) => tokio::time::timeout(most, relaying).await.unwrap_or(End::ClientGone),

@@ -22,7 +22,7 @@ use crate::proxy::identify::{self, Identity};
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Peer, SourceFault};
-use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow};
+use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow, Timed};
 use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
@@ -553,7 +553,10 @@ fn begin_answer(
             && matches!(answer.framing, Framing::Chunked | Framing::Eof)
             && !answer.fields.contains("content-encoding")
     });
-    let heartbeat = heartbeat.map(|after| Box::new(Heartbeat::new(after, raw, now)));
+    let heartbeat = heartbeat.map(|after| Heartbeat::new(after, raw, now));
+    let run_deadline = deadlines.run;
+    let is_timed = run_deadline.is_some() || heartbeat.is_some();
+    let timed = is_timed.then(|| Box::new(Timed { run_deadline, heartbeat }));
     let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
     if begun.is_err() {
         let finish = gone_before_answer(service, response_observer.watching_mut(), &mut lease);
@@ -580,9 +583,8 @@ fn begin_answer(
         tunnel,
         // Whoever asks for more than 49 days gets those.
         idle_milliseconds: u32::try_from(idle.as_millis()).unwrap_or(u32::MAX),
-        run_deadline: deadlines.run,
         service: Arc::clone(service),
-        heartbeat,
+        timed,
         cancels: false,
         finish: Finish::Ended(outcome),
         upstream_keep_alive,

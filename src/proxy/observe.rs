@@ -3,7 +3,6 @@
 
 use std::time::Instant;
 
-use crate::orca::Report;
 use crate::proxy::learn::Learn;
 use crate::proxy::watch::Watching;
 use crate::sse::Scanner;
@@ -21,8 +20,6 @@ pub struct Observer {
     scanner: Option<Scanner>,
     /// More than this many bytes are a fault; 0: no limit.
     pub bytes_max: u64,
-    /// Load that the trailers told.
-    pub report: Option<Box<Report>>,
     /// What is read of the body, where anything is.
     reading: Option<Box<Reading>>,
 }

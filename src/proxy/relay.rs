@@ -112,13 +112,14 @@ impl Direction {
 }
 
 /// Moves what can be moved: one read, one write, and again, until the source has nothing or the sink takes nothing.
-/// `came_in` is called with what was noticed before it goes out; `true`: the last byte is among it.
+/// `came_in` is called with what was noticed before it goes out; `true`: the last byte is among it. The trailers are those
+/// that have come.
 pub fn poll_pump(
     from: &mut Peer,
     to: &mut Peer,
     direction: &mut Direction,
     context: &mut Context<'_>,
-    mut came_in: impl FnMut(&mut Observer, bool),
+    mut came_in: impl FnMut(&mut Observer, bool, Option<&Fields>),
 ) -> Poll<Result<(), PumpFault>> {
     loop {
         match direction.stage {
@@ -144,8 +145,7 @@ pub fn poll_pump(
                 }
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(PumpFault::Source(fault))),
                 Poll::Ready(Ok(Next::End(trailers))) => {
-                    direction.observer.report = trailers.as_ref().and_then(Report::read).map(Box::new);
-                    came_in(&mut direction.observer, true);
+                    came_in(&mut direction.observer, true, trailers.as_ref());
                     if let Some(replay) = &mut direction.replay {
                         replay.trailers.clone_from(&trailers);
                     }
@@ -153,10 +153,7 @@ pub fn poll_pump(
                     direction.stage = Stage::Finishing;
                 }
                 Poll::Ready(Ok(Next::Bytes)) => {
-                    if let Some(trailers) = from.trailers() {
-                        direction.observer.report = Report::read(trailers).map(Box::new);
-                    }
-                    came_in(&mut direction.observer, from.source_ended());
+                    came_in(&mut direction.observer, from.source_ended(), from.trailers());
                     if direction.observer.over_limit() {
                         return Poll::Ready(Err(PumpFault::OverLimit));
                     }
@@ -214,7 +211,7 @@ pub async fn until_answer(
                 return Poll::Ready(Answer::ClientGone);
             }
         } else {
-            match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
+            match poll_pump(client, &mut upstream.peer, request, context, |_, _, _| {}) {
                 Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
                     return Poll::Ready(Answer::ClientGone);
                 }
@@ -305,10 +302,9 @@ pub struct Flow {
     pub response: Direction,
     pub tunnel: bool,
     pub idle_milliseconds: u32,
-    pub run_deadline: Option<Instant>,
     pub service: Arc<Service>,
-    /// Where the configuration asks for them and the answer is a stream of events.
-    pub heartbeat: Option<Box<Heartbeat>>,
+    /// Where anything is to happen at its time; most streams have nothing of it.
+    pub timed: Option<Box<Timed>>,
     /// The run is to end with its exchange whatever its protocol says.
     pub cancels: bool,
     /// What becomes of the run if the answer comes whole; with its last byte, what became of it.
@@ -319,6 +315,14 @@ pub struct Flow {
     pub client_keep_alive: bool,
     /// Only the end of the client's connection ends the answer.
     pub until_close: bool,
+}
+
+/// What is to happen to a stream at its time.
+pub struct Timed {
+    /// When its run has to be over.
+    pub run_deadline: Option<Instant>,
+    /// Where the configuration asks for them and the answer is a stream of events.
+    pub heartbeat: Option<Heartbeat>,
 }
 
 /// How an exchange ended whose answer had begun.
@@ -353,7 +357,7 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
         if std::mem::take(&mut flow.request.moved) | answered {
             last_moved = crate::ids::now();
         }
-        if answered && let Some(heartbeat) = &mut flow.heartbeat {
+        if answered && let Some(heartbeat) = flow.heartbeat() {
             heartbeat.put_off(last_moved);
         }
         if end.is_ready() {
@@ -375,7 +379,7 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
     let Flow { upstream, request, tunnel, .. } = flow;
     if !request.over() {
-        match poll_pump(client, &mut upstream.peer, request, context, |_, _| {}) {
+        match poll_pump(client, &mut upstream.peer, request, context, |_, _, _| {}) {
             Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
                 return Poll::Ready(End::ClientGone);
             }
@@ -391,7 +395,7 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
             Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(End::ClientGone),
         }
     }
-    if let Some(heartbeat) = &mut flow.heartbeat {
+    if let Some(heartbeat) = flow.heartbeat() {
         match heartbeat.poll_write(client, context) {
             Poll::Ready(Ok(())) => {}
             Poll::Ready(Err(_)) => return Poll::Ready(End::ClientGone),
@@ -401,9 +405,9 @@ fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> P
     }
     let Flow { upstream, response, lease, finish, .. } = flow;
     // Whoever has read an id can use it, and whoever has read the whole answer finds the run ended.
-    let came_in = |observer: &mut Observer, ended: bool| {
+    let came_in = |observer: &mut Observer, ended: bool, trailers: Option<&Fields>| {
         if let Some(holder) = lease {
-            if let Some(report) = observer.report.take() {
+            if let Some(report) = trailers.and_then(Report::read) {
                 holder.reported_load(&report, crate::ids::now());
             }
             if let Some(told) = observer.tell(holder, ended) {
@@ -437,6 +441,10 @@ impl Flow {
         self.finish
     }
 
+    pub fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        self.timed.as_mut()?.heartbeat.as_mut()
+    }
+
     fn poll_time_outs(
         &mut self,
         client: &mut Peer,
@@ -447,8 +455,9 @@ impl Flow {
         let mut since = last_moved;
         loop {
             let idle = since + Duration::from_millis(u64::from(self.idle_milliseconds));
-            let over = self.run_deadline.map_or(idle, |run| run.min(idle));
-            let beat = self.heartbeat.as_ref().map_or(over, |heartbeat| heartbeat.due());
+            let run_deadline = self.timed.as_ref().and_then(|timed| timed.run_deadline);
+            let over = run_deadline.map_or(idle, |run| run.min(idle));
+            let beat = self.heartbeat().map_or(over, |heartbeat| heartbeat.due());
             ready!(timer.poll_passed(context, beat.min(over)));
             if beat < over {
                 if ready!(self.poll_beat(client, context)).is_err() {
@@ -456,7 +465,7 @@ impl Flow {
                 }
                 continue;
             }
-            if self.run_deadline.is_some_and(|run| run <= over) {
+            if run_deadline.is_some_and(|run| run <= over) {
                 return Poll::Ready(End::TimedOut(Code::RunTimeout));
             }
             if !self.response.blocked {
@@ -469,7 +478,9 @@ impl Flow {
 
     /// Breaks the silence, where that can be done: between two events, and between two chunks where these pass as they are.
     fn poll_beat(&mut self, client: &mut Peer, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(heartbeat) = &mut self.heartbeat else { return Poll::Ready(Ok(())) };
+        let Some(heartbeat) = self.timed.as_mut().and_then(|timed| timed.heartbeat.as_mut()) else {
+            return Poll::Ready(Ok(()));
+        };
         let source = &self.upstream.peer;
         let may = !self.response.blocked
             && source.held().is_empty()

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -218,6 +218,8 @@ pub struct Backend {
     url: String,
     pub(super) shared: Arc<Shared>,
     accepting: Option<tokio::task::JoinHandle<()>>,
+    /// Holds the port while nobody listens.
+    reserved: Option<TcpSocket>,
     kind: Kind,
 }
 
@@ -276,7 +278,7 @@ impl Backend {
             in_flight: AtomicUsize::new(0),
             cut: watch::Sender::new(0),
         });
-        let mut backend = Backend { address: None, url: String::new(), shared, accepting: None, kind };
+        let mut backend = Backend { address: None, url: String::new(), shared, accepting: None, reserved: None, kind };
         backend.resume().await;
         backend
     }
@@ -377,10 +379,18 @@ impl Backend {
         if let Kind::Unix(path) = &self.kind {
             let _ = std::fs::remove_file(path);
         }
+        // Bound and not listening: connections are refused, and nobody else is given the port meanwhile.
+        self.reserved = self.address.map(|address| {
+            let socket = TcpSocket::new_v4().expect("a socket");
+            socket.set_reuseaddr(true).expect("an option");
+            socket.bind(address).expect("the port was this backend's");
+            socket
+        });
     }
 
     /// Listens again, on the same address.
     pub async fn resume(&mut self) {
+        drop(self.reserved.take());
         let shared = Arc::clone(&self.shared);
         if let Kind::Unix(path) = &self.kind {
             let listener = UnixListener::bind(path).expect("a free path");
