@@ -8,6 +8,7 @@ mod file;
 mod not_yet;
 mod pattern;
 mod read;
+mod rollout;
 mod routes;
 mod schema;
 mod services;
@@ -23,6 +24,7 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 pub use schema::schema;
@@ -290,6 +292,8 @@ pub struct Service {
     pub slow_start: Duration,
     pub pool: Pool,
     pub versions: Vec<Version>,
+    pub shadow: Option<Shadow>,
+    pub rollout: Option<Rollout>,
     pub drain_timeout: Duration,
 }
 
@@ -501,6 +505,64 @@ pub struct UpstreamTls {
     pub cert_file: Option<PathBuf>,
     pub key_file: Option<PathBuf>,
     pub server_name: Option<String>,
+}
+
+/// Copies of starts for another version, whose answers are thrown away.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shadow {
+    /// Names one of [`Service::versions`].
+    pub version: String,
+    /// Share of the starts that are copied; above 0.
+    pub share: f64,
+}
+
+/// How new sessions move from one version to another. Serialised where the state of a rollout is kept, to tell whether the
+/// file was edited since.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rollout {
+    /// Names one of [`Service::versions`].
+    pub from: String,
+    /// Names another one.
+    pub to: String,
+    /// Never empty.
+    pub steps: Vec<RolloutStep>,
+    pub judge: Judge,
+    pub on_bad: OnBad,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RolloutStep {
+    /// The part of the new sessions of `from` and `to` together that starts at `to`.
+    pub share: f64,
+    /// How long the step lasts at least.
+    pub hold: Duration,
+}
+
+/// What counts as bad. `None`: this is not looked at.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Judge {
+    /// Runs that each of the two versions must have ended in a step, before it is judged or passed.
+    pub min_runs: u64,
+    /// Part of the runs that may fail, however many of `from` do.
+    pub max_failed: Option<f64>,
+    /// How many times as often as those of `from` the runs of `to` may fail. These three are above 0.
+    pub failed_ratio: Option<f64>,
+    /// How many times as large as that of `from` the 95th percentile of the time to the first event may be.
+    pub first_event_p95_ratio: Option<f64>,
+    /// The same of the duration of a run.
+    pub duration_p95_ratio: Option<f64>,
+    /// How certain a difference must be: at least 0.5 and below 1.
+    pub confidence: f64,
+}
+
+/// What a rollout does where `to` is worse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBad {
+    /// New sessions go back to `from`; what runs at `to` ends there.
+    Abort,
+    /// The shares stay until a person decides.
+    Pause,
 }
 
 impl EndpointUrl {

@@ -424,6 +424,27 @@ snapshot_of_mistakes!(
 );
 
 snapshot_of_mistakes!(
+    mistakes_in_rollouts,
+    in_service,
+    [
+        "rollout: canary",
+        "rollout: {}",
+        "rollout: {from: v, to: v, steps: []}",
+        "rollout: {from: w, to: canary, steps: {weight: 5%}}",
+        "rollout: {from: v, to: v, step: [5%]}",
+        "rollout: {from: v, to: v, steps: [5%, {hold: 10m}, {weight: 5, hold: 10}]}",
+        "rollout: {from: v, to: v, steps: [{weight: 101%}, {wait: 5%}], on_bad: stop}",
+        "rollout: {from: v, to: v, steps: [{weight: 5%}], judge: {min_runs: many, max_failed: 5, confidence: 100%}}",
+        "rollout: {from: v, to: v, steps: [{weight: 5%}], judge: {confidence: 5%, worse_than_from: 2.0, max_fails: 1%}}",
+        "rollout: {from: v, to: v, steps: [{weight: 5%}], judge: {worse_than_from: {failed: 0, first_event_p95: 150%, duration: 2}}}",
+        "rollout: {from: v, to: v, steps: [{weight: 5%}], judge: {worse_than_from: {failed: 1e3, first_event_p95: -1, duration_p95: .5}}}",
+        "shadow: v",
+        "shadow: {percent: 10%}",
+        "shadow: {version: w, percent: 0%}",
+    ]
+);
+
+snapshot_of_mistakes!(
     not_available_yet_in_services,
     in_service,
     [

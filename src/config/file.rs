@@ -31,7 +31,8 @@ pub fn file() -> Kind<'static, Config> {
         let log = top.key("log", "Diagnostics (stderr) and the access log (stdout).", log(), "{}");
         top.key("trace", "Distributed tracing.", trace(), "{}");
         let shutdown = top.key("shutdown", "How the proxy drains on SIGTERM.", shutdown(), "{}");
-        top.key("state", "Where sessions and runs are kept: `memory`, a file or redis.", state(), "memory");
+        let memory =
+            top.key("state", "Where sessions and runs are kept: `memory`, a file or redis.", state(), "memory");
         top.key("kubernetes", "Only where Kubernetes is used.", kubernetes(), "{}");
         let services =
             top.key("services", "One for each agent, whatever versions of it are deployed.", services(), "[]");
@@ -45,6 +46,11 @@ pub fn file() -> Kind<'static, Config> {
                 top.problem("listeners", "there is no listener; add one, such as `- address: 0.0.0.0:8080`");
             }
             check_addresses(top, listeners, &admin);
+        }
+        for service in services.iter().filter(|service| memory && service.value.rollout.is_some()) {
+            let message = "with `state: memory` a restart of the proxy forgets how far the rollout is and starts it again; \
+                           keep it with `state: {file: ..}`";
+            service.warning(top.context(), "rollout", message);
         }
         let fixed = !routes.is_empty() && routes.iter().all(|target| matches!(target, RouteTarget::Fixed(_)));
         if names.is_empty() && !fixed && !top.has_items("services") {
@@ -325,7 +331,8 @@ fn shutdown() -> Kind<'static, Shutdown> {
     })
 }
 
-fn state() -> Kind<'static, ()> {
+/// Whether it is `memory`.
+fn state() -> Kind<'static, bool> {
     let elsewhere = block("{file: /var/lib/longhaul} or {redis: {url: ..}}", |block| {
         block.variant("file", "A directory of this machine.", path());
         let about = "A Redis or Valkey that several replicas share.";
@@ -334,9 +341,9 @@ fn state() -> Kind<'static, ()> {
             about,
             super::read::block("{url: redis://..}", |block| block.required("url", "Its URL.", text())),
         );
-        Some(())
+        Some(false)
     });
-    choice(&[("memory", ())]).or_block(elsewhere)
+    choice(&[("memory", true)]).or_block(elsewhere)
 }
 
 fn kubernetes() -> Kind<'static, ()> {

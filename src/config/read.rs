@@ -277,8 +277,15 @@ impl<T> Located<T> {
 
     /// A problem of the value of `key` of this mapping.
     pub fn problem(&self, context: &mut Context, key: &str, message: impl Into<String>) {
-        let spot = self.keys.iter().find(|(name, _)| name == key).map_or(self.spot, |(_, spot)| *spot);
-        context.problem(spot, &join(&self.path, key), message);
+        context.problem(self.spot_of(key), &join(&self.path, key), message);
+    }
+
+    pub fn warning(&self, context: &mut Context, key: &str, message: impl Into<String>) {
+        context.warning(self.spot_of(key), &join(&self.path, key), message);
+    }
+
+    fn spot_of(&self, key: &str) -> Spot {
+        self.keys.iter().find(|(name, _)| name == key).map_or(self.spot, |(_, spot)| *spot)
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::file::{authorities_file, check_pair};
 use super::read::{Block, Kind, Located, block};
+use super::rollout::{rollout, shadow};
 use super::routes::header_edits;
 use super::values::{
     anything, boolean, choice, cookie_name, count, duration, endpoint_url, header_name, headers, json_pointer, method,
@@ -13,7 +14,7 @@ use super::values::{
 use super::yaml::quote;
 use super::{
     Affinity, AgentProtocol, Balance, Endpoint, EndpointUrl, Health, HostPolicy, HttpVersion, KeySource, OnDisconnect,
-    Outlier, Pool, RunMatch, Runs, Service, Session, SessionCookie, Timeouts, UpstreamTls, Version, WhenDraining,
+    Outlier, Pool, Rollout, RunMatch, Runs, Service, Session, SessionCookie, Timeouts, UpstreamTls, Version, WhenDraining,
     WhenLost,
 };
 
@@ -77,8 +78,10 @@ fn service() -> Kind<'static, Service> {
         let slow_start = block.key("slow_start", "A new endpoint's weight grows over so long.", duration(), "0s");
         let pool = block.key("pool", "Connections to endpoints, for each endpoint.", pool(), "{}");
         let versions = block.required("versions", "The deployed revisions.", version().located().list());
-        block.optional("shadow", "A version that gets copies of requests.", shadow());
-        let rollout = block.optional("rollout", "A rollout in steps, judged by outcomes.", rollout());
+        // Also of versions with problems, lest a rollout seem to name none.
+        let names = block.names_in("versions");
+        let shadow = block.optional("shadow", "A version that gets copies of requests.", shadow(&names));
+        let rollout = block.optional("rollout", "A rollout in steps, judged by outcomes.", rollout(&names));
         let drain_timeout = block.key("drain", "How endpoints drain.", drain(), "{}");
 
         if let Some(Located { spot, path, .. }) = max_per_principal
@@ -93,6 +96,17 @@ fn service() -> Kind<'static, Service> {
             block.problem("versions", "there is no version; add one, such as {name: stable, endpoints: [..]}");
         }
         check_versions(block, &versions);
+        let weight_of = |name: &str| {
+            let found = versions.iter().find(|version| version.value.version.name == name);
+            found.map_or(0, |version| version.value.version.weight)
+        };
+        if let Some(Rollout { from, to, .. }) = &rollout
+            && weight_of(from) + weight_of(to) == 0
+        {
+            let message =
+                format!("the weights of {from} and {to} are both 0, so the rollout has nothing to share among them");
+            block.warning("rollout", message);
+        }
         if session.affinity == Affinity::Hash && rollout.is_some() {
             let message =
                 "with `affinity: hash` every change of weights moves sessions, so each step of a rollout does; use pin";
@@ -111,6 +125,8 @@ fn service() -> Kind<'static, Service> {
             slow_start,
             pool,
             versions: versions.into_iter().map(|version| version.value.version).collect(),
+            shadow,
+            rollout,
             drain_timeout,
         })
     })
@@ -576,31 +592,5 @@ fn upstream_tls() -> Kind<'static, UpstreamTls> {
 fn version_match() -> Kind<'static, Vec<(http::HeaderName, http::HeaderValue)>> {
     block("a mapping with `headers`", |block| {
         Some(block.key("headers", "Each of these with exactly this value.", headers(), "{}"))
-    })
-}
-
-fn shadow() -> Kind<'static, ()> {
-    block("{version: canary, percent: 10%}", |block| {
-        block.required("version", "The version's name.", text());
-        block.key("percent", "The share of requests.", ratio(), "100%");
-        Some(())
-    })
-}
-
-fn rollout() -> Kind<'static, ()> {
-    let step = || {
-        block("a step such as {weight: 5%, hold: 10m}", |block| {
-            block.required("weight", "The new version's share of new sessions.", ratio());
-            block.key("hold", "How long before the next step.", duration(), "0s");
-            Some(())
-        })
-    };
-    block("a mapping with `from`, `to` and `steps`", move |block| {
-        block.required("from", "The version to replace.", text());
-        block.required("to", "The version to move to.", text());
-        block.required("steps", "Shares, one after the other.", step().list());
-        block.optional("judge", "What counts as bad.", anything());
-        block.key("on_bad", "What happens then.", choice(&[("abort", ()), ("pause", ())]), "abort");
-        Some(())
     })
 }

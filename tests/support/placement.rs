@@ -81,6 +81,8 @@ impl Fleet {
                 slow_start: Duration::ZERO,
                 pool: pool(),
                 versions: Vec::new(),
+                shadow: None,
+                rollout: None,
                 drain_timeout: Duration::from_secs(600),
             },
         }
