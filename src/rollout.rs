@@ -454,6 +454,17 @@ mod tests {
     }
 
     #[test]
+    fn a_step_is_not_passed_while_there_are_signs_of_a_difference() {
+        let mut rollout = started();
+        end_runs(&mut rollout, 46, Ending::Good, MINUTE);
+        assert!(!end_runs(&mut rollout, 4, Ending::Bad, MINUTE), "4 of 50 are not certain");
+        assert!(!rollout.advance(Moment(60 * MINUTE)), "and not nothing");
+        assert_eq!(rollout.place(), Place::Running { step: 1 });
+        assert!(end_runs(&mut rollout, 200, Ending::Good, 60 * MINUTE), "4 of 250 are");
+        assert_eq!(rollout.place(), Place::Running { step: 2 });
+    }
+
+    #[test]
     fn a_bad_version_is_aborted_and_the_history_says_why() {
         let mut rollout = started();
         assert!(end_runs(&mut rollout, 50, Ending::Bad, MINUTE));

@@ -15,6 +15,10 @@ use crate::rollout::spread::{self, LAST_BUCKET, Spread};
 /// The part of the times that is above a 95th percentile.
 const ABOVE_P95: f64 = 0.05;
 
+/// ln E from which on there are signs of a difference: a canary that fails a fifth of its runs has passed it after 50 of
+/// them, one that is as good as `from` seldom ever does.
+const DOUBT_LN: f64 = -1.0;
+
 /// How a run ended, as far as it is judged. Who counts leaves out what tells nothing about the version: 4xx answers (the
 /// client's fault), and runs that were cancelled, interrupted, rejected, or of which the end is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +130,7 @@ impl Evidence {
     /// Whether there are signs, uncertain ones, that `to` is worse: a step with these is not passed, because the next one
     /// would begin without them. More runs make them certain or make them vanish.
     pub fn is_doubtful(&self, judge: &Judge) -> bool {
-        tests(judge, 1.0).any(|Test { criterion, limit, .. }| self.reaches(criterion, limit, 0.0))
+        tests(judge, 1.0).any(|Test { criterion, limit, .. }| self.reaches(criterion, limit, DOUBT_LN))
     }
 
     pub fn summary(&self, judge: &Judge, step_share: f64) -> Summary {

@@ -209,8 +209,8 @@ fn a_canary_that_fails_a_fifth_of_its_runs_is_caught_within_100_of_them() {
     assert_caught_early(scenario("fails 20 %, stable 0 %", FOUR_STEPS, version(0.0), bad), 95);
     assert_caught_early(scenario("fails 20 %, stable 1 %", FOUR_STEPS, version(0.01), bad), 95);
     // With 100 runs of `from` less can be known.
-    assert_caught_early(scenario("fails 20 %, stable 0 %, half at once", HALF, version(0.0), bad), 90);
-    assert_caught_early(scenario("fails 20 %, stable 1 %, half at once", HALF, version(0.01), bad), 85);
+    assert_caught_early(scenario("fails 20 %, stable 0 %, half at once", HALF, version(0.0), bad), 95);
+    assert_caught_early(scenario("fails 20 %, stable 1 %, half at once", HALF, version(0.01), bad), 92);
 }
 
 #[test]
