@@ -1,7 +1,7 @@
 //! Simulation: whole rollouts with runs drawn by chance, to see how often the judge errs. docs/rollouts.md has the figures.
 //!
 //! Runs come at random moments, overlap, and are seen in the order in which they end, as in a proxy: a slow run is seen
-//! late. `LONGHAUL_SIMULATIONS=2000` makes so many rollouts of each kind instead of 100, and prints the table.
+//! late. `LONGHAUL_SIMULATIONS=2000` makes so many rollouts of each kind instead of 40 or 100, and prints the table.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -64,9 +64,10 @@ struct Outcome {
 }
 
 impl Scenario {
-    fn simulate(&self) -> Outcome {
+    /// So many rollouts, or as many as `LONGHAUL_SIMULATIONS` asks for.
+    fn simulate(&self, rollouts: usize) -> Outcome {
         let asked = std::env::var("LONGHAUL_SIMULATIONS").ok();
-        let rollouts = asked.as_ref().map_or(100, |text| text.parse().expect("LONGHAUL_SIMULATIONS is a number"));
+        let rollouts = asked.as_ref().map_or(rollouts, |text| text.parse().expect("LONGHAUL_SIMULATIONS is a number"));
         let mut taken: Vec<u64> = (0..rollouts).filter_map(|seed| self.runs_until_abort(seed as u64)).collect();
         taken.sort_unstable();
         let within_100 = taken.iter().filter(|runs| **runs <= 100).count();
@@ -180,26 +181,26 @@ impl Rollout {
 
 /// Of 100 at least so many are aborted within 100 runs of the new version.
 fn assert_caught_early(scenario: Scenario, least: usize) {
-    let Outcome { within_100, rollouts, .. } = scenario.simulate();
+    let Outcome { within_100, rollouts, .. } = scenario.simulate(100);
     assert!(within_100 * 100 >= rollouts * least, "{}: only {within_100} of {rollouts}", scenario.name);
 }
 
 /// At least 95 of 100 are aborted at some time.
 fn assert_caught(scenario: Scenario) {
-    let Outcome { aborted, rollouts, .. } = scenario.simulate();
+    let Outcome { aborted, rollouts, .. } = scenario.simulate(40);
     assert!(aborted * 100 >= rollouts * 95, "{}: only {aborted} of {rollouts}", scenario.name);
 }
 
 /// Only a line of the table: what is told there is that it is seldom seen.
 fn more_seeds_only(scenario: Scenario) {
     if std::env::var_os("LONGHAUL_SIMULATIONS").is_some() {
-        scenario.simulate();
+        scenario.simulate(100);
     }
 }
 
 /// At most 5 of 100 are aborted.
 fn assert_left_alone(scenario: Scenario) {
-    let Outcome { aborted, rollouts, .. } = scenario.simulate();
+    let Outcome { aborted, rollouts, .. } = scenario.simulate(100);
     assert!(aborted * 100 <= rollouts * 5, "{}: {aborted} of {rollouts} were aborted", scenario.name);
 }
 
