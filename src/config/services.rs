@@ -8,7 +8,7 @@ use super::read::{Block, Kind, Located, block};
 use super::rollout::{rollout, shadow};
 use super::routes::header_edits;
 use super::values::{
-    anything, boolean, choice, cookie_name, count, duration, endpoint_url, header_name, headers, json_pointer, method,
+    boolean, choice, cookie_name, count, duration, endpoint_url, header_name, headers, json_pointer, method,
     name, parse_authority, path, path_pattern, port, positive_duration, ratio, size, small, status_ranges, text,
 };
 use super::yaml::quote;

@@ -22,11 +22,6 @@ pub fn text<'k>() -> Kind<'k, String> {
     Kind::scalar("a text", || json!({"type": "string"}), |_, scalar| Ok(scalar.text.clone()), |text| json!(text))
 }
 
-/// Whatever is there, for blocks whose keys are still open.
-pub fn anything<'k>() -> Kind<'k, ()> {
-    Kind::new("a value", || json!({}), |_, node, _| Some(Read { value: (), shown: literal(node) }))
-}
-
 pub fn boolean<'k>() -> Kind<'k, bool> {
     Kind::scalar(
         "true or false",
