@@ -257,7 +257,7 @@ fn refused(refusal: Refusal, service: &Service) -> ProxyError {
         Refusal::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
         Refusal::PinnedFull => "the session's endpoint is at its run limit, and the session stays there".to_owned(),
         Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
-        Refusal::SessionGone(_) => "the session's endpoint is gone or drains; begin a new session".to_owned(),
+        Refusal::SessionGone(_) => "session not found: its endpoint is gone or drains; begin a new one".to_owned(),
         Refusal::NoEndpoint => format!("no endpoint of service {} is ready", service.name),
     };
     let error = ProxyError::new(refusal.code(), detail);
