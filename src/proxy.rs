@@ -231,9 +231,8 @@ async fn begin(
     timer: &mut Timer,
     record: &mut Record,
 ) -> Result<Begun, ProxyError> {
-    let running = &connection.worker.running;
-    let snapshot = running.snapshot.load_full();
-    let config = &snapshot.loaded.config;
+    let current = connection.worker.current();
+    let config = &current.snapshot.loaded.config;
 
     // HTTP/1.1 heads were held to this where they were read.
     if request.fields.len() > listener.config.limits.max_headers {
@@ -255,7 +254,7 @@ async fn begin(
     record.route = Some(index);
     let route = &config.routes[index];
     let service = match &route.action {
-        crate::config::RouteAction::Service(service) => snapshot.services[*service].clone(),
+        crate::config::RouteAction::Service(service) => current.services[*service].clone(),
         fixed => {
             if let Some((mut head, body)) = problem::fixed(fixed, &request, peer.scheme()) {
                 edits::apply(&route.response_headers, &mut head.fields);
@@ -276,7 +275,7 @@ async fn begin(
     let debug =
         asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
     forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
-    forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::random_bytes()));
+    forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::quick_random_bytes()));
     let begun = forward::forward(
         forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, caller },
         client,

@@ -1,9 +1,10 @@
 //! Steps 1 to 3 of a connection's life: PROXY protocol, TLS, then HTTP/1.1 or HTTP/2 until it ends or drains.
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -21,7 +22,7 @@ use crate::net::proxy_protocol;
 use crate::net::stream::{Plain, Stream};
 use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
 use crate::proxy::timer::Timer;
-use crate::proxy::worker::{Handed, Worker};
+use crate::proxy::worker::{Handed, Local, Worker};
 use crate::proxy::{self, forwarded, http2_server, problem};
 use crate::snapshot::Listener;
 
@@ -39,24 +40,30 @@ pub struct Connection {
     pub worker: Rc<Worker>,
     /// Who connected, by the PROXY protocol where that is accepted.
     pub peer: forwarded::Peer,
-    listener: RefCell<Arc<Listener>>,
+    listener: RefCell<Local<Listener>>,
+    /// The snapshot's in which `listener` was looked up (its low half: idle streams are many).
+    generation: Cell<u32>,
     /// A reload has removed the listener.
     orphaned: Cell<bool>,
 }
 
 impl Connection {
     /// The listener as the newest configuration has it; as it was last, where a reload removed it.
-    pub fn listener(&self) -> Arc<Listener> {
-        let address = self.listener.borrow().local_address.clone();
-        match self.worker.running.snapshot.load().listener(&address) {
-            Some(current) => *self.listener.borrow_mut() = current,
-            None => self.orphaned.set(true),
+    pub fn listener(&self) -> Local<Listener> {
+        let current = self.worker.current();
+        let generation = current.snapshot.generation as u32;
+        if self.generation.replace(generation) != generation {
+            let newest = current.listener(&self.listener.borrow().local_address);
+            match newest {
+                Some(newest) => *self.listener.borrow_mut() = newest,
+                None => self.orphaned.set(true),
+            }
         }
         self.listener.borrow().clone()
     }
 
     /// As [`Connection::listener`] was when it was last asked.
-    fn last_listener(&self) -> Arc<Listener> {
+    fn last_listener(&self) -> Local<Listener> {
         self.listener.borrow().clone()
     }
 
@@ -89,7 +96,10 @@ pub async fn serve(worker: Rc<Worker>, handed: Handed) {
         Ok((connection, stream)) if stream.negotiated_http2() => {
             Box::pin(http2_server::serve(Rc::new(connection), stream, Vec::new())).await;
         }
-        Ok((connection, stream)) => serve_http1(connection, stream).await,
+        Ok((connection, stream)) => {
+            let mut serving = pin!(serve_http1(connection, stream));
+            poll_fn(move |context| crate::ids::at_one_instant(|| serving.as_mut().poll(context))).await;
+        }
         // Nobody is there to be told; a scan or a health check of a TCP balancer looks like this.
         Err(error) => tracing::debug!("connection ended before its first request: {error}"),
     }
@@ -120,7 +130,15 @@ async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -
         }
     };
     let peer = forwarded::Peer::new(peer, stream.is_tls());
-    Ok((Connection { worker, peer, listener: RefCell::new(listener), orphaned: Cell::new(false) }, stream))
+    let connection = Connection {
+        worker,
+        peer,
+        listener: RefCell::new(Rc::new(listener)),
+        // That of no snapshot.
+        generation: Cell::new(0),
+        orphaned: Cell::new(false),
+    };
+    Ok((connection, stream))
 }
 
 /// Reads exactly the PROXY protocol header, no byte of what follows it.

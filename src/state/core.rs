@@ -132,6 +132,10 @@ impl Grant {
     pub fn affinity(&self) -> AffinityOutcome {
         self.affinity
     }
+
+    pub fn has_session(&self) -> bool {
+        self.session.is_some()
+    }
 }
 
 impl Unplaced {

@@ -237,7 +237,8 @@ impl Lease {
 
     /// The answer was 2xx or 3xx: the pin holds from now on.
     pub fn confirm(&mut self, now: Instant) {
-        if let Some(grant) = &self.grant {
+        // Without a session there is no pin, and no reason to take the lock.
+        if let Some(grant) = self.grant.as_ref().filter(|grant| grant.has_session()) {
             self.dispatcher.core().confirm(grant, now);
         }
     }
