@@ -455,7 +455,11 @@ fn begin_answer(
     let Asked { connection, service, route, caller, .. } = asked;
     let status = answer.status.as_u16();
     let now = ids::now();
-    lease.report(if status >= 500 { Evidence::Bad } else { Evidence::Good }, now);
+    if status >= 500 {
+        lease.report(Evidence::Bad, now);
+    } else if target.needs_good_evidence() {
+        lease.report(Evidence::Good, now);
+    }
     let outcome = if status >= 500 { RunOutcome::Failed } else { RunOutcome::Completed };
     let success = status < 400;
     let tunnel = status == 101;

@@ -346,6 +346,10 @@ pub enum End {
 
 /// Relays until both bodies have ended or one side is gone.
 pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> End {
+    // Short answers usually are there whole: nothing is to be waited for.
+    if let Poll::Ready(end) = poll_fn(|context| Poll::Ready(poll_both(client, flow, context))).await {
+        return end;
+    }
     let mut last_moved = crate::ids::now();
     let target = flow.target.clone();
     let stop = flow.lease.as_ref().and_then(Lease::stop).cloned();

@@ -317,8 +317,12 @@ impl Core {
         let now = self.advance(now);
         let endpoint = &mut self.endpoints[grant.endpoint];
         match evidence {
-            Evidence::Good => endpoint.failures = 0,
+            Evidence::Good => {
+                endpoint.failures = 0;
+                endpoint.target.set_failing(false);
+            }
             Evidence::Bad => {
+                endpoint.target.set_failing(true);
                 endpoint.failures = endpoint.failures.saturating_add(1);
                 self.judge(grant.endpoint, now);
             }
@@ -667,8 +671,8 @@ impl Core {
         let placing = request.creates && request.run.is_none() && session.is_none();
         endpoint.credit += u32::from(placing);
         self.versions[endpoint.version].turn(number, endpoint, slow_start, request.now);
-        let target = endpoint.target.clone();
         let run = request.run.map(|id| {
+            let target = endpoint.target.clone();
             let first = session.and_then(|session| self.sessions.first_run(session));
             let about = About::default();
             let new = NewRun { id, target, endpoint: number, session, started: request.now, about, carriers: 1 };
