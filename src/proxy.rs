@@ -114,8 +114,14 @@ pub struct Caller {
     pub keep_alive: bool,
 }
 
-/// One exchange: from its head to the last byte of its answer.
-pub async fn exchange(connection: &Connection, client: &mut Peer, request: RequestHead, timer: &mut Timer) -> After {
+/// One exchange: from its head to the last byte of its answer. The head is boxed and errors are, so that a silent stream
+/// does not keep room for either.
+pub async fn exchange(
+    connection: &Connection,
+    client: &mut Peer,
+    request: Box<RequestHead>,
+    timer: &mut Timer,
+) -> After {
     let listener = connection.listener();
     let mut record = Record::open(connection, listener.clone(), &request);
     let caller = Caller { version: request.version, method: request.method.clone(), keep_alive: request.keep_alive };
@@ -125,7 +131,7 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
         Ok(Begun::Streaming(flow)) => flow,
         Ok(Begun::Answered) => return after_own_answer(client, &caller, connection),
         Ok(Begun::ClientGone) => return After::Close,
-        Err(error) => return answer_error(connection, client, &caller, error, timer, &mut record).await,
+        Err(error) => return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await,
     };
     let end = relay::stream(client, &mut flow, timer).await;
     if detached::goes_on(&flow, end) {
@@ -141,7 +147,7 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
     {
         // The client has seen nothing of this answer yet, so it can still be told what became of it.
         drop(flow);
-        return answer_error(connection, client, &caller, error, timer, &mut record).await;
+        return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await;
     }
     if !matches!(end, End::Whole | End::ClientGone) {
         cut(client, &flow).await;
@@ -226,7 +232,7 @@ async fn begin(
     connection: &Connection,
     listener: &Listener,
     client: &mut Peer,
-    mut request: RequestHead,
+    mut request: Box<RequestHead>,
     caller: &Caller,
     timer: &mut Timer,
     record: &mut Record,

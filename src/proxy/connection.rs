@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::IpAddr;
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -96,10 +96,7 @@ pub async fn serve(worker: Rc<Worker>, handed: Handed) {
         Ok((connection, stream)) if stream.negotiated_http2() => {
             Box::pin(http2_server::serve(Rc::new(connection), stream, Vec::new())).await;
         }
-        Ok((connection, stream)) => {
-            let mut serving = pin!(serve_http1(connection, stream));
-            poll_fn(move |context| crate::ids::at_one_instant(|| serving.as_mut().poll(context))).await;
-        }
+        Ok((connection, stream)) => serve_http1(connection, stream).await,
         // Nobody is there to be told; a scan or a health check of a TCP balancer looks like this.
         Err(error) => tracing::debug!("connection ended before its first request: {error}"),
     }
@@ -185,7 +182,8 @@ async fn serve_http1(connection: Connection, stream: Stream) {
             Err(error) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
         };
         let upgrade = request.upgrade.is_some();
-        let after = Box::pin(proxy::exchange(&connection, &mut client, request, &mut timer)).await;
+        let exchange = Box::pin(proxy::exchange(&connection, &mut client, Box::new(request), &mut timer));
+        let after = at_one_instant_a_poll(exchange).await;
         let Peer::Http1(http1) = &mut client else { return };
         match after {
             // Bytes behind a refused upgrade could be meant for the protocol that did not come about.
@@ -194,6 +192,11 @@ async fn serve_http1(connection: Connection, stream: Stream) {
             proxy::After::Close => return,
         }
     }
+}
+
+/// The exchange as it is, with its clock read once a poll at the most.
+fn at_one_instant_a_poll<F: Future>(mut exchange: Pin<Box<F>>) -> impl Future<Output = F::Output> {
+    poll_fn(move |context| crate::ids::at_one_instant(|| exchange.as_mut().poll(context)))
 }
 
 /// Waits for the next request head: as long as keep-alive allows for its first byte, then the header time-out.
@@ -257,19 +260,28 @@ async fn linger(client: Peer, timer: &mut Timer) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::RequestHead;
 
     fn size<A, B, F: Future>(_: impl FnOnce(A, B) -> F) -> usize {
         size_of::<F>()
     }
 
-    /// What one connection costs while its stream is silent, beside the sockets: its task, and the box it holds. Both
+    fn size_of_exchange<'a, F: Future>(
+        _: impl FnOnce(&'a Connection, &'a mut Peer, Box<RequestHead>, &'a mut Timer) -> F,
+    ) -> usize {
+        size_of::<F>()
+    }
+
+    /// What one connection costs while its stream is silent, beside the sockets: its task, and the boxes it holds. The
     /// bounds lie near a size class of the allocator, where a few bytes more cost some hundred a stream; other members
     /// of the workspace may switch features of shared crates on that add a word.
     #[test]
     fn a_silent_stream_is_small() {
         let task = size(serve);
         let flow = size_of::<proxy::relay::Flow>();
-        assert!(task <= 1152, "{task}");
+        let exchange = size_of_exchange(proxy::exchange);
+        assert!(task <= 1136, "{task}");
+        assert!(exchange <= 656, "{exchange}");
         assert!(flow <= 528, "{flow}");
     }
 }

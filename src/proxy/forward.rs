@@ -57,7 +57,7 @@ pub enum Forwarded {
 pub async fn forward(
     asked: Asked<'_>,
     client: &mut Peer,
-    mut request: RequestHead,
+    mut request: Box<RequestHead>,
     timer: &mut Timer,
     record: &mut Record,
 ) -> Result<Forwarded, ProxyError> {
@@ -440,7 +440,7 @@ pub fn cancel_soon(lease: &mut Lease) -> Finish {
 fn begin_answer(
     asked: Asked<'_>,
     client: &mut Peer,
-    request: RequestHead,
+    request: Box<RequestHead>,
     identity: Identity,
     mut watching: Option<Box<Watching>>,
     mut lease: Lease,

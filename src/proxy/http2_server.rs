@@ -116,7 +116,7 @@ async fn serve_stream(connection: &Connection, request: Request<RecvStream>, mut
     }
     let mut client = Peer::Http2(Box::new(http2));
     let mut timer = Timer::new(connection.listener().config.keepalive_timeout);
-    proxy::exchange(connection, &mut client, head, &mut timer).await;
+    proxy::exchange(connection, &mut client, Box::new(head), &mut timer).await;
 }
 
 /// Reads an HTTP/2 request head as strictly as an HTTP/1.1 one.
