@@ -5,7 +5,7 @@ mod support;
 use std::time::Duration;
 
 use support::{
-    Fleet, PeerClient, PeerScript, Peers, Proxy, assert_same, eventually_async, post_json, start_proxy, transcript,
+    Fleet, PeerClient, PeerScript, Peers, Proxy, assert_same, eventually_async, fetch, start_proxy, transcript,
 };
 
 const SERVER: PeerScript = PeerScript { environment: "mcp", file: "mcp_server.py" };
