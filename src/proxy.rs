@@ -110,7 +110,8 @@ pub enum After {
 /// What an exchange must still know of its request once that was sent.
 pub struct Caller {
     pub version: Version,
-    pub method: http::Method,
+    /// It wants no body (HEAD).
+    pub head_only: bool,
     pub keep_alive: bool,
 }
 
@@ -124,7 +125,11 @@ pub async fn exchange(
 ) -> After {
     let listener = connection.listener();
     let mut record = Record::open(connection, listener.clone(), &request);
-    let caller = Caller { version: request.version, method: request.method.clone(), keep_alive: request.keep_alive };
+    let caller = Caller {
+        version: request.version,
+        head_only: request.method == http::Method::HEAD,
+        keep_alive: request.keep_alive,
+    };
     // Boxed, so that a stream that lasts minutes does not keep the room that its beginning needed.
     let begun = Box::pin(begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
     let mut flow = match begun {
@@ -266,7 +271,7 @@ async fn begin(
                 edits::apply(&route.response_headers, &mut head.fields);
                 head.fields.append("longhaul-affinity", b"none");
                 record.status = head.status.as_u16();
-                let body = respond::for_method(&caller.method, &mut head, body);
+                let body = respond::for_caller(caller.head_only, &mut head, body);
                 record.own_bytes_out = body.len() as u64;
                 let close = after_own_answer(client, caller, connection) != After::KeepAlive;
                 respond::send(client, &mut head, body, caller.version, close, timer).await;
@@ -322,14 +327,14 @@ async fn answer_error(
     tracing::debug!(code = error.code.as_str(), detail = %error.detail, "exchange failed");
     record.status = error.status.as_u16();
     record.code = Some(error.code);
-    let (mut head, body) = problem::error(&error, record.caller_form.take());
+    let (mut head, body) = problem::error(&error, record.caller_form.as_deref());
     head.fields.append("longhaul-affinity", record.affinity.as_str().as_bytes());
     if let Some(run) = record.run {
         let mut text = [0; 36];
         run.write(&mut text);
         head.fields.append("longhaul-run-id", &text);
     }
-    let body = respond::for_method(&caller.method, &mut head, body);
+    let body = respond::for_caller(caller.head_only, &mut head, body);
     record.own_bytes_out = body.len() as u64;
     let after = after_own_answer(client, caller, connection);
     if respond::send(client, &mut head, body, caller.version, after != After::KeepAlive, timer).await {

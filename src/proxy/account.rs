@@ -33,6 +33,13 @@ impl Drop for OpenExchange {
     }
 }
 
+/// A protocol that has a form of its own for errors.
+pub struct CallerForm {
+    pub protocol: &'static dyn Protocol,
+    /// The id of the JSON-RPC request, as JSON.
+    pub rpc_id: Option<String>,
+}
+
 /// The story of one exchange, filled in as it goes.
 pub struct Record {
     open: OpenExchange,
@@ -48,8 +55,8 @@ pub struct Record {
     pub outcome: Option<RunOutcome>,
     /// The exchange starts its run (it may also join one).
     pub starts: bool,
-    /// In whose form the caller reads errors, and the id of its JSON-RPC request.
-    pub caller_form: Option<(&'static dyn Protocol, Option<String>)>,
+    /// In whose form the caller reads errors.
+    pub caller_form: Option<Box<CallerForm>>,
     pub service: Option<Local<Service>>,
     pub target: Option<Arc<Target>>,
     pub affinity: AffinityOutcome,

@@ -14,7 +14,7 @@ use crate::ids;
 use crate::message::{Framing, RequestHead, ResponseHead, Version};
 use crate::net::cookie::CookieSession;
 use crate::orca::Report;
-use crate::proxy::account::Record;
+use crate::proxy::account::{CallerForm, Record};
 use crate::proxy::connection::Connection;
 use crate::proxy::cut::Since;
 use crate::proxy::heartbeat::Heartbeat;
@@ -81,7 +81,8 @@ pub async fn forward(
     record.starts = identity.kind == Kind::Start;
     let about = watch::about(identity.recognised.as_ref());
     if let Some(recognised) = &mut identity.recognised {
-        record.caller_form = recognised.protocol.map(|protocol| (protocol, recognised.rpc_id.take()));
+        let rpc_id = recognised.rpc_id.take();
+        record.caller_form = recognised.protocol.map(|protocol| Box::new(CallerForm { protocol, rpc_id }));
     }
 
     // 7 pick
@@ -393,8 +394,8 @@ async fn try_once(
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
-    let drain = Since { cut: &target.cut, count: cuts, stop };
-    match relay::until_answer(client, &mut upstream, direction, (deadlines, drain), interim_passes, timer).await {
+    let drain = Since { cut: &target.cut, count: cuts };
+    match relay::until_answer(client, &mut upstream, direction, (deadlines, drain, stop), interim_passes, timer).await {
         Answer::Head(head) => Tried::Answered(upstream, head),
         Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,

@@ -7,14 +7,11 @@ use serde::Serialize;
 use crate::config::RouteAction;
 use crate::error::ProxyError;
 use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
-use crate::protocols::Protocol;
+use crate::proxy::account::CallerForm;
 
 /// The answer to a request that can't be served: `application/problem+json`, with `Proxy-Status` and, where a later try
 /// can work, `Retry-After`. A caller whose protocol has a form of its own for errors gets that, under the same status.
-pub fn error(
-    error: &ProxyError,
-    caller_form: Option<(&'static dyn Protocol, Option<String>)>,
-) -> (ResponseHead, Bytes) {
+pub fn error(error: &ProxyError, caller_form: Option<&CallerForm>) -> (ResponseHead, Bytes) {
     let code = error.code;
     let body = Document {
         kind: &format!("urn:longhaul:error:{}", code.as_str()),
@@ -28,7 +25,7 @@ pub fn error(
     // People read these in a terminal.
     body.push(b'\n');
     let mut fields = Fields::with_capacity(256, 4);
-    let own_form = caller_form.and_then(|(protocol, rpc_id)| protocol.error_body(error, rpc_id.as_deref()));
+    let own_form = caller_form.and_then(|form| form.protocol.error_body(error, form.rpc_id.as_deref()));
     let content_type: &[u8] = if own_form.is_some() { b"application/json" } else { b"application/problem+json" };
     let body = own_form.unwrap_or(body);
     fields.append("content-type", content_type);
