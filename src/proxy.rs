@@ -6,8 +6,8 @@
 //!  3 connection  connection.rs, http2_server.rs    HTTP/1.1 (our codec) or HTTP/2 until it ends or drains
 //!  4 route       route.rs         host, path, method, headers -> service, or a fixed answer
 //!  5 identify    identify.rs      session key, kind of exchange; bounded look into the body where a key may be there
-//!  6 turn        (comes with double texting)
-//!  7 pick        the dispatcher   pinned? its endpoint; new? version by cohort, then the least outstanding; reserved at once
+//!  6 turn        pick.rs          one run a session, where that is asked for; the dispatcher says whose turn it is
+//!  7 pick        pick.rs          the dispatcher: pinned? its endpoint; new? version by cohort, then the least outstanding; reserved at once
 //!  8 forward     forward.rs       attempts, connections (upstream.rs, pool.rs), time-outs, retries of what was not sent
 //!  9 stream      relay.rs         both directions as they come; peer.rs: the two sides; observe.rs: what is noticed
 //! 10 account     account.rs       exactly once, when the record is dropped
@@ -31,6 +31,7 @@ pub mod identify;
 pub mod learn;
 pub mod observe;
 pub mod peer;
+pub mod pick;
 pub mod pool;
 pub mod problem;
 pub mod relay;
@@ -145,6 +146,10 @@ pub async fn exchange(
         return After::Close;
     }
     flow.tell(&mut record);
+    if end != End::Whole {
+        // The endpoint is to see the end of this run before the start of the next that takes its slot.
+        flow.upstream.hang_up();
+    }
     let finish = flow.give_back(end);
     record.ended(finish);
     if let Some(error) = cut_short(end)
@@ -285,10 +290,11 @@ async fn begin(
     let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
     let debug =
         asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
+    let policy = pick::policy(&service.config, &request)?;
     forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
     forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::quick_random_bytes()));
     let begun = forward::forward(
-        forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, caller },
+        forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, policy, caller },
         client,
         request,
         timer,

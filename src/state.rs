@@ -13,6 +13,7 @@ pub mod runs;
 pub mod sessions;
 pub mod status;
 pub mod turn;
+pub mod waiting;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -22,6 +23,7 @@ use tokio::sync::futures::Notified;
 
 use crate::config;
 use crate::error::Code;
+use crate::ids::RunId;
 use crate::metrics::VersionMetrics;
 
 pub use crate::run::{Kind, RunOutcome};
@@ -234,6 +236,12 @@ pub enum Refusal {
     SessionLost,
     /// The session can't be moved: its client has to make another one.
     SessionGone(AffinityOutcome),
+    /// It waited as long as it may.
+    QueueTimeout,
+    /// Its session has this run, or another start took its place.
+    Busy(RunId),
+    /// Its principal has as many runs as it may.
+    PrincipalLimit,
 }
 
 impl Refusal {
@@ -242,6 +250,9 @@ impl Refusal {
             Refusal::NoEndpoint => Code::NoEndpoint,
             Refusal::QueueFull | Refusal::PinnedFull => Code::QueueFull,
             Refusal::SessionLost | Refusal::SessionGone(_) => Code::SessionLost,
+            Refusal::QueueTimeout => Code::QueueTimeout,
+            Refusal::Busy(_) => Code::SessionBusy,
+            Refusal::PrincipalLimit => Code::PrincipalLimit,
         }
     }
 
@@ -250,8 +261,10 @@ impl Refusal {
         match self {
             Refusal::SessionLost => AffinityOutcome::Lost,
             Refusal::SessionGone(affinity) => affinity,
-            Refusal::PinnedFull => AffinityOutcome::Hit,
-            Refusal::NoEndpoint | Refusal::QueueFull => AffinityOutcome::None,
+            Refusal::PinnedFull | Refusal::Busy(_) => AffinityOutcome::Hit,
+            Refusal::NoEndpoint | Refusal::QueueFull | Refusal::QueueTimeout | Refusal::PrincipalLimit => {
+                AffinityOutcome::None
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use http::StatusCode;
 use serde::Serialize;
 
 use crate::config::RouteAction;
-use crate::error::ProxyError;
+use crate::error::{Code, ProxyError};
 use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
 use crate::proxy::account::CallerForm;
 
@@ -31,8 +31,12 @@ pub fn error(error: &ProxyError, caller_form: Option<&CallerForm>) -> (ResponseH
     fields.append("content-type", content_type);
     fields.append("cache-control", b"no-store");
     fields.append("proxy-status", proxy_status(code.proxy_status(), &error.detail).as_bytes());
-    if let Some(seconds) = code.retry_after_seconds() {
+    if let Some(seconds) = error.retry_after_seconds {
         fields.append("retry-after", seconds.to_string().as_bytes());
+    }
+    if code == Code::SessionBusy {
+        // Clients of OpenAI and Anthropic try a 409 again by themselves, which would only meet the same run.
+        fields.append("x-should-retry", b"false");
     }
     answer(error.status, fields, Bytes::from(body))
 }
@@ -143,7 +147,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::error::Code;
 
     fn request(authority: &str, path: &str, query: Option<&str>) -> RequestHead {
         RequestHead {

@@ -2,7 +2,7 @@
 //!
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config;
@@ -10,10 +10,12 @@ use crate::ids::{self, RunId};
 use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
-use crate::state::core::{CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::queue::{Class, Principal};
 use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
 use crate::state::status::{CancelReport, DueCall, RunInfo, ServiceStatus, SessionInfo};
+use crate::state::waiting::Waiting;
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
 
 /// Slots of the session table that are read under one hold of the lock.
@@ -43,12 +45,33 @@ pub struct Ask<'a> {
     /// Where the proxy's own cookie says that the session lives; used when the table does not know the session
     /// (another replica, a restart).
     pub hint: Option<&'a PinHint>,
+    /// How urgent a start is, should it have to wait.
+    pub class: Class,
+    /// Whose start it is; `None`: nobody's that is known.
+    pub principal: Principal,
+    /// What a start does if its session has a run.
+    pub policy: config::Policy,
+    /// What the calls carry besides by which such a run is interrupted: header fields of the request that asks.
+    pub credentials: &'a [(&'static str, String)],
 }
 
 impl<'a> Ask<'a> {
     /// As plain HTTP asks.
     pub fn new(kind: Kind, key: Option<&'a SessionKey>) -> Ask<'a> {
-        Ask { key, kind, creates: false, bound: false, run: None, about: None, version: None, hint: None }
+        Ask {
+            key,
+            kind,
+            creates: false,
+            bound: false,
+            run: None,
+            about: None,
+            version: None,
+            hint: None,
+            class: Class::default(),
+            principal: None,
+            policy: config::Policy::Allow,
+            credentials: &[],
+        }
     }
 }
 
@@ -75,6 +98,23 @@ pub struct Placed {
     pub lease: Lease,
 }
 
+/// What a pick gives.
+pub enum Picked {
+    Placed(Placed),
+    /// No endpoint has room, or it is not its session's turn.
+    Waiting(Waiting),
+}
+
+impl Picked {
+    /// What was reserved at once; a place in the queue is given up.
+    pub fn placed(self) -> Option<Placed> {
+        match self {
+            Picked::Placed(placed) => Some(placed),
+            Picked::Waiting(_) => None,
+        }
+    }
+}
+
 /// The reservation of one exchange: its run's slot (for a start) or its place among the open exchanges. Gives both back
 /// when dropped, exactly once.
 pub struct Lease {
@@ -95,63 +135,91 @@ impl Dispatcher {
         &self.name
     }
 
-    /// Picks and reserves; `rng` is one random number, used only by `balance: random`.
-    pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Placed, Refusal> {
+    /// Picks and reserves, or takes a place to wait; `rng` is one random number, used only by `balance: random`.
+    pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Picked, Refusal> {
         let run = (ask.kind == Kind::Start).then(RunId::generate);
-        let picked = {
-            let mut core = self.core();
-            core.pick(ask, run, now, rng).map(|grant| (core.target(&grant), core.stop(&grant), grant))
-        };
+        let mut ended = Vec::new();
+        let picked = self.with(|core| match core.arrive(&ask, run, &mut ended, now, rng) {
+            Arrived::Placed(grant) => Ok((core.target(&grant), core.stop(&grant), grant)),
+            Arrived::Waiting(ticket) => Err(Ok((ticket, core.wait_until(now)))),
+            Arrived::Refused(refusal) => Err(Err(refusal)),
+        });
+        record(ended);
         match picked {
-            Ok((target, stop, grant)) => {
-                let affinity = grant.affinity();
-                self.metrics.affinity[affinity as usize].inc();
-                let finish = Finish::Ended(RunOutcome::Cancelled);
-                let lease = Lease { dispatcher: self.clone(), grant: Some(grant), finish, stop };
-                Ok(Placed { target, affinity, lease })
-            }
-            Err(unplaced) => {
-                let refusal = unplaced.refusal();
-                // What the client is told of its session counts, also where nothing was placed.
-                if refusal.affinity() != AffinityOutcome::None {
-                    self.metrics.affinity[refusal.affinity() as usize].inc();
-                }
-                if run.is_some() {
-                    self.metrics.rejected.inc();
-                }
-                Err(refusal)
-            }
+            Ok((target, stop, grant)) => Ok(Picked::Placed(self.lease(target, stop, grant))),
+            Err(Ok((ticket, until))) => Ok(Picked::Waiting(Waiting::new(self.clone(), ticket, run, now, until))),
+            Err(Err(refusal)) => Err(self.refused(refusal, run)),
         }
+    }
+
+    /// What whoever waited was given.
+    pub(super) fn placed(self: &Arc<Self>, grant: Grant) -> Placed {
+        let (target, stop) = self.with(|core| (core.target(&grant), core.stop(&grant)));
+        self.lease(target, stop, grant)
+    }
+
+    fn lease(self: &Arc<Self>, target: Arc<Target>, stop: Option<Arc<Stop>>, grant: Grant) -> Placed {
+        let affinity = grant.affinity();
+        self.metrics.affinity[affinity as usize].inc();
+        let finish = Finish::Ended(RunOutcome::Cancelled);
+        let lease = Lease { dispatcher: self.clone(), grant: Some(grant), finish, stop };
+        Placed { target, affinity, lease }
+    }
+
+    pub(super) fn refused(&self, refusal: Refusal, run: Option<RunId>) -> Refusal {
+        // What the client is told of its session counts, also where nothing was placed.
+        if refusal.affinity() != AffinityOutcome::None {
+            self.metrics.affinity[refusal.affinity() as usize].inc();
+        }
+        if run.is_some() {
+            self.rejected();
+        }
+        refusal
+    }
+
+    /// A start was never dispatched.
+    pub(super) fn rejected(&self) {
+        self.metrics.rejected.inc();
+    }
+
+    /// A start has waited so long.
+    pub(super) fn waited(&self, time: Duration) {
+        self.metrics.queue_wait_seconds.observe(time.as_secs_f64());
+    }
+
+    /// When somebody who was refused a place should come again.
+    pub fn retry_after(&self, now: Instant) -> Duration {
+        self.with(|core| core.retry_after(now))
     }
 
     /// Takes a (re)loaded configuration. Counts, pins, runs, operator drains and health stay; unchanged settings keep
     /// their [`Target`]; endpoints that are not named any more drain; lower limits cut nothing.
     pub fn apply(&self, settings: ServiceSettings, now: Instant) {
-        self.core().apply(settings, now);
+        self.with(|core| core.apply(settings, now));
     }
 
     /// The answer of an active health check of the endpoint with this [`crate::config::EndpointUrl::identity`].
     pub fn probe_result(&self, identity: &str, healthy: bool, now: Instant) {
-        self.core().probe_result(identity, healthy, now);
+        self.with(|core| core.probe_result(identity, healthy, now));
     }
 
     /// What an endpoint says of its own load, for so long: it may have runs that no request of ours started.
     pub fn reported_load(&self, identity: &str, runs: u32, holds: Duration, now: Instant) {
-        self.core().reported_load(identity, runs, holds, now);
+        self.with(|core| core.reported_load(identity, runs, holds, now));
     }
 
     /// Drains the endpoint at `host:port` (or with this identity) until it is undrained. False: there is none.
     pub fn drain_endpoint(&self, address: &str, now: Instant) -> bool {
-        self.core().set_drained(address, true, now)
+        self.with(|core| core.set_drained(address, true, now))
     }
 
     /// Ends an operator's drain. False: there is no such endpoint.
     pub fn undrain_endpoint(&self, address: &str, now: Instant) -> bool {
-        self.core().set_drained(address, false, now)
+        self.with(|core| core.set_drained(address, false, now))
     }
 
     pub fn status(&self, now: Instant) -> ServiceStatus {
-        self.core().status(now)
+        self.with(|core| core.status(now))
     }
 
     /// Sessions, those whose key (or alias) is `key` only where that is given, `limit` at most.
@@ -159,14 +227,14 @@ impl Dispatcher {
         let mut found = Vec::new();
         let mut from = Some(0);
         while let Some(slot) = from {
-            from = self.core().scan_sessions(key, slot, SCAN, limit, &mut found, now);
+            from = self.with(|core| core.scan_sessions(key, slot, SCAN, limit, &mut found, now));
         }
         found
     }
 
     /// Outstanding runs, those of the session with this key (or alias) only where that is given, `limit` at most.
     pub fn runs(&self, session: Option<&str>, limit: usize, now: Instant) -> Vec<RunInfo> {
-        self.core().runs(session, limit, now)
+        self.with(|core| core.runs(session, limit, now))
     }
 
     /// Forgets the pins of idle sessions, all or those of one key, and says how many. Busy ones stay.
@@ -174,7 +242,7 @@ impl Dispatcher {
         let mut forgotten = 0;
         let mut from = Some(0);
         while let Some(slot) = from {
-            let (count, next) = self.core().forget_sessions(key, slot, SCAN, now);
+            let (count, next) = self.with(|core| core.forget_sessions(key, slot, SCAN, now));
             forgotten += count;
             from = next;
         }
@@ -183,20 +251,20 @@ impl Dispatcher {
 
     /// A ready endpoint has a free slot.
     pub fn ready_for_work(&self, now: Instant) -> bool {
-        self.core().ready_for_work(now)
+        self.with(|core| core.ready_for_work(now))
     }
 
     /// What is due with time; to be called about once a second.
     pub fn tick(&self, now: Instant) {
-        self.core().tick(now);
+        self.with(|core| core.tick(now));
         // In small steps, so that a million sessions that expire together hold up nobody.
-        while self.core().expire(SCAN as usize, now) == SCAN as usize {}
+        while self.with(|core| core.expire(SCAN as usize, now)) == SCAN as usize {}
     }
 
     /// Ends the runs whose time is over and gives the calls that are to be made about others, `limit` at most.
     pub fn due_runs(&self, limit: usize, now: Instant) -> Vec<DueCall> {
         let mut ended = Vec::new();
-        let calls = self.core().due_runs(limit, &mut ended, now);
+        let calls = self.with(|core| core.due_runs(limit, &mut ended, now));
         record(ended);
         calls
     }
@@ -204,14 +272,14 @@ impl Dispatcher {
     /// What a status call found; `None`: it reached nobody.
     pub fn asked(&self, call: &DueCall, found: Option<Standing>, now: Instant) {
         let mut ended = Vec::new();
-        self.core().asked(call.number, call.id, found, &mut ended, now);
+        self.with(|core| core.asked(call.number, call.id, found, &mut ended, now));
         record(ended);
     }
 
     /// What an endpoint said to a cancel call.
     pub fn cancelled(&self, call: &DueCall, answer: CancelAnswer, now: Instant) {
         let mut ended = Vec::new();
-        self.core().cancelled(call.number, call.id, answer, &mut ended, now);
+        self.with(|core| core.cancelled(call.number, call.id, answer, &mut ended, now));
         record(ended);
     }
 
@@ -219,13 +287,23 @@ impl Dispatcher {
     /// `None`: there is no such run here.
     pub fn cancel(&self, id: RunId, now: Instant) -> Option<(CancelReport, Option<DueCall>)> {
         let mut ended = Vec::new();
-        let report = self.core().cancel_by_id(id, &mut ended, now);
+        let report = self.with(|core| core.cancel_by_id(id, &mut ended, now));
         record(ended);
         report
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Does something under the lock. What became free by it is handed on before the lock is released; whoever got it is
+    /// woken after.
+    pub(super) fn with<T>(&self, act: impl FnOnce(&mut Core) -> T) -> T {
+        let (done, wakers) = {
+            let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+            let done = act(&mut core);
+            (done, core.settle_up())
+        };
+        for waker in wakers {
+            waker.wake();
+        }
+        done
     }
 }
 
@@ -239,14 +317,14 @@ impl Lease {
     pub fn confirm(&mut self, now: Instant) {
         // Without a session there is no pin, and no reason to take the lock.
         if let Some(grant) = self.grant.as_ref().filter(|grant| grant.has_session()) {
-            self.dispatcher.core().confirm(grant, now);
+            self.dispatcher.with(|core| core.confirm(grant, now));
         }
     }
 
     /// The (successful) answer named its session; becomes the key, or an alias of the request's key.
     pub fn learn(&mut self, key: SessionKey, now: Instant) {
         if let Some(grant) = &mut self.grant {
-            self.dispatcher.core().learn(grant, &key, now);
+            self.dispatcher.with(|core| core.learn(grant, &key, now));
         }
     }
 
@@ -254,7 +332,9 @@ impl Lease {
     /// tried before. A confirmed pin stays on its own endpoint. Counts one more attempt.
     pub fn retry(&mut self, now: Instant, rng: u64) -> Result<Arc<Target>, Refusal> {
         match &mut self.grant {
-            Some(grant) => self.dispatcher.core().retry(grant, now, rng).map_err(|unplaced| unplaced.refusal()),
+            Some(grant) => {
+                self.dispatcher.with(|core| core.retry(grant, now, rng)).map_err(|unplaced| unplaced.refusal())
+            }
             None => Err(Refusal::NoEndpoint),
         }
     }
@@ -262,14 +342,14 @@ impl Lease {
     /// Load that the answer told (its head, or its trailers).
     pub fn reported_load(&self, report: &Report, now: Instant) {
         if let Some(grant) = &self.grant {
-            self.dispatcher.core().reported_with_answer(grant, report, now);
+            self.dispatcher.with(|core| core.reported_with_answer(grant, report, now));
         }
     }
 
     /// Evidence for outlier ejection about the current target.
     pub fn report(&mut self, evidence: Evidence, now: Instant) {
         if let Some(grant) = &self.grant {
-            self.dispatcher.core().report(grant, evidence, now);
+            self.dispatcher.with(|core| core.report(grant, evidence, now));
         }
     }
 
@@ -287,7 +367,7 @@ impl Lease {
     pub fn tell(&mut self, facts: &mut Vec<Fact>, scope: Option<[u8; 16]>, about: &About, now: Instant) {
         if let (Some(grant), false) = (&mut self.grant, facts.is_empty()) {
             let mut ended = Vec::new();
-            self.dispatcher.core().tell(grant, facts, scope, about, &mut ended, now);
+            self.dispatcher.with(|core| core.tell(grant, facts, scope, about, &mut ended, now));
             record(ended);
         }
     }
@@ -295,7 +375,7 @@ impl Lease {
     /// The socket over which these runs began is gone.
     pub fn leave_started(&self, keys: &[String], finish: Finish, now: Instant) {
         let mut ended = Vec::new();
-        self.dispatcher.core().leave_started(keys, finish, &mut ended, now);
+        self.dispatcher.with(|core| core.leave_started(keys, finish, &mut ended, now));
         record(ended);
     }
 
@@ -307,14 +387,14 @@ impl Lease {
     /// The run is to be ended by its protocol's call, and to count as cancelled. True: there is such a call, and the run
     /// goes on until it is answered.
     pub fn cancel_soon(&mut self, now: Instant) -> bool {
-        self.grant.as_ref().is_some_and(|grant| self.dispatcher.core().cancel_soon(grant, now))
+        self.grant.as_ref().is_some_and(|grant| self.dispatcher.with(|core| core.cancel_soon(grant, now)))
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         let Some(grant) = self.grant.take() else { return };
-        let ended = self.dispatcher.core().finish(grant, self.finish, ids::now());
+        let ended = self.dispatcher.with(|core| core.finish(grant, self.finish, ids::now()));
         record(ended);
     }
 }
