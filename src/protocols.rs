@@ -10,6 +10,7 @@ mod ag_ui;
 mod agentcore;
 mod ai_sdk;
 mod anthropic;
+mod hint;
 mod langgraph;
 mod mcp;
 mod openai_chat;
@@ -316,7 +317,9 @@ impl Plan {
         }
         // The first of those whose sign is plainest.
         let mut best = (Sign::None, Plan::Http);
-        for protocol in ALL.iter().copied() {
+        let shows = hint::may_show(request);
+        debug_assert!(shows || ALL.iter().all(|protocol| protocol.sign(request) == Sign::None), "a hint is missing");
+        for protocol in ALL.iter().copied().filter(|_| shows) {
             let sign = protocol.sign(request);
             if sign > best.0 {
                 best = (sign, Plan::One(protocol));
