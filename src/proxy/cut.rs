@@ -58,6 +58,8 @@ impl<'a> Hearing<'a> {
                 told.set(cut.told());
                 self.looks = cut.looks();
                 self.wakes = None;
+                // It may have been meant for us since we looked above.
+                continue;
             }
             if self.wakes.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
                 return Poll::Pending;

@@ -126,6 +126,15 @@ impl RawClient {
         }
     }
 
+    /// The data of all chunks that are still to come, whether the body ends whole or not.
+    pub async fn read_to_end_of_body(&mut self) -> String {
+        let mut seen = Vec::new();
+        while let Some(data) = self.read_chunk().await {
+            seen.extend_from_slice(&data);
+        }
+        String::from_utf8_lossy(&seen).into_owned()
+    }
+
     /// Exactly `count` bytes as they came.
     pub async fn read_exact(&mut self, count: usize) -> Vec<u8> {
         while self.buffer.len() < count {

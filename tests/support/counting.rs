@@ -4,7 +4,7 @@
 //! ends just before its last byte is written, or when the proxy has closed its connection. Of a close that is there but
 //! not read yet it learns before it counts anybody who came behind it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{SocketAddr, TcpStream as StdTcpStream};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -35,6 +35,7 @@ pub struct Counting {
     pub address: SocketAddr,
     shared: Arc<Shared>,
     stop: watch::Sender<bool>,
+    released: watch::Sender<HashSet<String>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -56,6 +57,7 @@ impl Counting {
         let shared = Arc::<Shared>::default();
         let serving = Arc::clone(&shared);
         let (stop, mut stopped) = watch::channel(false);
+        let (released, releases) = watch::channel(HashSet::new());
         let (tell, told) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -66,7 +68,7 @@ impl Counting {
                     tokio::select! {
                         accepted = listener.accept() => {
                             let (stream, _) = accepted.expect("a connection");
-                            tokio::spawn(serve(stream, Arc::clone(&serving)));
+                            tokio::spawn(serve(stream, Arc::clone(&serving), releases.clone()));
                         }
                         _ = stopped.changed() => return,
                     }
@@ -74,11 +76,18 @@ impl Counting {
             });
         });
         let address = told.recv().expect("it listens");
-        Counting { address, shared, stop, thread: Some(thread) }
+        Counting { address, shared, stop, released, thread: Some(thread) }
     }
 
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Lets the run of this session end whose `x-microseconds` is `held`.
+    pub fn release(&self, session: &str) {
+        self.released.send_modify(|released| {
+            released.insert(session.to_owned());
+        });
     }
 
     /// Every run so far, in the order in which they began.
@@ -147,7 +156,7 @@ impl State {
     }
 }
 
-async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
+async fn serve(mut stream: TcpStream, shared: Arc<Shared>, mut releases: watch::Receiver<HashSet<String>>) {
     let mut buffer = Vec::new();
     loop {
         let head = loop {
@@ -181,9 +190,16 @@ async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
         if stream.write_all(&first).await.is_err() {
             return shared.lock().end(index, false);
         }
-        let time = Duration::from_micros(field("x-microseconds").parse().unwrap_or(0));
+        let time = field("x-microseconds");
+        let session = field("x-session");
+        let over = async {
+            match time.as_str() {
+                "held" => drop(releases.wait_for(|released| released.contains(&session)).await),
+                time => tokio::time::sleep(Duration::from_micros(time.parse().unwrap_or(0))).await,
+            }
+        };
         tokio::select! {
-            () = tokio::time::sleep(time) => {}
+            () = over => {}
             read = stream.read_buf(&mut buffer) => {
                 assert!(!matches!(read, Ok(1..)), "nothing comes while a run is on its connection");
                 return shared.lock().end(index, false);

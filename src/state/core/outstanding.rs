@@ -247,7 +247,7 @@ impl Core {
     pub fn due_runs(&mut self, limit: usize, ended: &mut Vec<Ended>, now: Instant) -> Vec<DueCall> {
         let now = self.advance(now);
         let mut calls = Vec::new();
-        self.look_at_waiting(&mut calls, now);
+        self.look_at_waiting(limit, &mut calls, now);
         while calls.len() < limit
             && let Some(number) = self.runs.take_due(now)
         {

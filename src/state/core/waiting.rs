@@ -720,10 +720,11 @@ impl Core {
 
     // Time.
 
-    /// What is due for those who wait; to be called often. The calls that are to be made are added to `calls`.
-    pub fn look_at_waiting(&mut self, calls: &mut Vec<DueCall>, now: Instant) {
-        let now = self.advance(now);
-        calls.append(&mut self.room.calls);
+    /// What is due for those who wait; to be called often. The calls that are to be made are added to `calls`, up to
+    /// `limit`.
+    pub(super) fn look_at_waiting(&mut self, limit: usize, calls: &mut Vec<DueCall>, now: Instant) {
+        let room = limit.saturating_sub(calls.len()).min(self.room.calls.len());
+        calls.extend(self.room.calls.drain(..room));
         if self.room.queue.is_empty() {
             return;
         }
