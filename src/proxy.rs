@@ -7,6 +7,7 @@
 //!  4 route       route.rs         host, path, method, headers -> service, or a fixed answer
 //!  5 identify    identify.rs      session key, kind of exchange; bounded look into the body where a key may be there
 //!  6 turn        pick.rs          one run a session, where that is asked for; the dispatcher says whose turn it is
+//!                repeat.rs        starts that were made before are given the first one's answer
 //!  7 pick        pick.rs          the dispatcher: pinned? its endpoint; new? version by cohort, then the least outstanding; reserved at once
 //!  8 forward     forward.rs       attempts, connections (upstream.rs, pool.rs), time-outs, retries of what was not sent
 //!  9 stream      relay.rs         both directions as they come; peer.rs: the two sides; observe.rs: what is noticed
@@ -35,6 +36,7 @@ pub mod pick;
 pub mod pool;
 pub mod problem;
 pub mod relay;
+pub mod repeat;
 pub mod respond;
 pub mod rewrite;
 pub mod route;
@@ -137,6 +139,7 @@ pub async fn exchange(
         Ok(Begun::Streaming(flow)) => flow,
         Ok(Begun::Answered) => return after_own_answer(client, &caller, connection),
         Ok(Begun::ClientGone) => return After::Close,
+        Ok(Begun::Replayed(replayed)) => return after_replay(client, replayed, &mut record),
         Err(error) => return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await,
     };
     let end = relay::stream(client, &mut flow, timer).await;
@@ -234,6 +237,8 @@ pub enum Begun {
     Streaming(Box<relay::Flow>),
     /// A fixed answer was sent whole.
     Answered,
+    /// The answer to an earlier start was sent.
+    Replayed(repeat::Replayed),
     ClientGone,
 }
 
@@ -304,12 +309,29 @@ async fn begin(
     Ok(match begun {
         Forwarded::Streaming(flow) => Begun::Streaming(flow),
         Forwarded::ClientGone => Begun::ClientGone,
+        Forwarded::Replayed(replayed) => Begun::Replayed(replayed),
     })
 }
 
 /// The client's connection may carry another request after this one.
 pub fn may_keep_alive(connection: &Connection, client: &Peer, caller: &Caller) -> bool {
     client.is_http1() && caller.keep_alive && !connection.told_to_close()
+}
+
+fn after_replay(client: &mut Peer, replayed: repeat::Replayed, record: &mut Record) -> After {
+    match replayed {
+        repeat::Replayed::Whole { keep_alive: true } => After::KeepAlive,
+        repeat::Replayed::Whole { keep_alive: false } => After::Linger,
+        repeat::Replayed::Truncated => {
+            record.code = Some(Code::UpstreamReset);
+            reset(client, h2::Reason::INTERNAL_ERROR);
+            After::Close
+        }
+        repeat::Replayed::ClientGone => {
+            reset(client, h2::Reason::CANCEL);
+            After::Close
+        }
+    }
 }
 
 fn after_own_answer(client: &Peer, caller: &Caller, connection: &Connection) -> After {

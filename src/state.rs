@@ -9,6 +9,7 @@ pub mod pace;
 pub mod queue;
 pub mod rate;
 pub mod recording;
+pub mod remembered;
 pub mod runs;
 pub mod sessions;
 pub mod status;

@@ -373,6 +373,7 @@ snapshot_of_mistakes!(
         "runs: {double_texting: {allow_override: true}}\n    agent_protocol: mcp",
         "runs: {double_texting: {policy: rollback}}",
         "runs: {double_texting: {policy: rollback}}\n    agent_protocol: a2a",
+        "runs: {idempotency: {key: [{json: /id}]}}",
         "runs: {on_disconnect: {continue_for: 0s}}",
     ]
 );
@@ -454,7 +455,6 @@ snapshot_of_mistakes!(
     [
         "runs: {queue: {max: 5, timeout: 1s, progress: 15s, priority_header: x-priority}}",
         "runs: {queue: {progress: 15s}}\n    agent_protocol: langgraph",
-        "runs: {idempotency: {}}",
         "runs: {resume: {buffer: 1MiB}}",
         "health: {path: /, draining_status: 503}",
         "shadow: {version: v, percent: 10%}",

@@ -398,6 +398,9 @@ fn idempotency() -> Kind<'static, Idempotency> {
     block("a mapping with `key` and `keep`", |block| {
         let key = block.key("key", "Places of the key.", key_source(false).list(), "[{header: idempotency-key}]");
         let keep = block.key("keep", "How long an answer is kept.", positive_duration(), "10m");
+        if key.iter().any(|source| matches!(source, KeySource::Json(_))) {
+            block.problem("key", "the key of a start is in its head; use header, cookie, query or path");
+        }
         Some(Idempotency { key, keep })
     })
 }

@@ -1,5 +1,6 @@
 //! Detached: the endpoint's half of an exchange whose client has left and whose run is to go on all the same
-//! (`runs.on_disconnect: continue`). It is relayed as before, to nobody.
+//! (`runs.on_disconnect: continue`), or whose answer is recorded for others
+//! (`runs.idempotency`). It is relayed as before, to nobody.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -21,7 +22,8 @@ pub fn goes_on(flow: &Flow, end: End) -> bool {
         && flow.lease.as_ref().is_some_and(|lease| lease.run_id().is_some())
         && flow.request.done()
         && !flow.tunnel
-        && matches!(flow.service.config.runs.on_disconnect, OnDisconnect::Continue(_))
+        && (flow.response.observer.is_recorded()
+            || matches!(flow.service.config.runs.on_disconnect, OnDisconnect::Continue(_)))
 }
 
 /// Goes on in a task of its own. The record stays open: the exchange ends, and is told of, with its run.
@@ -37,8 +39,9 @@ async fn go_on(worker: Rc<Worker>, mut flow: Box<Flow>, mut record: Record) {
     if let Some(timed) = &mut flow.timed {
         timed.heartbeat = None;
     }
+    let longest = longest(&flow);
     let relaying = relay::stream(&mut nobody, &mut flow, &mut timer);
-    let end = match longest(&record) {
+    let end = match longest {
         Some(most) => tokio::time::timeout(most, relaying).await.unwrap_or(End::ClientGone),
         None => relaying.await,
     };
@@ -57,9 +60,10 @@ async fn go_on(worker: Rc<Worker>, mut flow: Box<Flow>, mut record: Record) {
 }
 
 /// For how long at most.
-fn longest(record: &Record) -> Option<Duration> {
-    match record.service.as_ref()?.config.runs.on_disconnect {
+fn longest(flow: &Flow) -> Option<Duration> {
+    let runs = &flow.service.config.runs;
+    match runs.on_disconnect {
         OnDisconnect::Continue(most) => most,
-        OnDisconnect::Protocol | OnDisconnect::Cancel => None,
+        OnDisconnect::Protocol | OnDisconnect::Cancel => runs.idempotency.as_ref().map(|idempotency| idempotency.keep),
     }
 }

@@ -1,6 +1,7 @@
 //! Steps 5 to 8, forward: who asks, where it goes, and attempts until an endpoint has answered.
 
 use std::future::{Future, poll_fn};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Peer, SourceFault};
 use crate::proxy::pick::{self, Found, Wanted};
 use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow, Timed};
+use crate::proxy::repeat::{self, Kept, Replayed, Way};
 use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
@@ -53,6 +55,8 @@ pub struct Asked<'a> {
 
 pub enum Forwarded {
     Streaming(Box<Flow>),
+    /// It was answered with the answer to an earlier start.
+    Replayed(Replayed),
     ClientGone,
 }
 
@@ -88,8 +92,30 @@ pub async fn forward(
         record.caller_form = recognised.protocol.map(|protocol| Box::new(CallerForm { protocol, rpc_id }));
     }
 
+    let kept = match repeat::way(service, &request, &identity) {
+        Ok(Way::Usual) => None,
+        Ok(Way::First(kept)) => {
+            // All that was read of the body waits in front.
+            observer.compare(repeat::Asked::new(Rc::clone(&kept), client.held()));
+            Some(kept)
+        }
+        Ok(Way::Again(run, reader)) => {
+            record.run = Some(run);
+            record.starts = false;
+            let replaying = repeat::replay(reader, connection, client, caller, observer, timer, record);
+            let replayed = Box::pin(replaying).await?;
+            return Ok(Forwarded::Replayed(replayed));
+        }
+        Err((error, run)) => {
+            record.run = run;
+            record.starts = false;
+            return Err(error);
+        }
+    };
+
     // 6 turn, 7 pick
-    let wanted = Wanted { service, policy: asked.policy, request: &request, identity: &identity, about: &about };
+    let id = kept.as_ref().map(|kept| kept.run());
+    let wanted = Wanted { service, policy: asked.policy, request: &request, identity: &identity, about: &about, id };
     let found = pick::pick(wanted, client, timer, record).await?;
     let Found::Placed(Placed { mut target, affinity, mut lease }) = found else { return Ok(Forwarded::ClientGone) };
     let mut watching = Watching::new(identity.recognised.as_mut(), about, identity.scope);
@@ -130,7 +156,16 @@ pub async fn forward(
     let mut fresh = false;
     let (mut upstream, mut answer) = loop {
         let tried = try_once(
-            Attempt { asked: &asked, target: &target, cuts, stop: lease.stop(), deadlines, connect_timeout, fresh },
+            Attempt {
+                asked: &asked,
+                target: &target,
+                cuts,
+                stop: lease.stop(),
+                deadlines,
+                connect_timeout,
+                fresh,
+                goes_on: kept.is_some(),
+            },
             client,
             &mut request,
             &mut direction,
@@ -213,6 +248,7 @@ pub async fn forward(
         request,
         identity,
         watching,
+        kept,
         lease,
         (target, cuts),
         upstream,
@@ -273,6 +309,8 @@ struct Attempt<'a> {
     connect_timeout: Duration,
     /// No kept connection is to be used: one has just turned out to be broken.
     fresh: bool,
+    /// The answer is wanted though its client may leave.
+    goes_on: bool,
 }
 
 #[expect(clippy::large_enum_variant, reason = "one at a time, and the large one is the usual one")]
@@ -303,14 +341,14 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh } = attempt;
+    let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh, goes_on } = attempt;
     let pool = &asked.connection.worker.pool;
     let kept = if fresh { None } else { upstream::pooled(pool, target) };
     let connected = match kept {
         Some(connected) => connected,
         None => {
             let connecting = upstream::connect(pool, target, connect_timeout);
-            match unless_gone(client, direction, connecting).await {
+            match unless_gone(client, direction, goes_on, connecting).await {
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
                 Some(Err(error)) => {
@@ -356,7 +394,17 @@ async fn try_once(
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
     let drain = Since { cut: &target.cut, count: cuts };
-    match relay::until_answer(client, &mut upstream, direction, (deadlines, drain, stop), interim_passes, timer).await {
+    match relay::until_answer(
+        client,
+        &mut upstream,
+        direction,
+        (deadlines, drain, stop),
+        interim_passes,
+        goes_on,
+        timer,
+    )
+    .await
+    {
         Answer::Head(head) => Tried::Answered(upstream, head),
         Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
@@ -367,7 +415,15 @@ async fn try_once(
 
 /// Awaits, unless the client leaves meanwhile. Its body is left alone; an HTTP/1.1 client that still has one to send is
 /// seen to leave when that is read.
-async fn unless_gone<T>(client: &mut Peer, direction: &Direction, future: impl Future<Output = T>) -> Option<T> {
+async fn unless_gone<T>(
+    client: &mut Peer,
+    direction: &Direction,
+    goes_on: bool,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    if goes_on && client.source_ended() {
+        return Some(future.await);
+    }
     let mut future = Box::pin(future);
     let watch = client.source_ended() && !direction.done() && client.held().is_empty();
     poll_fn(|context| {
@@ -405,6 +461,7 @@ fn begin_answer(
     request: Box<RequestHead>,
     identity: Identity,
     mut watching: Option<Box<Watching>>,
+    kept: Option<Rc<Kept>>,
     mut lease: Lease,
     (target, cuts): (Arc<Target>, u32),
     mut upstream: Upstream,
@@ -456,7 +513,7 @@ fn begin_answer(
     if let Some(watching) = &mut watching {
         watching.head(status, &answer.fields, &mut lease);
     }
-    let mut response_observer = Observer::of_answer(learn, watching);
+    let mut response_observer = Observer::of_answer(learn, watching, kept.clone());
     if is_event_stream(&answer) {
         response_observer.expect_events();
     }
@@ -498,6 +555,9 @@ fn begin_answer(
         answer.fields.append("set-cookie", cookie.as_bytes());
     }
     record.status = status;
+    if let Some(kept) = &kept {
+        kept.head(&answer);
+    }
 
     // Both bodies.
     let upstream_keep_alive = answer.keep_alive;
@@ -524,7 +584,8 @@ fn begin_answer(
     let is_timed = run_deadline.is_some() || heartbeat.is_some();
     let timed = is_timed.then(|| Box::new(Timed { run_deadline, heartbeat }));
     let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
-    if begun.is_err() {
+    // Where the answer is recorded, the relay finds that its client is gone.
+    if begun.is_err() && kept.is_none() {
         let finish = gone_before_answer(service, response_observer.watching_mut(), &mut lease);
         record.ended(finish);
         lease.finish(finish);

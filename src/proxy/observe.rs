@@ -1,9 +1,11 @@
 //! Observe: what is noticed about a body while it passes: bytes, events, the first of them, and what it tells of sessions
 //! and runs.
 
+use std::rc::Rc;
 use std::time::Instant;
 
 use crate::proxy::learn::Learn;
+use crate::proxy::repeat::{Asked, Kept};
 use crate::proxy::watch::Watching;
 use crate::sse::Scanner;
 use crate::state::core::Finish;
@@ -28,6 +30,10 @@ pub struct Observer {
 struct Reading {
     learn: Option<Learn>,
     watching: Option<Box<Watching>>,
+    /// Of an answer that is recorded.
+    kept: Option<Rc<Kept>>,
+    /// Of a request whose answer is.
+    asked: Option<Asked>,
 }
 
 impl Observer {
@@ -37,9 +43,27 @@ impl Observer {
     }
 
     /// For an answer's body.
-    pub fn of_answer(learn: Option<Learn>, watching: Option<Box<Watching>>) -> Observer {
-        let reading = (learn.is_some() || watching.is_some()).then(|| Box::new(Reading { learn, watching }));
+    pub fn of_answer(learn: Option<Learn>, watching: Option<Box<Watching>>, kept: Option<Rc<Kept>>) -> Observer {
+        let is_read = learn.is_some() || watching.is_some() || kept.is_some();
+        let reading = is_read.then(|| Box::new(Reading { learn, watching, kept, asked: None }));
         Observer { reading, ..Observer::default() }
+    }
+
+    /// The request is compared with later ones of the same key.
+    pub fn compare(&mut self, asked: Asked) {
+        self.reading = Some(Box::new(Reading { learn: None, watching: None, kept: None, asked: Some(asked) }));
+    }
+
+    /// The request has come whole.
+    pub fn asked(&mut self) {
+        if let Some(asked) = self.reading.as_mut().and_then(|reading| reading.asked.take()) {
+            asked.end();
+        }
+    }
+
+    /// The answer is recorded, so that it is wanted whoever reads it now.
+    pub fn is_recorded(&self) -> bool {
+        self.reading.as_ref().is_some_and(|reading| reading.kept.is_some())
     }
 
     /// Counts events from now on.
@@ -61,6 +85,12 @@ impl Observer {
         self.bytes += payload.len() as u64;
         let mut events = self.scanner.as_mut().map(|scanner| scanner.feed(payload));
         if let Some(reading) = &mut self.reading {
+            if let Some(kept) = &reading.kept {
+                kept.append(payload);
+            }
+            if let Some(asked) = &mut reading.asked {
+                asked.observe(payload);
+            }
             if let Some(learn) = &mut reading.learn {
                 learn.observe(payload);
             }
@@ -87,6 +117,9 @@ impl Observer {
     /// is not for HTTP to say.
     pub fn tell(&mut self, lease: &mut Lease, at_end: bool) -> Option<Finish> {
         let reading = self.reading.as_mut()?;
+        if let (Some(kept), true) = (&reading.kept, at_end) {
+            kept.end();
+        }
         if let Some(learn) = &mut reading.learn {
             learn.tell(lease, at_end);
         }

@@ -8,7 +8,7 @@ use http::StatusCode;
 
 use crate::config::{self, Policy};
 use crate::error::{Code, ProxyError};
-use crate::ids;
+use crate::ids::{self, RunId};
 use crate::message::RequestHead;
 use crate::proxy::account::Record;
 use crate::proxy::identify::Identity;
@@ -61,6 +61,8 @@ pub struct Wanted<'a> {
     pub request: &'a RequestHead,
     pub identity: &'a Identity,
     pub about: &'a About,
+    /// The id that the run is to have.
+    pub id: Option<RunId>,
 }
 
 /// Picks an endpoint, or waits until there is one.
@@ -97,7 +99,7 @@ pub async fn pick(
 }
 
 fn ask(wanted: Wanted<'_>) -> Result<Picked, Refusal> {
-    let Wanted { service, policy, request, identity, about } = wanted;
+    let Wanted { service, policy, request, identity, about, id } = wanted;
     let matched = service
         .config
         .versions
@@ -124,6 +126,7 @@ fn ask(wanted: Wanted<'_>) -> Result<Picked, Refusal> {
         about: Some(about),
         version: matched.map(|version| version.name.as_str()),
         hint: hint.map(|cookie| &cookie.pin),
+        id,
         class,
         principal: identity.scope.filter(|_| !identity.anonymous),
         policy,

@@ -181,6 +181,13 @@ pub fn poll_pump(
     }
 }
 
+/// The client's body: its end is told to whoever compares it.
+fn request_came_in(observer: &mut Observer, ended: bool, _: Option<&Fields>) {
+    if ended {
+        observer.asked();
+    }
+}
+
 /// How waiting for an answer ended.
 pub enum Answer {
     Head(ResponseHead),
@@ -201,18 +208,21 @@ pub async fn until_answer(
     request: &mut Direction,
     (deadlines, drain, stop): (Deadlines, Since<'_>, Option<&Arc<Stop>>),
     interim_passes: bool,
+    goes_on: bool,
     timer: &mut Timer,
 ) -> Answer {
     let mut interim_answers = 0;
     let mut told = pin!(drain.cut.told());
     let mut cut = Hearing::new(drain, stop);
     poll_fn(|context| {
+        // An answer that is recorded is wanted though its client is gone, which is seen once it has begun.
+        let is_gone = |client: &mut Peer, context: &mut Context<'_>| !goes_on && client.poll_gone(context).is_ready();
         if request.over() {
-            if client.poll_gone(context).is_ready() {
+            if is_gone(client, context) {
                 return Poll::Ready(Answer::ClientGone);
             }
         } else {
-            match poll_pump(client, &mut upstream.peer, request, context, |_, _, _| {}) {
+            match poll_pump(client, &mut upstream.peer, request, context, request_came_in) {
                 Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
                     return Poll::Ready(Answer::ClientGone);
                 }
@@ -227,7 +237,7 @@ pub async fn until_answer(
                 }
                 Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(Answer::ClientGone),
             }
-            if request.over() && client.poll_gone(context).is_ready() {
+            if request.over() && is_gone(client, context) {
                 return Poll::Ready(Answer::ClientGone);
             }
         }
@@ -250,7 +260,9 @@ pub async fn until_answer(
                 Poll::Pending => break,
             }
         }
-        if let Poll::Ready(Err(_)) = client.poll_flush(context) {
+        if let Poll::Ready(Err(_)) = client.poll_flush(context)
+            && !goes_on
+        {
             return Poll::Ready(Answer::ClientGone);
         }
         match cut.poll(told.as_mut(), context) {
@@ -384,7 +396,7 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
     let Flow { upstream, request, tunnel, .. } = flow;
     if !request.over() {
-        match poll_pump(client, &mut upstream.peer, request, context, |_, _, _| {}) {
+        match poll_pump(client, &mut upstream.peer, request, context, request_came_in) {
             Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
                 return Poll::Ready(End::ClientGone);
             }

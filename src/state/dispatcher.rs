@@ -2,7 +2,7 @@
 //!
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config;
@@ -11,7 +11,9 @@ use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
 use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::idempotency::{self, ANSWERS_BYTES_MAX, Start, StartKey, Starts};
 use crate::state::queue::{Class, Principal};
+use crate::state::recording::Budget;
 use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
 use crate::state::status::{CancelReport, DueCall, RunInfo, ServiceStatus, SessionInfo};
@@ -25,6 +27,8 @@ const SCAN: u32 = 1024;
 pub struct Dispatcher {
     name: Arc<str>,
     core: Mutex<Core>,
+    /// Starts that carry a key. Apart from the core: whoever comes without one never looks here.
+    starts: Mutex<Starts>,
     metrics: Arc<ServiceMetrics>,
 }
 
@@ -45,6 +49,8 @@ pub struct Ask<'a> {
     /// Where the proxy's own cookie says that the session lives; used when the table does not know the session
     /// (another replica, a restart).
     pub hint: Option<&'a PinHint>,
+    /// The id that a start's run is to have, where that was made before.
+    pub id: Option<RunId>,
     /// How urgent a start is, should it have to wait.
     pub class: Class,
     /// Whose start it is; `None`: nobody's that is known.
@@ -67,6 +73,7 @@ impl<'a> Ask<'a> {
             about: None,
             version: None,
             hint: None,
+            id: None,
             class: Class::default(),
             principal: None,
             policy: config::Policy::Allow,
@@ -128,7 +135,8 @@ pub struct Lease {
 impl Dispatcher {
     /// A service that no configuration has described yet: every pick is refused.
     pub fn new(name: &str, metrics: Arc<ServiceMetrics>) -> Arc<Dispatcher> {
-        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(Core::new(name)), metrics })
+        let starts = Mutex::new(Starts::new(Duration::ZERO, Budget::new(ANSWERS_BYTES_MAX)));
+        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(Core::new(name)), starts, metrics })
     }
 
     pub fn name(&self) -> &Arc<str> {
@@ -137,7 +145,7 @@ impl Dispatcher {
 
     /// Picks and reserves, or takes a place to wait; `rng` is one random number, used only by `balance: random`.
     pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Picked, Refusal> {
-        let run = (ask.kind == Kind::Start).then(RunId::generate);
+        let run = (ask.kind == Kind::Start).then(|| ask.id.unwrap_or_else(RunId::generate));
         let mut ended = Vec::new();
         let picked = self.with(|core| match core.arrive(&ask, run, &mut ended, now, rng) {
             Arrived::Placed(grant) => Ok((core.target(&grant), core.stop(&grant), grant)),
@@ -195,7 +203,24 @@ impl Dispatcher {
     /// Takes a (re)loaded configuration. Counts, pins, runs, operator drains and health stay; unchanged settings keep
     /// their [`Target`]; endpoints that are not named any more drain; lower limits cut nothing.
     pub fn apply(&self, settings: ServiceSettings, now: Instant) {
+        if let Some(idempotency) = &settings.config.runs.idempotency {
+            self.starts().set_keep(idempotency.keep);
+        }
         self.with(|core| core.apply(settings, now));
+    }
+
+    /// A start with a key comes; `run` is the id of its run if it is the first.
+    pub fn first_start(&self, key: StartKey, run: RunId, now: Instant) -> Start {
+        self.starts().start(key, run, now)
+    }
+
+    /// The run of a first start has ended, or did not come to be.
+    pub(super) fn start_ended(&self, key: StartKey, run: RunId, finish: idempotency::Finish, now: Instant) {
+        self.starts().ended(key, run, finish, now);
+    }
+
+    fn starts(&self) -> MutexGuard<'_, Starts> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The answer of an active health check of the endpoint with this [`crate::config::EndpointUrl::identity`].
@@ -256,6 +281,7 @@ impl Dispatcher {
 
     /// What is due with time; to be called about once a second.
     pub fn tick(&self, now: Instant) {
+        self.starts().expire(now);
         self.with(|core| core.tick(now));
         // In small steps, so that a million sessions that expire together hold up nobody.
         while self.with(|core| core.expire(SCAN as usize, now)) == SCAN as usize {}

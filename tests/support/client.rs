@@ -126,6 +126,13 @@ impl RawClient {
         }
     }
 
+    /// Reads a head, and chunks until what they hold together contains `text`.
+    pub async fn read_chunks_after_head(&mut self, text: &str) -> Head {
+        let head = self.read_head().await;
+        self.read_chunks_until(text).await;
+        head
+    }
+
     /// The data of all chunks that are still to come, whether the body ends whole or not.
     pub async fn read_to_end_of_body(&mut self) -> String {
         let mut seen = Vec::new();
