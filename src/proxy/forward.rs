@@ -458,6 +458,9 @@ fn begin_answer(
     lease.report(if status >= 500 { Evidence::Bad } else { Evidence::Good }, now);
     let outcome = if status >= 500 { RunOutcome::Failed } else { RunOutcome::Completed };
     let success = status < 400;
+    if (400..500).contains(&status) {
+        lease.keep_from_judge();
+    }
     let tunnel = status == 101;
     if tunnel && !direction.done() {
         lease.outcome(RunOutcome::Failed);

@@ -511,6 +511,9 @@ fn give_back(lease: &mut Option<Lease>, finish: Finish) {
 
 /// What becomes of a run whose exchange has ended before the endpoint's last byte.
 fn judge(end: End, cancels: bool, watching: Option<&mut Watching>, lease: &mut Lease) -> Finish {
+    if matches!(end, End::DrainOver) {
+        lease.keep_from_judge();
+    }
     let outcome = match end {
         End::ClientGone | End::Refused(_) => RunOutcome::Cancelled,
         End::TimedOut(_) => RunOutcome::TimedOut,

@@ -10,6 +10,7 @@ use crate::ids::{self, RunId};
 use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
+use crate::rollout::{Command, Moment, Refused, Rollout, Transition};
 use crate::state::core::{CancelAnswer, Core, Ended, Finish, Grant};
 use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
@@ -127,7 +128,13 @@ impl Dispatcher {
     /// Takes a (re)loaded configuration. Counts, pins, runs, operator drains and health stay; unchanged settings keep
     /// their [`Target`]; endpoints that are not named any more drain; lower limits cut nothing.
     pub fn apply(&self, settings: ServiceSettings, now: Instant) {
-        self.core().apply(settings, now);
+        let transitions = {
+            let mut core = self.core();
+            core.set_wall_clock(now, Moment::of(ids::wall_clock()));
+            core.apply(settings, now);
+            core.take_transitions()
+        };
+        log(&self.name, &transitions);
     }
 
     /// The answer of an active health check of the endpoint with this [`crate::config::EndpointUrl::identity`].
@@ -181,6 +188,40 @@ impl Dispatcher {
         forgotten
     }
 
+    /// The rollout as it stands; `None`: the configuration has none.
+    pub fn rollout(&self, now: Instant) -> Option<Rollout> {
+        let (rollout, transitions) = {
+            let mut core = self.core();
+            (core.rollout(now).cloned(), core.take_transitions())
+        };
+        log(&self.name, &transitions);
+        rollout
+    }
+
+    /// Follows a person's command to the rollout. `None`: the configuration has none.
+    pub fn steer_rollout(&self, command: Command, now: Instant) -> Option<Result<Rollout, Refused>> {
+        let (followed, transitions) = {
+            let mut core = self.core();
+            let followed = core.steer_rollout(command, now).map(|followed| followed.cloned());
+            (followed, core.take_transitions())
+        };
+        log(&self.name, &transitions);
+        followed
+    }
+
+    /// Has the sessions of a version that have no run outstanding placed anew, by the weights, each at its next start,
+    /// and says how many. `None`: there is no such version.
+    pub fn evict_sessions(&self, version: &str, now: Instant) -> Option<usize> {
+        let mut evicted = 0;
+        let mut from = Some(0);
+        while let Some(slot) = from {
+            let (count, next) = self.core().evict_sessions(version, slot, SCAN, now)?;
+            evicted += count;
+            from = next;
+        }
+        Some(evicted)
+    }
+
     /// A ready endpoint has a free slot.
     pub fn ready_for_work(&self, now: Instant) -> bool {
         self.core().ready_for_work(now)
@@ -188,7 +229,12 @@ impl Dispatcher {
 
     /// What is due with time; to be called about once a second.
     pub fn tick(&self, now: Instant) {
-        self.core().tick(now);
+        let transitions = {
+            let mut core = self.core();
+            core.tick(now);
+            core.take_transitions()
+        };
+        log(&self.name, &transitions);
         // In small steps, so that a million sessions that expire together hold up nobody.
         while self.core().expire(SCAN as usize, now) == SCAN as usize {}
     }
@@ -272,6 +318,22 @@ impl Lease {
         }
     }
 
+    /// How the run ends is not its version's doing: it is not told to the judge of a rollout.
+    pub fn keep_from_judge(&mut self) {
+        if let Some(grant) = &mut self.grant {
+            grant.keep_from_judge();
+        }
+    }
+
+    /// When the answer's first event came, where one has.
+    pub fn first_event(&mut self, at: Option<Instant>) {
+        if let (Some(grant), Some(at)) = (&mut self.grant, at)
+            && grant.begins()
+        {
+            self.dispatcher.core().first_event(grant, at);
+        }
+    }
+
     /// Sets how the run is to be judged when the lease is dropped; without it a dropped run counts as cancelled.
     pub fn outcome(&mut self, outcome: RunOutcome) {
         self.finish = Finish::Ended(outcome);
@@ -324,5 +386,13 @@ fn record(ended: impl IntoIterator<Item = Ended>) {
         let metrics = &ended.target.metrics;
         metrics.runs[ended.outcome as usize].inc();
         metrics.run_duration_seconds.observe(ended.duration.as_secs_f64());
+        log(&ended.target.service, &ended.transitions);
+    }
+}
+
+/// Where a rollout went, and why.
+fn log(service: &str, transitions: &[Transition]) {
+    for transition in transitions {
+        tracing::info!(service, "rollout: {transition}");
     }
 }

@@ -16,6 +16,7 @@ impl Core {
         let ServiceSettings { config, targets } = settings;
         let was_checked = std::mem::replace(&mut self.rules, Rules::of(&config)).checked;
         self.take_versions(&config.versions);
+        self.take_rollout(config.rollout.as_ref(), now);
 
         let mut removed = Vec::new();
         for number in self.endpoints.numbers() {

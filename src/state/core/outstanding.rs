@@ -56,6 +56,7 @@ impl Core {
             run_id: joins.then_some(id),
             affinity: AffinityOutcome::Hit,
             matched: false,
+            seen: super::rollout::Seen::default(),
             fixed: true,
             placing: false,
             tried: Vec::new(),
@@ -90,7 +91,8 @@ impl Core {
     pub(super) fn end_run(&mut self, number: u32, outcome: RunOutcome, now: Instant) -> Option<Ended> {
         let run = self.runs.run(number).filter(|run| !run.ended)?;
         let (endpoint, session, carriers) = (run.endpoint, run.session, run.carriers);
-        let ended = Ended { target: run.target.clone(), outcome, duration: run.age(now) };
+        let (target, duration) = (run.target.clone(), run.age(now));
+        let ended = Ended { target, outcome, duration, transitions: self.judge_run(number, outcome, now) };
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
         // What still carries it is an exchange like others from here on.
@@ -120,6 +122,7 @@ impl Core {
         now: Instant,
     ) {
         let now = self.advance(now);
+        self.note(grant);
         for fact in facts.drain(..) {
             match fact {
                 Fact::Session(text) => self.learn(grant, &SessionKey { scope, text: text.into() }, now),
@@ -198,6 +201,7 @@ impl Core {
                 started: now,
                 about: about.clone(),
                 carriers: 0,
+                matched: grant.matched,
             },
             first,
         );
