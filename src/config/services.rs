@@ -8,14 +8,14 @@ use super::read::{Block, Kind, Located, block};
 use super::rollout::{rollout, shadow};
 use super::routes::header_edits;
 use super::values::{
-    boolean, choice, cookie_name, count, duration, endpoint_url, header_name, headers, json_pointer, method,
-    name, parse_authority, path, path_pattern, port, positive_duration, ratio, size, small, status_ranges, text,
+    boolean, choice, cookie_name, count, duration, endpoint_url, header_name, headers, json_pointer, method, name,
+    parse_authority, path, path_pattern, port, positive_duration, ratio, size, small, status_ranges, text,
 };
 use super::yaml::quote;
 use super::{
     Affinity, AgentProtocol, Balance, Endpoint, EndpointUrl, Health, HostPolicy, HttpVersion, KeySource, OnDisconnect,
-    Outlier, Pool, Rollout, RunMatch, Runs, Service, Session, SessionCookie, Timeouts, UpstreamTls, Version, WhenDraining,
-    WhenLost,
+    Outlier, Pool, Rollout, RunMatch, Runs, Service, Session, SessionCookie, Timeouts, UpstreamTls, Version,
+    WhenDraining, WhenLost,
 };
 
 const WEIGHT_MAX: u32 = 1_000_000;

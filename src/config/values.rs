@@ -8,7 +8,7 @@ use http::{HeaderName, HeaderValue, Method};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use super::read::{Kind, REDACTED, Read, join, literal, nearest};
+use super::read::{Kind, REDACTED, Read, join, nearest};
 use super::yaml::{Data, Node, Scalar, quote};
 use super::{Address, EndpointHost, EndpointUrl, JsonPointer, PathPattern};
 
