@@ -288,7 +288,7 @@ async fn a_heartbeat_breaks_silence_between_events_and_nowhere_else() {
     // Half an event: a comment here would be part of it.
     drip.data("data: tw").await;
     client.read_chunks_until("data: tw").await;
-    let began = std::time::Instant::now();
+    let began = longhaul::ids::now();
     eventually("time goes by", || began.elapsed() > Duration::from_millis(350)).await;
     drip.data("o\n\n").await;
     let text = client.read_chunks_until("o\n\n").await;
@@ -303,7 +303,7 @@ async fn no_heartbeat_is_put_into_what_is_no_event_stream() {
     backend.drip_each_with(200, &[("content-type", "application/json")]);
     let proxy = start_proxy(&config(&[&backend], "    runs: {heartbeat: 50ms}\n")).await;
     let (mut client, drip) = stream(&proxy, &backend).await;
-    let began = std::time::Instant::now();
+    let began = longhaul::ids::now();
     eventually("time goes by", || began.elapsed() > Duration::from_millis(200)).await;
     drip.data("{}").await;
     assert_eq!(client.read_chunk().await, Some(b"{}".to_vec()));
