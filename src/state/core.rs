@@ -16,7 +16,6 @@ use crate::balance::{self, Candidate};
 use crate::config;
 use crate::ids::RunId;
 use crate::orca::Report;
-use crate::rollout::Transition;
 use crate::state::dispatcher::{Ask, PinHint};
 use crate::state::endpoints::{Choice, Endpoint, Endpoints, HealthStanding, Version};
 use crate::state::runs::{About, NewRun, Runs, Stop};
@@ -126,8 +125,6 @@ pub struct Ended {
     pub target: Arc<Target>,
     pub outcome: RunOutcome,
     pub duration: Duration,
-    /// Where a rollout went because of it.
-    pub transitions: Vec<Transition>,
 }
 
 impl Grant {

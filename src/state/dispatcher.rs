@@ -2,7 +2,7 @@
 //!
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config;
@@ -10,7 +10,7 @@ use crate::ids::{self, RunId};
 use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
-use crate::rollout::{Command, Moment, Refused, Rollout, Transition};
+use crate::rollout::{Command, Moment, Refused, Rollout};
 use crate::state::core::{CancelAnswer, Core, Ended, Finish, Grant};
 use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
@@ -89,7 +89,9 @@ pub struct Lease {
 impl Dispatcher {
     /// A service that no configuration has described yet: every pick is refused.
     pub fn new(name: &str, metrics: Arc<ServiceMetrics>) -> Arc<Dispatcher> {
-        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(Core::new(name)), metrics })
+        let mut core = Core::new(name);
+        core.set_wall_clock(ids::now(), Moment::of(ids::wall_clock()));
+        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(core), metrics })
     }
 
     pub fn name(&self) -> &Arc<str> {
@@ -99,10 +101,8 @@ impl Dispatcher {
     /// Picks and reserves; `rng` is one random number, used only by `balance: random`.
     pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Placed, Refusal> {
         let run = (ask.kind == Kind::Start).then(RunId::generate);
-        let picked = {
-            let mut core = self.core();
-            core.pick(ask, run, now, rng).map(|grant| (core.target(&grant), core.stop(&grant), grant))
-        };
+        let picked = self
+            .with(|core| core.pick(ask, run, now, rng).map(|grant| (core.target(&grant), core.stop(&grant), grant)));
         match picked {
             Ok((target, stop, grant)) => {
                 let affinity = grant.affinity();
@@ -128,37 +128,31 @@ impl Dispatcher {
     /// Takes a (re)loaded configuration. Counts, pins, runs, operator drains and health stay; unchanged settings keep
     /// their [`Target`]; endpoints that are not named any more drain; lower limits cut nothing.
     pub fn apply(&self, settings: ServiceSettings, now: Instant) {
-        let transitions = {
-            let mut core = self.core();
-            core.set_wall_clock(now, Moment::of(ids::wall_clock()));
-            core.apply(settings, now);
-            core.take_transitions()
-        };
-        log(&self.name, &transitions);
+        self.with(|core| core.apply(settings, now));
     }
 
     /// The answer of an active health check of the endpoint with this [`crate::config::EndpointUrl::identity`].
     pub fn probe_result(&self, identity: &str, healthy: bool, now: Instant) {
-        self.core().probe_result(identity, healthy, now);
+        self.with(|core| core.probe_result(identity, healthy, now));
     }
 
     /// What an endpoint says of its own load, for so long: it may have runs that no request of ours started.
     pub fn reported_load(&self, identity: &str, runs: u32, holds: Duration, now: Instant) {
-        self.core().reported_load(identity, runs, holds, now);
+        self.with(|core| core.reported_load(identity, runs, holds, now));
     }
 
     /// Drains the endpoint at `host:port` (or with this identity) until it is undrained. False: there is none.
     pub fn drain_endpoint(&self, address: &str, now: Instant) -> bool {
-        self.core().set_drained(address, true, now)
+        self.with(|core| core.set_drained(address, true, now))
     }
 
     /// Ends an operator's drain. False: there is no such endpoint.
     pub fn undrain_endpoint(&self, address: &str, now: Instant) -> bool {
-        self.core().set_drained(address, false, now)
+        self.with(|core| core.set_drained(address, false, now))
     }
 
     pub fn status(&self, now: Instant) -> ServiceStatus {
-        self.core().status(now)
+        self.with(|core| core.status(now))
     }
 
     /// Sessions, those whose key (or alias) is `key` only where that is given, `limit` at most.
@@ -166,14 +160,14 @@ impl Dispatcher {
         let mut found = Vec::new();
         let mut from = Some(0);
         while let Some(slot) = from {
-            from = self.core().scan_sessions(key, slot, SCAN, limit, &mut found, now);
+            from = self.with(|core| core.scan_sessions(key, slot, SCAN, limit, &mut found, now));
         }
         found
     }
 
     /// Outstanding runs, those of the session with this key (or alias) only where that is given, `limit` at most.
     pub fn runs(&self, session: Option<&str>, limit: usize, now: Instant) -> Vec<RunInfo> {
-        self.core().runs(session, limit, now)
+        self.with(|core| core.runs(session, limit, now))
     }
 
     /// Forgets the pins of idle sessions, all or those of one key, and says how many. Busy ones stay.
@@ -181,7 +175,7 @@ impl Dispatcher {
         let mut forgotten = 0;
         let mut from = Some(0);
         while let Some(slot) = from {
-            let (count, next) = self.core().forget_sessions(key, slot, SCAN, now);
+            let (count, next) = self.with(|core| core.forget_sessions(key, slot, SCAN, now));
             forgotten += count;
             from = next;
         }
@@ -190,23 +184,12 @@ impl Dispatcher {
 
     /// The rollout as it stands; `None`: the configuration has none.
     pub fn rollout(&self, now: Instant) -> Option<Rollout> {
-        let (rollout, transitions) = {
-            let mut core = self.core();
-            (core.rollout(now).cloned(), core.take_transitions())
-        };
-        log(&self.name, &transitions);
-        rollout
+        self.with(|core| core.rollout(now).cloned())
     }
 
     /// Follows a person's command to the rollout. `None`: the configuration has none.
     pub fn steer_rollout(&self, command: Command, now: Instant) -> Option<Result<Rollout, Refused>> {
-        let (followed, transitions) = {
-            let mut core = self.core();
-            let followed = core.steer_rollout(command, now).map(|followed| followed.cloned());
-            (followed, core.take_transitions())
-        };
-        log(&self.name, &transitions);
-        followed
+        self.with(|core| Some(core.steer_rollout(command, now)?.cloned()))
     }
 
     /// Has the sessions of a version that have no run outstanding placed anew, by the weights, each at its next start,
@@ -215,7 +198,7 @@ impl Dispatcher {
         let mut evicted = 0;
         let mut from = Some(0);
         while let Some(slot) = from {
-            let (count, next) = self.core().evict_sessions(version, slot, SCAN, now)?;
+            let (count, next) = self.with(|core| core.evict_sessions(version, slot, SCAN, now))?;
             evicted += count;
             from = next;
         }
@@ -224,25 +207,20 @@ impl Dispatcher {
 
     /// A ready endpoint has a free slot.
     pub fn ready_for_work(&self, now: Instant) -> bool {
-        self.core().ready_for_work(now)
+        self.with(|core| core.ready_for_work(now))
     }
 
     /// What is due with time; to be called about once a second.
     pub fn tick(&self, now: Instant) {
-        let transitions = {
-            let mut core = self.core();
-            core.tick(now);
-            core.take_transitions()
-        };
-        log(&self.name, &transitions);
+        self.with(|core| core.tick(now));
         // In small steps, so that a million sessions that expire together hold up nobody.
-        while self.core().expire(SCAN as usize, now) == SCAN as usize {}
+        while self.with(|core| core.expire(SCAN as usize, now)) == SCAN as usize {}
     }
 
     /// Ends the runs whose time is over and gives the calls that are to be made about others, `limit` at most.
     pub fn due_runs(&self, limit: usize, now: Instant) -> Vec<DueCall> {
         let mut ended = Vec::new();
-        let calls = self.core().due_runs(limit, &mut ended, now);
+        let calls = self.with(|core| core.due_runs(limit, &mut ended, now));
         record(ended);
         calls
     }
@@ -250,14 +228,14 @@ impl Dispatcher {
     /// What a status call found; `None`: it reached nobody.
     pub fn asked(&self, call: &DueCall, found: Option<Standing>, now: Instant) {
         let mut ended = Vec::new();
-        self.core().asked(call.number, call.id, found, &mut ended, now);
+        self.with(|core| core.asked(call.number, call.id, found, &mut ended, now));
         record(ended);
     }
 
     /// What an endpoint said to a cancel call.
     pub fn cancelled(&self, call: &DueCall, answer: CancelAnswer, now: Instant) {
         let mut ended = Vec::new();
-        self.core().cancelled(call.number, call.id, answer, &mut ended, now);
+        self.with(|core| core.cancelled(call.number, call.id, answer, &mut ended, now));
         record(ended);
     }
 
@@ -265,13 +243,22 @@ impl Dispatcher {
     /// `None`: there is no such run here.
     pub fn cancel(&self, id: RunId, now: Instant) -> Option<(CancelReport, Option<DueCall>)> {
         let mut ended = Vec::new();
-        let report = self.core().cancel_by_id(id, &mut ended, now);
+        let report = self.with(|core| core.cancel_by_id(id, &mut ended, now));
         record(ended);
         report
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Does something under the lock, and logs after it where a rollout went by that.
+    pub(super) fn with<T>(&self, act: impl FnOnce(&mut Core) -> T) -> T {
+        let (done, transitions) = {
+            let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+            let done = act(&mut core);
+            (done, core.take_transitions())
+        };
+        for transition in transitions {
+            tracing::info!(service = &*self.name, "rollout: {transition}");
+        }
+        done
     }
 }
 
@@ -284,14 +271,14 @@ impl Lease {
     /// The answer was 2xx or 3xx: the pin holds from now on.
     pub fn confirm(&mut self, now: Instant) {
         if let Some(grant) = &self.grant {
-            self.dispatcher.core().confirm(grant, now);
+            self.dispatcher.with(|core| core.confirm(grant, now));
         }
     }
 
     /// The (successful) answer named its session; becomes the key, or an alias of the request's key.
     pub fn learn(&mut self, key: SessionKey, now: Instant) {
         if let Some(grant) = &mut self.grant {
-            self.dispatcher.core().learn(grant, &key, now);
+            self.dispatcher.with(|core| core.learn(grant, &key, now));
         }
     }
 
@@ -299,7 +286,9 @@ impl Lease {
     /// tried before. A confirmed pin stays on its own endpoint. Counts one more attempt.
     pub fn retry(&mut self, now: Instant, rng: u64) -> Result<Arc<Target>, Refusal> {
         match &mut self.grant {
-            Some(grant) => self.dispatcher.core().retry(grant, now, rng).map_err(|unplaced| unplaced.refusal()),
+            Some(grant) => {
+                self.dispatcher.with(|core| core.retry(grant, now, rng)).map_err(|unplaced| unplaced.refusal())
+            }
             None => Err(Refusal::NoEndpoint),
         }
     }
@@ -307,14 +296,14 @@ impl Lease {
     /// Load that the answer told (its head, or its trailers).
     pub fn reported_load(&self, report: &Report, now: Instant) {
         if let Some(grant) = &self.grant {
-            self.dispatcher.core().reported_with_answer(grant, report, now);
+            self.dispatcher.with(|core| core.reported_with_answer(grant, report, now));
         }
     }
 
     /// Evidence for outlier ejection about the current target.
     pub fn report(&mut self, evidence: Evidence, now: Instant) {
         if let Some(grant) = &self.grant {
-            self.dispatcher.core().report(grant, evidence, now);
+            self.dispatcher.with(|core| core.report(grant, evidence, now));
         }
     }
 
@@ -330,7 +319,7 @@ impl Lease {
         if let (Some(grant), Some(at)) = (&mut self.grant, at)
             && grant.begins()
         {
-            self.dispatcher.core().first_event(grant, at);
+            self.dispatcher.with(|core| core.first_event(grant, at));
         }
     }
 
@@ -348,7 +337,7 @@ impl Lease {
     pub fn tell(&mut self, facts: &mut Vec<Fact>, scope: Option<[u8; 16]>, about: &About, now: Instant) {
         if let (Some(grant), false) = (&mut self.grant, facts.is_empty()) {
             let mut ended = Vec::new();
-            self.dispatcher.core().tell(grant, facts, scope, about, &mut ended, now);
+            self.dispatcher.with(|core| core.tell(grant, facts, scope, about, &mut ended, now));
             record(ended);
         }
     }
@@ -356,7 +345,7 @@ impl Lease {
     /// The socket over which these runs began is gone.
     pub fn leave_started(&self, keys: &[String], finish: Finish, now: Instant) {
         let mut ended = Vec::new();
-        self.dispatcher.core().leave_started(keys, finish, &mut ended, now);
+        self.dispatcher.with(|core| core.leave_started(keys, finish, &mut ended, now));
         record(ended);
     }
 
@@ -368,14 +357,14 @@ impl Lease {
     /// The run is to be ended by its protocol's call, and to count as cancelled. True: there is such a call, and the run
     /// goes on until it is answered.
     pub fn cancel_soon(&mut self, now: Instant) -> bool {
-        self.grant.as_ref().is_some_and(|grant| self.dispatcher.core().cancel_soon(grant, now))
+        self.grant.as_ref().is_some_and(|grant| self.dispatcher.with(|core| core.cancel_soon(grant, now)))
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         let Some(grant) = self.grant.take() else { return };
-        let ended = self.dispatcher.core().finish(grant, self.finish, ids::now());
+        let ended = self.dispatcher.with(|core| core.finish(grant, self.finish, ids::now()));
         record(ended);
     }
 }
@@ -386,13 +375,5 @@ fn record(ended: impl IntoIterator<Item = Ended>) {
         let metrics = &ended.target.metrics;
         metrics.runs[ended.outcome as usize].inc();
         metrics.run_duration_seconds.observe(ended.duration.as_secs_f64());
-        log(&ended.target.service, &ended.transitions);
-    }
-}
-
-/// Where a rollout went, and why.
-fn log(service: &str, transitions: &[Transition]) {
-    for transition in transitions {
-        tracing::info!(service, "rollout: {transition}");
     }
 }

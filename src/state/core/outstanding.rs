@@ -91,8 +91,8 @@ impl Core {
     pub(super) fn end_run(&mut self, number: u32, outcome: RunOutcome, now: Instant) -> Option<Ended> {
         let run = self.runs.run(number).filter(|run| !run.ended)?;
         let (endpoint, session, carriers) = (run.endpoint, run.session, run.carriers);
-        let (target, duration) = (run.target.clone(), run.age(now));
-        let ended = Ended { target, outcome, duration, transitions: self.judge_run(number, outcome, now) };
+        let ended = Ended { target: run.target.clone(), outcome, duration: run.age(now) };
+        self.judge_run(number, outcome, now);
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
         // What still carries it is an exchange like others from here on.

@@ -145,15 +145,15 @@ impl Core {
         }
     }
 
-    /// Counts a run that is about to end, and tells the rollout of it. Where that went because of it.
-    pub(super) fn judge_run(&mut self, number: u32, outcome: RunOutcome, now: Instant) -> Vec<Transition> {
-        let Some(run) = self.runs.run(number) else { return Vec::new() };
+    /// Counts a run that is about to end, and tells the rollout of it.
+    pub(super) fn judge_run(&mut self, number: u32, outcome: RunOutcome, now: Instant) {
+        let Some(run) = self.runs.run(number) else { return };
         let matched = match run.session {
             Some(session) => self.sessions.matched(session),
             None => run.matched,
         };
         if matched {
-            return Vec::new();
+            return;
         }
         let (unjudged, session, started, duration) = (run.unjudged, run.session, run.started, run.age(now));
         let first_event = run.first_event.map(|at| at.saturating_duration_since(started));
@@ -162,20 +162,18 @@ impl Core {
             version.dealt.total.run_time += duration;
         }
         let side = self.rollout.rollout.as_ref().and_then(|rollout| rollout.side(&run.target.version));
-        let (Some(side), Some(ending), false) = (side, ending(outcome), unjudged) else { return Vec::new() };
+        let (Some(side), Some(ending), false) = (side, ending(outcome), unjudged) else { return };
         let born = match session.map(|session| self.sessions.born_seconds(session)) {
             Some(Some(seconds)) => self.born(seconds),
             // A session that began before its pin is older than any step.
-            Some(None) => return Vec::new(),
+            Some(None) => return,
             None => self.moment(started),
         };
         let moment = self.moment(now);
         let run = EndedRun { side, ending, born, first_event, duration };
-        if !self.rollout.rollout.as_mut().is_some_and(|rollout| rollout.observe(run, moment)) {
-            return Vec::new();
+        if self.rollout.rollout.as_mut().is_some_and(|rollout| rollout.observe(run, moment)) {
+            self.reweigh();
         }
-        self.reweigh();
-        self.take_transitions()
     }
 
     /// A session began by the weights, or by a `match`.
