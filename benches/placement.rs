@@ -11,7 +11,7 @@ use longhaul::balance::{self, Candidate};
 use longhaul::config::Affinity;
 use longhaul::ids;
 use longhaul::state::Kind;
-use longhaul::state::dispatcher::{Ask, Dispatcher};
+use longhaul::state::dispatcher::{Ask, Dispatcher, Picked};
 use support::{Fleet, key, place};
 
 #[global_allocator]
@@ -111,7 +111,7 @@ fn pin(dispatcher: &Arc<Dispatcher>, keys: &[longhaul::state::sessions::SessionK
     let now = ids::now();
     for key in keys {
         let ask = Ask::new(Kind::Start, Some(key));
-        if let Ok(mut placed) = dispatcher.pick(ask, now, 0) {
+        if let Ok(Picked::Placed(mut placed)) = dispatcher.pick(ask, now, 0) {
             placed.lease.confirm(now);
         }
     }

@@ -379,12 +379,67 @@ pub struct Runs {
     pub matches: Option<Vec<RunMatch>>,
     /// Outstanding runs an endpoint may have; an endpoint's own `max_runs` goes before it.
     pub max_per_endpoint: Option<u32>,
+    /// Outstanding runs of one `session.scope` value.
+    pub max_per_principal: Option<u32>,
+    pub queue: Queue,
+    pub double_texting: DoubleTexting,
+    pub idempotency: Option<Idempotency>,
     pub max_duration: Option<Duration>,
     pub on_disconnect: OnDisconnect,
     /// A run with no carrier and no evidence for so long ends as unknown.
     pub unseen_timeout: Duration,
     /// An SSE comment after that much silence.
     pub heartbeat: Option<Duration>,
+}
+
+/// Where runs wait.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// Places; 0: nobody waits.
+    pub max: u32,
+    pub timeout: Duration,
+    /// How often a waiting client that accepts an event stream is told its position.
+    pub progress: Option<Duration>,
+    pub priority_header: Option<HeaderName>,
+}
+
+/// What a start does whose session has a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DoubleTexting {
+    pub policy: Policy,
+    /// A request may choose another by `longhaul-double-texting`.
+    pub allow_override: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    Allow,
+    Reject,
+    Enqueue,
+    Interrupt,
+    /// As interrupt, with a cancel that also undoes.
+    Rollback,
+}
+
+impl Policy {
+    pub const WORDS: [(&'static str, Policy); 5] = [
+        ("allow", Policy::Allow),
+        ("reject", Policy::Reject),
+        ("enqueue", Policy::Enqueue),
+        ("interrupt", Policy::Interrupt),
+        ("rollback", Policy::Rollback),
+    ];
+
+    pub fn of_word(word: &[u8]) -> Option<Policy> {
+        Policy::WORDS.iter().find(|(name, _)| name.as_bytes() == word).map(|(_, policy)| *policy)
+    }
+}
+
+/// Starts with the same key are one run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Idempotency {
+    pub key: Vec<KeySource>,
+    pub keep: Duration,
 }
 
 /// What becomes of a run whose client leaves.

@@ -9,7 +9,11 @@ pub enum Code {
     BadRequest,
     HeaderTooLarge,
     BodyTooLarge,
+    SessionBusy,
+    IdempotencyConflict,
     QueueFull,
+    PrincipalLimit,
+    QueueTimeout,
     NoEndpoint,
     SessionLost,
     Draining,
@@ -23,12 +27,16 @@ pub enum Code {
 }
 
 impl Code {
-    pub const ALL: [Code; 15] = [
+    pub const ALL: [Code; 19] = [
         Code::NoRoute,
         Code::BadRequest,
         Code::HeaderTooLarge,
         Code::BodyTooLarge,
+        Code::SessionBusy,
+        Code::IdempotencyConflict,
         Code::QueueFull,
+        Code::PrincipalLimit,
+        Code::QueueTimeout,
         Code::NoEndpoint,
         Code::SessionLost,
         Code::Draining,
@@ -47,7 +55,11 @@ impl Code {
             Code::BadRequest => "bad_request",
             Code::HeaderTooLarge => "header_too_large",
             Code::BodyTooLarge => "body_too_large",
+            Code::SessionBusy => "session_busy",
+            Code::IdempotencyConflict => "idempotency_conflict",
             Code::QueueFull => "queue_full",
+            Code::PrincipalLimit => "principal_limit",
+            Code::QueueTimeout => "queue_timeout",
             Code::NoEndpoint => "no_endpoint",
             Code::SessionLost => "session_lost",
             Code::Draining => "draining",
@@ -67,8 +79,12 @@ impl Code {
             Code::BadRequest => StatusCode::BAD_REQUEST,
             Code::HeaderTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Code::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Code::QueueFull => StatusCode::TOO_MANY_REQUESTS,
-            Code::NoEndpoint | Code::SessionLost | Code::Draining | Code::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Code::SessionBusy => StatusCode::CONFLICT,
+            Code::IdempotencyConflict => StatusCode::UNPROCESSABLE_ENTITY,
+            Code::QueueFull | Code::PrincipalLimit => StatusCode::TOO_MANY_REQUESTS,
+            Code::QueueTimeout | Code::NoEndpoint | Code::SessionLost | Code::Draining | Code::Overloaded => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Code::ConnectFailed | Code::TlsFailed | Code::UpstreamReset => StatusCode::BAD_GATEWAY,
             Code::ConnectTimeout | Code::FirstByteTimeout | Code::RunTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -81,6 +97,10 @@ impl Code {
             Code::BadRequest => "The request is malformed or ambiguous",
             Code::HeaderTooLarge => "The request head is too large",
             Code::BodyTooLarge => "The request body is too large",
+            Code::SessionBusy => "The session has a run",
+            Code::IdempotencyConflict => "The key of an earlier start was used for another",
+            Code::PrincipalLimit => "The caller has as many runs as it may",
+            Code::QueueTimeout => "No endpoint became free in time",
             Code::QueueFull => "Every endpoint is at its run limit and the queue is full",
             Code::NoEndpoint => "No endpoint is ready",
             Code::SessionLost => "The session's endpoint is gone",
@@ -100,7 +120,8 @@ impl Code {
         match self {
             Code::NoRoute | Code::NoEndpoint | Code::SessionLost => "destination_unavailable",
             Code::BadRequest | Code::HeaderTooLarge | Code::BodyTooLarge => "http_request_error",
-            Code::QueueFull => "connection_limit_reached",
+            Code::SessionBusy | Code::IdempotencyConflict | Code::PrincipalLimit => "http_request_denied",
+            Code::QueueFull | Code::QueueTimeout => "connection_limit_reached",
             Code::Draining | Code::Overloaded => "proxy_internal_response",
             Code::ConnectFailed => "connection_refused",
             Code::TlsFailed => "tls_protocol_error",
@@ -111,9 +132,10 @@ impl Code {
     }
 
     /// Seconds for `Retry-After`, where a later try can work.
-    pub fn retry_after_seconds(self) -> Option<u32> {
+    pub fn retry_after_seconds(self) -> Option<u16> {
         match self {
-            Code::QueueFull | Code::NoEndpoint | Code::Draining | Code::Overloaded => Some(1),
+            Code::QueueFull | Code::PrincipalLimit | Code::QueueTimeout => Some(1),
+            Code::NoEndpoint | Code::Draining | Code::Overloaded => Some(1),
             Code::ConnectFailed | Code::ConnectTimeout => Some(1),
             _ => None,
         }
@@ -128,10 +150,17 @@ pub struct ProxyError {
     pub detail: String,
     /// In place of the code's own, where the caller's protocol gives another one the meaning that is needed.
     pub status: StatusCode,
+    /// In place of [`Code::retry_after_seconds`], where it was measured.
+    pub retry_after_seconds: Option<u16>,
 }
 
 impl ProxyError {
     pub fn new(code: Code, detail: impl Into<String>) -> Self {
-        ProxyError { code, detail: detail.into(), status: code.status() }
+        ProxyError {
+            code,
+            detail: detail.into(),
+            status: code.status(),
+            retry_after_seconds: code.retry_after_seconds(),
+        }
     }
 }

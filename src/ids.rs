@@ -1,6 +1,10 @@
 //! Ids and time: the only place where the clock and randomness are read, so that a simulation can replace them.
 
+use std::cell::{Cell, RefCell};
 use std::time::{Instant, SystemTime};
+
+use rand::Rng;
+use rand::rngs::SmallRng;
 
 /// A run's id: UUIDv7 (RFC 9562 section 5.7), so that ids sort by start time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,9 +31,47 @@ impl std::fmt::Display for RunId {
     }
 }
 
-/// The monotonic clock. Pure code takes the value as an argument instead.
-#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+/// The monotonic clock; within [`at_one_instant`] always the same. Pure code takes the value as an argument instead.
 pub fn now() -> Instant {
+    CLOCK.with(|clock| match clock.get() {
+        Clock::Runs => read_clock(),
+        Clock::Stands(instant) => instant,
+        Clock::StandsFromNext => {
+            let instant = read_clock();
+            clock.set(Clock::Stands(instant));
+            instant
+        }
+    })
+}
+
+/// Does `work`, for which the clock is read once at the most: for one poll of a task, which takes microseconds and would
+/// read it a dozen times.
+pub fn at_one_instant<T>(work: impl FnOnce() -> T) -> T {
+    /// Lets the clock go on, also where `work` panics.
+    struct GoOn(Clock);
+    impl Drop for GoOn {
+        fn drop(&mut self) {
+            CLOCK.set(self.0);
+        }
+    }
+    let _go_on = GoOn(CLOCK.replace(Clock::StandsFromNext));
+    work()
+}
+
+thread_local! {
+    static CLOCK: Cell<Clock> = const { Cell::new(Clock::Runs) };
+    static QUICK: RefCell<SmallRng> = RefCell::new(rand::make_rng());
+}
+
+#[derive(Clone, Copy)]
+enum Clock {
+    Runs,
+    StandsFromNext,
+    Stands(Instant),
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+fn read_clock() -> Instant {
     Instant::now()
 }
 
@@ -40,9 +82,52 @@ pub fn wall_clock() -> SystemTime {
 }
 
 pub fn random_u64() -> u64 {
+    QUICK.with_borrow_mut(Rng::next_u64)
+}
+
+/// Unpredictable: for keys, and for whatever must not be guessed.
+pub fn random_bytes<const N: usize>() -> [u8; N] {
     rand::random()
 }
 
-pub fn random_bytes<const N: usize>() -> [u8; N] {
-    rand::random()
+/// Even, and different in every thread and process, but whoever has seen some can compute the next: for ids that only
+/// have to be unique.
+pub fn quick_random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    QUICK.with_borrow_mut(|quick| quick.fill_bytes(&mut bytes));
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_clock_stands_within_one_piece_of_work_only() {
+        let past = |instant| {
+            while read_clock() - instant < Duration::from_millis(1) {
+                std::hint::spin_loop();
+            }
+        };
+        let before = now();
+        past(before);
+        let (first, second) = at_one_instant(|| {
+            let first = now();
+            past(first);
+            (first, now())
+        });
+        assert!(first > before, "it is read when it is first asked for");
+        assert_eq!(first, second);
+        assert!(now() > first);
+    }
+
+    #[test]
+    fn quick_random_bytes_differ() {
+        let drawn: std::collections::HashSet<[u8; 24]> = (0..1000).map(|_| quick_random_bytes()).collect();
+        assert_eq!(drawn.len(), 1000);
+        let of_another_thread = std::thread::spawn(quick_random_bytes::<24>).join().expect("it does not panic");
+        assert!(!drawn.contains(&of_another_thread));
+    }
 }

@@ -9,22 +9,51 @@ use http::{Method, StatusCode};
 /// Names keep the case in which they were sent; look-ups ignore case.
 #[derive(Clone, Default)]
 pub struct Fields {
+    /// Lines as HTTP/1.1 has them, `name: value` and CRLF each: what is sent on is only copied. Lines that were removed
+    /// are still here.
     data: Vec<u8>,
     entries: Vec<Entry>,
+    /// A line was removed.
+    has_gaps: bool,
 }
 
+/// A line of `data`.
 #[derive(Clone, Copy)]
 struct Entry {
-    name_start: u32,
+    start: u32,
     name_length: u32,
-    value_start: u32,
     value_length: u32,
 }
 
+const COLON: &[u8; 2] = b": ";
+const LINE_END: &[u8; 2] = b"\r\n";
+
+impl Entry {
+    fn value_start(&self) -> usize {
+        self.start as usize + self.name_length as usize + COLON.len()
+    }
+
+    fn end(&self) -> usize {
+        self.value_start() + self.value_length as usize + LINE_END.len()
+    }
+
+    fn name<'a>(&self, data: &'a [u8]) -> &'a [u8] {
+        &data[self.start as usize..][..self.name_length as usize]
+    }
+
+    fn value<'a>(&self, data: &'a [u8]) -> &'a [u8] {
+        &data[self.value_start()..][..self.value_length as usize]
+    }
+
+    fn is_named(&self, data: &[u8], name: &str) -> bool {
+        self.name_length as usize == name.len() && self.name(data).eq_ignore_ascii_case(name.as_bytes())
+    }
+}
+
 impl Fields {
-    /// Room for `count` fields whose names and values come to `bytes`.
+    /// Room for `count` fields whose lines come to `bytes`.
     pub fn with_capacity(bytes: usize, count: usize) -> Fields {
-        Fields { data: Vec::with_capacity(bytes), entries: Vec::with_capacity(count) }
+        Fields { data: Vec::with_capacity(bytes), entries: Vec::with_capacity(count), has_gaps: false }
     }
 
     /// How many fields there are, repeated names counted each time.
@@ -39,17 +68,18 @@ impl Fields {
 
     /// All fields in order, as (name, value).
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.entries.iter().map(|entry| (self.name(entry), self.value(entry)))
+        self.entries.iter().map(|entry| (entry.name(&self.data), entry.value(&self.data)))
     }
 
     /// The first value of the field `name`.
     pub fn get(&self, name: &str) -> Option<&[u8]> {
-        self.entries.iter().find(|entry| self.is(entry, name)).map(|entry| self.value(entry))
+        self.entries.iter().find(|entry| entry.is_named(&self.data, name)).map(|entry| entry.value(&self.data))
     }
 
     /// Every value of the field `name`, in order.
     pub fn get_all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> + 'a {
-        self.entries.iter().filter(move |entry| self.is(entry, name)).map(|entry| self.value(entry))
+        let data = &self.data;
+        self.entries.iter().filter(move |entry| entry.is_named(data, name)).map(|entry| entry.value(data))
     }
 
     /// Whether there is a field `name`.
@@ -64,31 +94,51 @@ impl Fields {
 
     /// As [`Fields::append`], for a name in bytes.
     pub fn push(&mut self, name: &[u8], value: &[u8]) {
-        let name_start = self.data.len() as u32;
+        let start = self.data.len() as u32;
+        self.data.reserve(name.len() + COLON.len() + value.len() + LINE_END.len());
         self.data.extend_from_slice(name);
-        let value_start = self.data.len() as u32;
+        self.data.extend_from_slice(COLON);
         self.data.extend_from_slice(value);
-        self.entries.push(Entry {
-            name_start,
-            name_length: name.len() as u32,
-            value_start,
-            value_length: value.len() as u32,
-        });
+        self.data.extend_from_slice(LINE_END);
+        self.entries.push(Entry { start, name_length: name.len() as u32, value_length: value.len() as u32 });
+    }
+
+    /// As [`Fields::push`], for `line` that is `name: value` already, with one space and without CRLF.
+    pub fn push_line(&mut self, line: &[u8], name_length: usize) {
+        let start = self.data.len() as u32;
+        self.data.reserve(line.len() + LINE_END.len());
+        self.data.extend_from_slice(line);
+        self.data.extend_from_slice(LINE_END);
+        let value_length = (line.len() - name_length - COLON.len()) as u32;
+        self.entries.push(Entry { start, name_length: name_length as u32, value_length });
     }
 
     /// As [`Fields::append`], with a value that `write` puts behind what is there already (it only ever appends).
     pub fn append_with(&mut self, name: &str, write: impl FnOnce(&mut Vec<u8>)) {
-        let name_start = self.data.len() as u32;
+        let start = self.data.len() as u32;
         self.data.extend_from_slice(name.as_bytes());
-        let value_start = self.data.len() as u32;
+        self.data.extend_from_slice(COLON);
+        let value_start = self.data.len();
         write(&mut self.data);
-        let value_length = self.data.len() as u32 - value_start;
-        self.entries.push(Entry { name_start, name_length: name.len() as u32, value_start, value_length });
+        let value_length = (self.data.len() - value_start) as u32;
+        self.data.extend_from_slice(LINE_END);
+        self.entries.push(Entry { start, name_length: name.len() as u32, value_length });
     }
 
-    /// The bytes that names and values take.
+    /// The bytes that [`Fields::write`] writes, at the most.
     pub fn byte_length(&self) -> usize {
         self.data.len()
+    }
+
+    /// Writes every field as a line of HTTP/1.1, CRLF included.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        if !self.has_gaps {
+            out.extend_from_slice(&self.data);
+            return;
+        }
+        for entry in &self.entries {
+            out.extend_from_slice(&self.data[entry.start as usize..entry.end()]);
+        }
     }
 
     /// Replaces every field `name` by this one.
@@ -100,27 +150,21 @@ impl Fields {
     /// Removes every field `name`.
     pub fn remove(&mut self, name: &str) {
         let data = &self.data;
-        self.entries.retain(|entry| !named(data, entry, name));
+        self.entries.retain(|entry| {
+            let keep = !entry.is_named(data, name);
+            self.has_gaps |= !keep;
+            keep
+        });
     }
 
     /// Keeps the fields for which `keep(name, value)` holds.
     pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8]) -> bool) {
         let data = &self.data;
         self.entries.retain(|entry| {
-            keep(slice(data, entry.name_start, entry.name_length), slice(data, entry.value_start, entry.value_length))
+            let keep = keep(entry.name(data), entry.value(data));
+            self.has_gaps |= !keep;
+            keep
         });
-    }
-
-    fn name(&self, entry: &Entry) -> &[u8] {
-        slice(&self.data, entry.name_start, entry.name_length)
-    }
-
-    fn value(&self, entry: &Entry) -> &[u8] {
-        slice(&self.data, entry.value_start, entry.value_length)
-    }
-
-    fn is(&self, entry: &Entry, name: &str) -> bool {
-        named(&self.data, entry, name)
     }
 }
 
@@ -143,15 +187,6 @@ impl std::fmt::Debug for Fields {
             .entries(self.iter().map(|(name, value)| (String::from_utf8_lossy(name), String::from_utf8_lossy(value))))
             .finish()
     }
-}
-
-fn slice(data: &[u8], start: u32, length: u32) -> &[u8] {
-    &data[start as usize..(start + length) as usize]
-}
-
-fn named(data: &[u8], entry: &Entry, name: &str) -> bool {
-    entry.name_length as usize == name.len()
-        && slice(data, entry.name_start, entry.name_length).eq_ignore_ascii_case(name.as_bytes())
 }
 
 /// The HTTP version that carried a head.
@@ -247,6 +282,26 @@ mod tests {
         assert_eq!(fields.len(), 1);
         fields.remove("accept");
         assert!(fields.is_empty());
+    }
+
+    #[test]
+    fn lines_are_written_without_those_that_were_removed() {
+        let written = |fields: &Fields| {
+            let mut out = Vec::new();
+            fields.write(&mut out);
+            String::from_utf8(out).expect("text")
+        };
+        let mut fields = sample();
+        fields.push_line(b"X-Line: as it came", 6);
+        fields.append_with("x-with", |value| value.extend_from_slice(b"2"));
+        assert_eq!(written(&fields), "Accept: a\r\nx-one: 1\r\naccept: b\r\nX-Line: as it came\r\nx-with: 2\r\n");
+        assert_eq!(fields.get("x-line"), Some(&b"as it came"[..]));
+        assert_eq!(fields.get("x-with"), Some(&b"2"[..]));
+        fields.set("accept", b"");
+        fields.remove("x-with");
+        assert_eq!(written(&fields), "x-one: 1\r\nX-Line: as it came\r\naccept: \r\n");
+        fields.retain(|name, _| name == b"x-one");
+        assert_eq!(written(&fields), "x-one: 1\r\n");
     }
 
     #[test]

@@ -758,7 +758,7 @@ mod tests {
         assert_eq!(count("none", "none"), 2.0);
         assert_eq!(count("5xx", "draining"), 2.0);
         assert_eq!(count("4xx", "no_route"), 1.0);
-        assert_eq!(samples.keys().filter(|series| series.starts_with("longhaul_requests_total")).count(), 17);
+        assert_eq!(samples.keys().filter(|series| series.starts_with("longhaul_requests_total")).count(), 21);
     }
 
     #[test]

@@ -437,8 +437,11 @@ pub fn is_uuid(text: &str) -> bool {
 
 /// Whether an id may stand in a path as it is: one segment, nothing to be escaped. (An escape in it stays one.)
 pub fn is_segment(text: &str) -> bool {
-    !matches!(text, "" | "." | "..")
-        && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"/?#\\\"<>^`{|}".contains(&byte))
+    let is_plain = |byte: u8| match byte {
+        b'/' | b'?' | b'#' | b'\\' | b'"' | b'<' | b'>' | b'^' | b'`' | b'{' | b'|' | b'}' => false,
+        _ => byte.is_ascii_graphic(),
+    };
+    !matches!(text, "" | "." | "..") && text.bytes().all(is_plain)
 }
 
 /// Pointers made ready, for the statics of recognisers.

@@ -6,8 +6,8 @@
 //!  3 connection  connection.rs, http2_server.rs    HTTP/1.1 (our codec) or HTTP/2 until it ends or drains
 //!  4 route       route.rs         host, path, method, headers -> service, or a fixed answer
 //!  5 identify    identify.rs      session key, kind of exchange; bounded look into the body where a key may be there
-//!  6 turn        (comes with double texting)
-//!  7 pick        the dispatcher   pinned? its endpoint; new? version by cohort, then the least outstanding; reserved at once
+//!  6 turn        pick.rs          one run a session, where that is asked for; the dispatcher says whose turn it is
+//!  7 pick        pick.rs          the dispatcher: pinned? its endpoint; new? version by cohort, then the least outstanding; reserved at once
 //!  8 forward     forward.rs       attempts, connections (upstream.rs, pool.rs), time-outs, retries of what was not sent
 //!  9 stream      relay.rs         both directions as they come; peer.rs: the two sides; observe.rs: what is noticed
 //! 10 account     account.rs       exactly once, when the record is dropped
@@ -31,6 +31,7 @@ pub mod identify;
 pub mod learn;
 pub mod observe;
 pub mod peer;
+pub mod pick;
 pub mod pool;
 pub mod problem;
 pub mod relay;
@@ -110,22 +111,33 @@ pub enum After {
 /// What an exchange must still know of its request once that was sent.
 pub struct Caller {
     pub version: Version,
-    pub method: http::Method,
+    /// It wants no body (HEAD).
+    pub head_only: bool,
     pub keep_alive: bool,
 }
 
-/// One exchange: from its head to the last byte of its answer.
-pub async fn exchange(connection: &Connection, client: &mut Peer, request: RequestHead, timer: &mut Timer) -> After {
+/// One exchange: from its head to the last byte of its answer. The head is boxed and errors are, so that a silent stream
+/// does not keep room for either.
+pub async fn exchange(
+    connection: &Connection,
+    client: &mut Peer,
+    request: Box<RequestHead>,
+    timer: &mut Timer,
+) -> After {
     let listener = connection.listener();
     let mut record = Record::open(connection, listener.clone(), &request);
-    let caller = Caller { version: request.version, method: request.method.clone(), keep_alive: request.keep_alive };
+    let caller = Caller {
+        version: request.version,
+        head_only: request.method == http::Method::HEAD,
+        keep_alive: request.keep_alive,
+    };
     // Boxed, so that a stream that lasts minutes does not keep the room that its beginning needed.
     let begun = Box::pin(begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
     let mut flow = match begun {
         Ok(Begun::Streaming(flow)) => flow,
         Ok(Begun::Answered) => return after_own_answer(client, &caller, connection),
         Ok(Begun::ClientGone) => return After::Close,
-        Err(error) => return answer_error(connection, client, &caller, error, timer, &mut record).await,
+        Err(error) => return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await,
     };
     let end = relay::stream(client, &mut flow, timer).await;
     if detached::goes_on(&flow, end) {
@@ -134,6 +146,10 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
         return After::Close;
     }
     flow.tell(&mut record);
+    if end != End::Whole {
+        // The endpoint is to see the end of this run before the start of the next that takes its slot.
+        flow.upstream.hang_up();
+    }
     let finish = flow.give_back(end);
     record.ended(finish);
     if let Some(error) = cut_short(end)
@@ -141,7 +157,7 @@ pub async fn exchange(connection: &Connection, client: &mut Peer, request: Reque
     {
         // The client has seen nothing of this answer yet, so it can still be told what became of it.
         drop(flow);
-        return answer_error(connection, client, &caller, error, timer, &mut record).await;
+        return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await;
     }
     if !matches!(end, End::Whole | End::ClientGone) {
         cut(client, &flow).await;
@@ -226,14 +242,13 @@ async fn begin(
     connection: &Connection,
     listener: &Listener,
     client: &mut Peer,
-    mut request: RequestHead,
+    mut request: Box<RequestHead>,
     caller: &Caller,
     timer: &mut Timer,
     record: &mut Record,
 ) -> Result<Begun, ProxyError> {
-    let running = &connection.worker.running;
-    let snapshot = running.snapshot.load_full();
-    let config = &snapshot.loaded.config;
+    let current = connection.worker.current();
+    let config = &current.snapshot.loaded.config;
 
     // HTTP/1.1 heads were held to this where they were read.
     if request.fields.len() > listener.config.limits.max_headers {
@@ -255,13 +270,13 @@ async fn begin(
     record.route = Some(index);
     let route = &config.routes[index];
     let service = match &route.action {
-        crate::config::RouteAction::Service(service) => snapshot.services[*service].clone(),
+        crate::config::RouteAction::Service(service) => current.services[*service].clone(),
         fixed => {
             if let Some((mut head, body)) = problem::fixed(fixed, &request, peer.scheme()) {
                 edits::apply(&route.response_headers, &mut head.fields);
                 head.fields.append("longhaul-affinity", b"none");
                 record.status = head.status.as_u16();
-                let body = respond::for_method(&caller.method, &mut head, body);
+                let body = respond::for_caller(caller.head_only, &mut head, body);
                 record.own_bytes_out = body.len() as u64;
                 let close = after_own_answer(client, caller, connection) != After::KeepAlive;
                 respond::send(client, &mut head, body, caller.version, close, timer).await;
@@ -275,10 +290,11 @@ async fn begin(
     let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
     let debug =
         asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
+    let policy = pick::policy(&service.config, &request)?;
     forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
-    forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::random_bytes()));
+    forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::quick_random_bytes()));
     let begun = forward::forward(
-        forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, caller },
+        forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, policy, caller },
         client,
         request,
         timer,
@@ -317,14 +333,14 @@ async fn answer_error(
     tracing::debug!(code = error.code.as_str(), detail = %error.detail, "exchange failed");
     record.status = error.status.as_u16();
     record.code = Some(error.code);
-    let (mut head, body) = problem::error(&error, record.caller_form.take());
+    let (mut head, body) = problem::error(&error, record.caller_form.as_deref());
     head.fields.append("longhaul-affinity", record.affinity.as_str().as_bytes());
     if let Some(run) = record.run {
         let mut text = [0; 36];
         run.write(&mut text);
         head.fields.append("longhaul-run-id", &text);
     }
-    let body = respond::for_method(&caller.method, &mut head, body);
+    let body = respond::for_caller(caller.head_only, &mut head, body);
     record.own_bytes_out = body.len() as u64;
     let after = after_own_answer(client, caller, connection);
     if respond::send(client, &mut head, body, caller.version, after != After::KeepAlive, timer).await {

@@ -1,5 +1,6 @@
 //! Snapshot: everything that a reload replaces as a whole. Built by control, read by the data plane, never changed.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::SystemTime;
@@ -82,10 +83,24 @@ pub struct Running {
     pub metrics: Arc<Metrics>,
     pub drain: Drain,
     /// Exchanges between their first and last byte, upgrades included.
-    pub open_exchanges: AtomicUsize,
+    pub open_exchanges: Contended,
     pub access_log: AccessLog,
     /// Keys the digests of `session.scope` values; random for each process.
     pub scope_secret: [u8; 16],
+}
+
+/// A count that every worker changes with every request. It has its cache lines to itself, so that what lies beside it
+/// stays in every core's cache.
+#[derive(Default)]
+#[repr(align(128))]
+pub struct Contended(AtomicUsize);
+
+impl Deref for Contended {
+    type Target = AtomicUsize;
+
+    fn deref(&self) -> &AtomicUsize {
+        &self.0
+    }
 }
 
 /// Told by control to whoever accepts connections.

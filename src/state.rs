@@ -13,6 +13,7 @@ pub mod runs;
 pub mod sessions;
 pub mod status;
 pub mod turn;
+pub mod waiting;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -22,6 +23,7 @@ use tokio::sync::futures::Notified;
 
 use crate::config;
 use crate::error::Code;
+use crate::ids::RunId;
 use crate::metrics::VersionMetrics;
 
 pub use crate::run::{Kind, RunOutcome};
@@ -54,6 +56,8 @@ pub struct Target {
     /// Shared with the targets that replace this one: exchanges that began under older settings are cut, too.
     pub cut: Arc<Cut>,
     retired: AtomicBool,
+    /// Its last exchange gave bad evidence.
+    failing: AtomicBool,
 }
 
 /// Tells the exchanges with an endpoint that its drain has taken as long as it may, and that what is left is cut.
@@ -61,7 +65,25 @@ pub struct Target {
 pub struct Cut {
     count: AtomicU32,
     looks: AtomicU32,
-    told: Notify,
+    /// One for each worker, as far as they reach: every request waits here for a moment, and what workers share goes to
+    /// and fro between their cores.
+    told: [Told; TOLD_PLACES],
+}
+
+/// Where a worker's exchanges wait, with its cache lines to itself.
+#[derive(Default)]
+#[repr(align(128))]
+struct Told(Notify);
+
+const TOLD_PLACES: usize = 4;
+
+/// This thread's among the [`Cut::told`].
+fn told_place() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static PLACE: usize = NEXT.fetch_add(1, Ordering::Relaxed) % TOLD_PLACES;
+    }
+    PLACE.with(|place| *place)
 }
 
 impl Cut {
@@ -72,7 +94,7 @@ impl Cut {
 
     /// Is woken by the next one, and by [`Cut::look`].
     pub fn told(&self) -> Notified<'_> {
-        self.told.notified()
+        self.told[told_place()].0.notified()
     }
 
     pub fn now(&self) {
@@ -88,7 +110,9 @@ impl Cut {
     /// Asks every exchange to look whether its own run was ended from elsewhere.
     pub fn look(&self) {
         self.looks.fetch_add(1, Ordering::Release);
-        self.told.notify_waiters();
+        for told in &self.told {
+            told.0.notify_waiters();
+        }
     }
 }
 
@@ -134,12 +158,23 @@ impl Target {
             connections_changed: Notify::new(),
             cut: Arc::default(),
             retired: AtomicBool::new(false),
+            failing: AtomicBool::new(false),
         }
     }
 
     /// The same endpoint under other settings.
     pub fn replaced(&self, settings: TargetSettings) -> Target {
-        Target { cut: Arc::clone(&self.cut), ..Target::new(settings) }
+        let failing = AtomicBool::new(self.failing.load(Ordering::Relaxed));
+        Target { cut: Arc::clone(&self.cut), failing, ..Target::new(settings) }
+    }
+
+    /// Whether [`Evidence::Good`] would change anything; what is replaced can't tell.
+    pub fn needs_good_evidence(&self) -> bool {
+        self.failing.load(Ordering::Relaxed) || self.retired()
+    }
+
+    pub(crate) fn set_failing(&self, failing: bool) {
+        self.failing.store(failing, Ordering::Relaxed);
     }
 
     /// No idle connection to it is worth keeping: it was removed, or its settings were replaced.
@@ -201,6 +236,12 @@ pub enum Refusal {
     SessionLost,
     /// The session can't be moved: its client has to make another one.
     SessionGone(AffinityOutcome),
+    /// It waited as long as it may.
+    QueueTimeout,
+    /// Its session has this run, or another start took its place.
+    Busy(RunId),
+    /// Its principal has as many runs as it may.
+    PrincipalLimit,
 }
 
 impl Refusal {
@@ -209,6 +250,9 @@ impl Refusal {
             Refusal::NoEndpoint => Code::NoEndpoint,
             Refusal::QueueFull | Refusal::PinnedFull => Code::QueueFull,
             Refusal::SessionLost | Refusal::SessionGone(_) => Code::SessionLost,
+            Refusal::QueueTimeout => Code::QueueTimeout,
+            Refusal::Busy(_) => Code::SessionBusy,
+            Refusal::PrincipalLimit => Code::PrincipalLimit,
         }
     }
 
@@ -217,8 +261,10 @@ impl Refusal {
         match self {
             Refusal::SessionLost => AffinityOutcome::Lost,
             Refusal::SessionGone(affinity) => affinity,
-            Refusal::PinnedFull => AffinityOutcome::Hit,
-            Refusal::NoEndpoint | Refusal::QueueFull => AffinityOutcome::None,
+            Refusal::PinnedFull | Refusal::Busy(_) => AffinityOutcome::Hit,
+            Refusal::NoEndpoint | Refusal::QueueFull | Refusal::QueueTimeout | Refusal::PrincipalLimit => {
+                AffinityOutcome::None
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use longhaul::app::{self, App};
 use longhaul::config::{self, Address};
 use longhaul::drain::Phase;
-use longhaul::state::dispatcher::{Ask, Lease};
+use longhaul::state::dispatcher::{Ask, Lease, Picked};
 use longhaul::state::sessions::SessionKey;
 use longhaul::state::{AffinityOutcome, Kind, RunOutcome};
 use longhaul::{ids, metrics};
@@ -109,7 +109,8 @@ impl Proxy {
         let key = SessionKey { scope: None, text: session.into() };
         let ask = Ask::new(Kind::Start, Some(&key));
         let snapshot = self.app.running.snapshot.load();
-        let mut lease = snapshot.services[0].dispatcher.pick(ask, ids::now(), 0).unwrap().lease;
+        let mut lease =
+            snapshot.services[0].dispatcher.pick(ask, ids::now(), 0).ok().and_then(Picked::placed).unwrap().lease;
         lease.confirm(ids::now());
         lease
     }

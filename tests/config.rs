@@ -369,6 +369,10 @@ snapshot_of_mistakes!(
         "runs: {match: [{methods: [run], path: run}], max_per_endpoint: 0, max_duration: 0s}",
         "runs: {max_per_principal: 5}",
         "runs: {double_texting: {policy: enqueue}}",
+        "runs: {double_texting: {policy: reject}}\n    agent_protocol: mcp",
+        "runs: {double_texting: {allow_override: true}}\n    agent_protocol: mcp",
+        "runs: {double_texting: {policy: rollback}}",
+        "runs: {double_texting: {policy: rollback}}\n    agent_protocol: a2a",
         "runs: {on_disconnect: {continue_for: 0s}}",
     ]
 );
@@ -448,8 +452,8 @@ snapshot_of_mistakes!(
     not_available_yet_in_services,
     in_service,
     [
-        "runs: {max_per_principal: 5, queue: {max: 5, timeout: 1s, progress: 15s, priority_header: x-priority}}",
-        "runs: {double_texting: {policy: reject, allow_override: true}}",
+        "runs: {queue: {max: 5, timeout: 1s, progress: 15s, priority_header: x-priority}}",
+        "runs: {queue: {progress: 15s}}\n    agent_protocol: langgraph",
         "runs: {idempotency: {}}",
         "runs: {resume: {buffer: 1MiB}}",
         "health: {path: /, draining_status: 503}",

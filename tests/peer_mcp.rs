@@ -5,7 +5,7 @@ mod support;
 use std::time::Duration;
 
 use support::{
-    Fleet, PeerClient, PeerScript, Peers, Proxy, assert_same, eventually_async, post_json, start_proxy, transcript,
+    Fleet, PeerClient, PeerScript, Peers, Proxy, assert_same, eventually_async, fetch, start_proxy, transcript,
 };
 
 const SERVER: PeerScript = PeerScript { environment: "mcp", file: "mcp_server.py" };
@@ -134,7 +134,10 @@ async fn recognised_no_session_is_learned_from_a_refusal() {
     let proxy = proxy_before(&servers, "mcp", "").await;
     let ping = serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": "ping"});
     let accept = "Accept: application/json, text/event-stream\r\n";
-    let answer = post_json(proxy.address, "/mcp", accept, &ping).await;
+    // It answers only to the Host that it knows as its own.
+    let text = ping.to_string();
+    let head = format!("POST /mcp HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\n{accept}", proxy.address);
+    let answer = fetch(proxy.address, format!("{head}Content-Length: {}\r\n\r\n{text}", text.len())).await;
     assert_eq!(answer.status(), 400, "{answer:?}");
     assert!(answer.header("mcp-session-id").is_some(), "the trap is there: {answer:?}");
     tokio::time::timeout(Duration::from_secs(5), proxy.metric_becomes("longhaul_sessions", &[], 0.0))

@@ -11,7 +11,7 @@ use longhaul::balance;
 use longhaul::config::{Affinity, Balance, WhenDraining, WhenLost};
 use longhaul::ids::{self, RunId};
 use longhaul::state::core::{Core, Finish, Grant, Unplaced};
-use longhaul::state::dispatcher::{Ask, Dispatcher, PinHint};
+use longhaul::state::dispatcher::{Ask, Dispatcher, Picked, PinHint};
 use longhaul::state::status::{EndpointState, EndpointStatus};
 use longhaul::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome};
 use proptest::prelude::*;
@@ -171,7 +171,7 @@ fn exchanges_that_are_no_runs_rotate_by_weight_and_weigh_nothing() {
 fn full_is_told_from_empty() {
     let mut world = World::new(&Fleet::new().version("stable", 1, [Place { max_runs: Some(1), ..place(1) }]));
     let grant = world.keyless(Kind::Start).expect("a place");
-    assert_eq!(world.keyless(Kind::Start).unwrap_err(), Unplaced::Full);
+    assert!(matches!(world.keyless(Kind::Start), Err(Unplaced::Full(_))));
     assert!(!world.core.ready_for_work(world.now));
     world.finish(grant);
     assert!(world.core.ready_for_work(world.now));
@@ -312,7 +312,7 @@ fn the_pinned_endpoint_full_means_waiting_there_and_other_exchanges_pass() {
     let (home, _) = world.serve("a");
     let run = world.start("a").expect("a place");
     assert_eq!(world.port(&run), home);
-    assert_eq!(world.start("a").unwrap_err(), Unplaced::PinnedFull);
+    assert!(matches!(world.start("a"), Err(Unplaced::PinnedFull(_))));
     assert!(world.other("a").is_ok());
     let grant = world.core_start();
     assert_eq!(world.port(&grant), 3 - home);
@@ -698,9 +698,9 @@ fn an_endpoint_that_comes_back_while_it_drains_keeps_its_count() {
 
 #[test]
 fn a_full_pin_is_told_as_a_hit() {
-    assert_eq!(Unplaced::PinnedFull.refusal().affinity(), AffinityOutcome::Hit);
-    assert_eq!(Unplaced::PinnedFull.refusal().code(), Unplaced::Full.refusal().code());
-    assert_eq!(Unplaced::Full.refusal().affinity(), AffinityOutcome::None);
+    assert_eq!(Unplaced::PinnedFull(0).refusal().affinity(), AffinityOutcome::Hit);
+    assert_eq!(Unplaced::PinnedFull(0).refusal().code(), Unplaced::Full(None).refusal().code());
+    assert_eq!(Unplaced::Full(None).refusal().affinity(), AffinityOutcome::None);
 }
 
 // Retrying.
@@ -837,7 +837,7 @@ fn a_version_without_a_ready_endpoint_falls_to_the_others_and_a_full_one_waits()
         match world.start(&n.to_string()) {
             Ok(grant) => stable += u32::from(world.version(&grant) == "stable"),
             Err(unplaced) => {
-                assert_eq!(unplaced, Unplaced::Full);
+                assert!(matches!(unplaced, Unplaced::Full(_)));
                 full += 1;
             }
         }
@@ -905,7 +905,7 @@ fn a_hashed_session_never_spills() {
     let mut world = World::new(&fleet);
     let mut grant = world.start("a").expect("a place");
     let home = world.port(&grant);
-    assert_eq!(world.start("a").unwrap_err(), Unplaced::PinnedFull);
+    assert!(matches!(world.start("a"), Err(Unplaced::PinnedFull(_))));
     let target = world.core.retry(&mut grant, world.now, 0).expect("the same");
     assert_eq!(port_of(&target.address), home);
 }
@@ -1025,13 +1025,13 @@ fn a_lease_gives_back_exactly_once_and_counts_its_run() {
     assert_eq!(dispatcher.pick(start(), now, 0).err(), Some(Refusal::NoEndpoint));
     assert_eq!(metrics.rejected.get(), 1);
     dispatcher.apply(Fleet::new().version("stable", 1, [place(1)]).settings(), now);
-    let mut placed = dispatcher.pick(start(), now, 0).expect("a place");
+    let mut placed = dispatcher.pick(start(), now, 0).ok().and_then(Picked::placed).expect("a place");
     let shown = dispatcher.runs(None, 10, now);
     assert_eq!(shown[0].id, placed.lease.run_id().expect("a run").to_string());
     let runs = placed.target.metrics.clone();
     placed.lease.outcome(RunOutcome::Completed);
     drop(placed);
-    let dropped = dispatcher.pick(start(), now, 0).expect("a place");
+    let dropped = dispatcher.pick(start(), now, 0).ok().and_then(Picked::placed).expect("a place");
     drop(dropped);
     assert_eq!(runs.runs[RunOutcome::Completed as usize].get(), 1);
     assert_eq!(runs.runs[RunOutcome::Cancelled as usize].get(), 1);
@@ -1065,7 +1065,7 @@ fn counts_end_at_zero_under_many_threads() {
                     let session = key(&(chance % 100).to_string());
                     let kind = if chance % 5 > 0 { Kind::Start } else { Kind::Other };
                     let ask = Ask::new(kind, (chance % 3 > 0).then_some(&session));
-                    if let Ok(mut placed) = dispatcher.pick(ask, ids::now(), state) {
+                    if let Ok(Picked::Placed(mut placed)) = dispatcher.pick(ask, ids::now(), state) {
                         match chance % 7 {
                             0 => drop(placed.lease.retry(ids::now(), state)),
                             1 | 2 => placed.lease.confirm(ids::now()),
@@ -1367,13 +1367,13 @@ impl Model {
         };
         let grant = match picked {
             Ok(grant) => grant,
-            Err(Unplaced::PinnedFull) => {
+            Err(Unplaced::PinnedFull(_)) => {
                 let pinned = known.expect("only a pin can be full");
                 let full = !self.endpoints[&pinned.port].configured || !self.has_slot(pinned.port);
                 assert!(starts && full);
                 return;
             }
-            Err(Unplaced::Full) => {
+            Err(Unplaced::Full(_)) => {
                 assert!(starts);
                 assert!(known.as_ref().is_none_or(must_leave));
                 let full = |version: &str| {

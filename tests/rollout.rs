@@ -7,14 +7,16 @@ mod support;
 use std::collections::HashMap;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use longhaul::config::{self, OnBad};
 use longhaul::ids;
-use longhaul::rollout::{Command as Steer, Place, Rollout};
-use longhaul::state::dispatcher::{Ask, Dispatcher, PinHint, Placed};
+use longhaul::rollout::{Command as Steer, Place as Stands, Rollout};
+use longhaul::state::dispatcher::{Ask, Dispatcher, Picked, PinHint, Placed};
+use longhaul::state::waiting::Waiting;
 use longhaul::state::{AffinityOutcome, Kind, RunOutcome};
-use placement::{Fleet, key, place};
+use placement::{Fleet, Place, key, place};
 use serde_json::Value;
 use support::{Backend, Proxy, RawClient, Response, Script, eventually_async, post, start_proxy};
 
@@ -65,7 +67,7 @@ impl World {
     }
 
     fn pick(&self, ask: Ask<'_>) -> Placed {
-        self.dispatcher.pick(ask, self.now, 0).expect("there is room")
+        self.dispatcher.pick(ask, self.now, 0).ok().and_then(Picked::placed).expect("there is room")
     }
 
     fn start(&self, session: &str) -> Placed {
@@ -120,7 +122,7 @@ fn two_hundred_thousand_sessions_walk_and_each_sees_one_version() {
     let window = SESSIONS / shares.len();
     let mut homes: Vec<bool> = Vec::with_capacity(SESSIONS);
     for (step, share) in shares.into_iter().enumerate() {
-        let expected = if share < 1.0 { Place::Running { step: step + 1 } } else { Place::Completed };
+        let expected = if share < 1.0 { Stands::Running { step: step + 1 } } else { Stands::Completed };
         assert_eq!(world.rollout().place(), expected);
         let born: Vec<usize> = (step * window..(step + 1) * window).collect();
         for number in &born {
@@ -234,10 +236,10 @@ fn a_reload_goes_on_an_edit_begins_again_and_without_the_block_the_file_applies(
     world
         .dispatcher
         .apply(first.clone().with(|service| service.slow_start = Duration::from_secs(9)).settings(), world.now);
-    assert_eq!(world.rollout().place(), Place::Running { step: 2 });
+    assert_eq!(world.rollout().place(), Stands::Running { step: 2 });
     assert_eq!(world.version("canary")["effective_weight"], 50);
     world.dispatcher.apply(fleet(&[0.2, 0.5, 1.0]).settings(), world.now);
-    assert_eq!(world.rollout().place(), Place::Running { step: 1 });
+    assert_eq!(world.rollout().place(), Stands::Running { step: 1 });
     assert_eq!(world.version("canary")["effective_weight"], 20);
     assert_eq!(world.rollout().history().count(), 3);
     world.dispatcher.apply(first.with(|service| service.rollout = None).settings(), world.now);
@@ -272,6 +274,43 @@ fn an_evicted_version_loses_its_idle_sessions_and_no_run() {
     drop(working);
     assert_eq!(world.run("working", RunOutcome::Completed), ("canary".to_owned(), AffinityOutcome::Hit));
     assert_eq!(world.dispatcher.evict_sessions("blue", world.now), None);
+}
+
+#[test]
+fn whoever_waits_goes_where_the_new_weights_send_it() {
+    let canary = Place { max_runs: Some(1), ..place(3) };
+    let fleet = Fleet::new().version("stable", 95, [place(1)]).version("canary", 5, [canary]);
+    let world = World::new(&fleet.with(|service| {
+        service.rollout = Some(plan(&[1.0]));
+        service.runs.queue.max = 10;
+    }));
+    assert_eq!(world.run("idle", RunOutcome::Completed).0, "canary");
+    assert_eq!(world.run("stays", RunOutcome::Completed).0, "canary");
+    let mut working = world.start("working");
+    working.lease.confirm(world.now);
+    let wait = |session: Option<&str>| {
+        let key = session.map(key);
+        match world.dispatcher.pick(Ask::new(Kind::Start, key.as_ref()), world.now, 0) {
+            Ok(Picked::Waiting(waiting)) => waiting,
+            _ => panic!("canary is full"),
+        }
+    };
+    let mut context = Context::from_waker(Waker::noop());
+    let mut look = |waiting: &mut Waiting| match waiting.poll(&mut context) {
+        Poll::Ready(given) => given.ok().map(|placed| (placed.target.version.to_string(), placed.affinity)),
+        Poll::Pending => None,
+    };
+    let (mut young, mut keyless, mut idle) = (wait(Some("young")), wait(None), wait(Some("idle")));
+    for waiting in [&mut young, &mut keyless, &mut idle] {
+        assert_eq!(look(waiting), None);
+    }
+    world.steer(Steer::Abort);
+    assert_eq!(look(&mut young), Some(("stable".to_owned(), AffinityOutcome::New)));
+    assert_eq!(look(&mut keyless), Some(("stable".to_owned(), AffinityOutcome::None)));
+    assert_eq!(look(&mut idle), None, "a session stays");
+    assert_eq!(world.dispatcher.evict_sessions("canary", world.now), Some(2));
+    assert_eq!(look(&mut idle), Some(("stable".to_owned(), AffinityOutcome::Moved)));
+    working.lease.outcome(RunOutcome::Completed);
 }
 
 /// A service that goes from one backend to another.

@@ -7,7 +7,7 @@ mod support;
 
 use longhaul::ids;
 use longhaul::state::Kind;
-use longhaul::state::dispatcher::{Ask, Dispatcher};
+use longhaul::state::dispatcher::{Ask, Dispatcher, Picked};
 use support::{Fleet, key, place};
 
 const PINS: u32 = 250_000;
@@ -23,7 +23,7 @@ fn a_quarter_of_a_million_pins_stays_below_25_mib() {
         // As long as a UUID.
         let key = key(&format!("{number:08x}-0000-7000-8000-{number:012x}"));
         let ask = Ask::new(Kind::Other, Some(&key));
-        let mut placed = dispatcher.pick(ask, now, 0).expect("a place");
+        let mut placed = dispatcher.pick(ask, now, 0).ok().and_then(Picked::placed).expect("a place");
         placed.lease.confirm(now);
         // Placement credits are for ten seconds only; the run of the session ends its own.
         let ask = Ask::new(Kind::Start, Some(&key));

@@ -13,9 +13,9 @@ use super::values::{
 };
 use super::yaml::quote;
 use super::{
-    Affinity, AgentProtocol, Balance, Endpoint, EndpointUrl, Health, HostPolicy, HttpVersion, KeySource, OnDisconnect,
-    Outlier, Pool, Rollout, RunMatch, Runs, Service, Session, SessionCookie, Timeouts, UpstreamTls, Version,
-    WhenDraining, WhenLost,
+    Affinity, AgentProtocol, Balance, DoubleTexting, Endpoint, EndpointUrl, Health, HostPolicy, HttpVersion,
+    Idempotency, KeySource, OnDisconnect, Outlier, Policy, Pool, Queue, Rollout, RunMatch, Runs, Service, Session,
+    SessionCookie, Timeouts, UpstreamTls, Version, WhenDraining, WhenLost,
 };
 
 const WEIGHT_MAX: u32 = 1_000_000;
@@ -60,7 +60,7 @@ fn service() -> Kind<'static, Service> {
         let about = "The wire conventions by which sessions and runs are recognised.";
         let agent_protocol = block.key("agent_protocol", about, choice(PROTOCOLS), "auto");
         let session = block.key("session", "How sessions are recognised and kept in their place.", session(), "{}");
-        let (runs, max_per_principal) = block.key("runs", "Which requests are runs, and their limits.", runs(), "{}");
+        let (runs, places) = block.key("runs", "Which requests are runs, and their limits.", runs(), "{}");
         let timeouts = block.key("timeouts", "There is no total timeout.", timeouts(), "{}");
         let attempts = block.key("retries", "When an exchange is tried again.", retries(), "{}");
         let health = block.key("health", "Active checks; none where neither path nor tcp is set.", health(), "{}");
@@ -84,11 +84,23 @@ fn service() -> Kind<'static, Service> {
         let rollout = block.optional("rollout", "A rollout in steps, judged by outcomes.", rollout(&names));
         let drain_timeout = block.key("drain", "How endpoints drain.", drain(), "{}");
 
-        if let Some(Located { spot, path, .. }) = max_per_principal
+        if let Some(Located { spot, path, .. }) = places.max_per_principal
             && session.scope.is_empty()
         {
             let message =
                 "without `session.scope` nothing tells principals apart; add it, such as [{header: authorization}]";
+            block.context().problem(spot, &path, message);
+        }
+        if let Some(Located { spot, path, .. }) = places.progress
+            && let AgentProtocol::Named(protocol @ ("langgraph" | "mcp" | "acp")) = agent_protocol
+        {
+            let message =
+                format!("clients of {protocol} need the head of the agent's own answer, which progress goes before");
+            block.context().problem(spot, &path, message);
+        }
+        if let Some(Located { spot, path, .. }) = places.double_texting
+            && let Err(message) = fits_protocol(runs.double_texting, agent_protocol)
+        {
             block.context().problem(spot, &path, message);
         }
         let (name, versions) = (name?, versions?);
@@ -130,6 +142,19 @@ fn service() -> Kind<'static, Service> {
             drain_timeout,
         })
     })
+}
+
+/// Whether sessions of the protocol have one run at a time, and can do what the policy asks.
+fn fits_protocol(double_texting: DoubleTexting, protocol: AgentProtocol) -> Result<(), &'static str> {
+    let DoubleTexting { policy, allow_override } = double_texting;
+    let mcp = protocol == AgentProtocol::Named("mcp");
+    if mcp && (policy != Policy::Allow || allow_override) {
+        return Err("parallel calls are normal in an mcp session; write `policy: allow`");
+    }
+    if policy == Policy::Rollback && protocol != AgentProtocol::Named("langgraph") {
+        return Err("only langgraph can undo a run; write `policy: interrupt`, or `agent_protocol: langgraph`");
+    }
+    Ok(())
 }
 
 /// A version with where its endpoints stand.
@@ -293,8 +318,14 @@ fn read_secrets(file: &Path) -> Result<Vec<String>, String> {
     }
 }
 
-/// The runs, and `max_per_principal`.
-fn runs() -> Kind<'static, (Runs, Option<Located<u32>>)> {
+/// What of the runs is to agree with the rest of the service.
+struct RunPlaces {
+    max_per_principal: Option<Located<u32>>,
+    progress: Option<Located<std::time::Duration>>,
+    double_texting: Option<Located<DoubleTexting>>,
+}
+
+fn runs() -> Kind<'static, (Runs, RunPlaces)> {
     block("a mapping", |block| {
         let about = "Which requests are runs; null: POST, Upgrade, and GET that accepts text/event-stream.";
         let matches = block.optional("match", about, run_match().list());
@@ -302,9 +333,10 @@ fn runs() -> Kind<'static, (Runs, Option<Located<u32>>)> {
         let max_per_endpoint = block.optional("max_per_endpoint", about, small(1, u32::MAX));
         let about = "Outstanding runs of one session.scope value.";
         let max_per_principal = block.optional("max_per_principal", about, small(1, u32::MAX).located());
-        let queue_max = block.key("queue", "Where runs wait when all endpoints are full.", queue(), "{}");
-        let enqueues = block.key("double_texting", "A run in a session that has one.", double_texting(), "{}");
-        block.optional("idempotency", "Runs with the same key are started once.", idempotency());
+        let (queue, progress) = block.key("queue", "Where runs wait when all endpoints are full.", queue(), "{}");
+        let double_texting =
+            block.key("double_texting", "A run in a session that has one.", double_texting().located(), "{}");
+        let idempotency = block.optional("idempotency", "Runs with the same key are started once.", idempotency());
         let about = "What becomes of a run whose client leaves.";
         let on_disconnect = block.key("on_disconnect", about, on_disconnect(), "protocol");
         let about = "A longer run is ended.";
@@ -313,11 +345,22 @@ fn runs() -> Kind<'static, (Runs, Option<Located<u32>>)> {
         let unseen_timeout = block.key("unseen_timeout", about, positive_duration(), "1h");
         let heartbeat = block.optional("heartbeat", "An SSE comment after that much silence.", positive_duration());
         block.optional("resume", "Keeps streams so that clients can continue them.", resume());
-        if enqueues && queue_max == 0 {
+        if double_texting.value.policy == Policy::Enqueue && queue.max == 0 {
             block.problem("double_texting", "`policy: enqueue` needs a place to wait: set `queue.max` above 0");
         }
-        let runs = Runs { matches, max_per_endpoint, max_duration, on_disconnect, unseen_timeout, heartbeat };
-        Some((runs, max_per_principal))
+        let runs = Runs {
+            matches,
+            max_per_endpoint,
+            max_per_principal: max_per_principal.as_ref().map(|max| max.value),
+            queue,
+            double_texting: double_texting.value,
+            idempotency,
+            max_duration,
+            on_disconnect,
+            unseen_timeout,
+            heartbeat,
+        };
+        Some((runs, RunPlaces { max_per_principal, progress, double_texting: Some(double_texting) }))
     })
 }
 
@@ -329,33 +372,33 @@ fn run_match() -> Kind<'static, RunMatch> {
     })
 }
 
-fn queue() -> Kind<'static, u32> {
+fn queue() -> Kind<'static, (Queue, Option<Located<std::time::Duration>>)> {
     block("a mapping with `max` and `timeout`", |block| {
         let max = block.key("max", "Places; 0: none.", small(0, 1_000_000), "0");
-        block.key("timeout", "A longer wait ends in 503.", positive_duration(), "30s");
-        block.optional("progress", "How often a waiting SSE client gets a comment.", positive_duration());
-        block.optional("priority_header", "A request header with a number; higher goes first.", header_name());
-        Some(max)
+        let timeout = block.key("timeout", "A longer wait ends in 503.", positive_duration(), "30s");
+        let about = "How often a waiting SSE client gets a comment.";
+        let progress = block.optional("progress", about, positive_duration().located());
+        let about = "A request header with a number from 0 to 7; lower goes first, 3 is the default.";
+        let priority_header = block.optional("priority_header", about, header_name());
+        let every = progress.as_ref().map(|progress| progress.value);
+        Some((Queue { max, timeout, progress: every, priority_header }, progress))
     })
 }
 
-/// Whether the policy is `enqueue`.
-fn double_texting() -> Kind<'static, bool> {
-    const POLICIES: &[(&str, bool)] =
-        &[("allow", false), ("reject", false), ("enqueue", true), ("interrupt", false), ("rollback", false)];
+fn double_texting() -> Kind<'static, DoubleTexting> {
     block("a mapping with `policy`", |block| {
-        let enqueues = block.key("policy", "What a second run of a session does.", choice(POLICIES), "allow");
+        let policy = block.key("policy", "What a second run of a session does.", choice(&Policy::WORDS), "allow");
         let about = "The request header longhaul-double-texting may choose another policy.";
-        block.key("allow_override", about, boolean(), "false");
-        Some(enqueues)
+        let allow_override = block.key("allow_override", about, boolean(), "false");
+        Some(DoubleTexting { policy, allow_override })
     })
 }
 
-fn idempotency() -> Kind<'static, ()> {
+fn idempotency() -> Kind<'static, Idempotency> {
     block("a mapping with `key` and `keep`", |block| {
-        block.key("key", "Places of the key.", key_source(false).list(), "[{header: idempotency-key}]");
-        block.key("keep", "How long an answer is kept.", positive_duration(), "10m");
-        Some(())
+        let key = block.key("key", "Places of the key.", key_source(false).list(), "[{header: idempotency-key}]");
+        let keep = block.key("keep", "How long an answer is kept.", positive_duration(), "10m");
+        Some(Idempotency { key, keep })
     })
 }
 

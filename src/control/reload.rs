@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -26,7 +25,7 @@ use crate::metrics::{Metrics, VersionMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::listen::{self, Socket};
 use crate::net::tls::{self, ServerTls};
-use crate::snapshot::{AcceptCommand, Listener, Recognition, Running, Service, Snapshot};
+use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, Service, Snapshot};
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::{ClientTls, TargetSettings};
 
@@ -236,7 +235,7 @@ impl Reloader {
             snapshot: ArcSwap::from_pointee(prepared.snapshot),
             metrics,
             drain: Drain::new(),
-            open_exchanges: AtomicUsize::new(0),
+            open_exchanges: Contended::default(),
             access_log,
             scope_secret: ids::random_bytes(),
         });

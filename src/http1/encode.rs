@@ -12,7 +12,7 @@ const HEAD_BYTES: usize = 160;
 /// Framing, Connection, Upgrade, Expect and TE come from the typed members. A request has no framing "until the end":
 /// [`Framing::Eof`] is written as no body.
 pub fn write_request(out: &mut Vec<u8>, head: &RequestHead, host: &[u8]) {
-    out.reserve(HEAD_BYTES + head.fields.byte_length() + 4 * head.fields.len());
+    out.reserve(HEAD_BYTES + head.fields.byte_length());
     out.extend_from_slice(head.method.as_str().as_bytes());
     out.push(b' ');
     out.extend_from_slice(head.path.as_bytes());
@@ -22,7 +22,7 @@ pub fn write_request(out: &mut Vec<u8>, head: &RequestHead, host: &[u8]) {
     }
     out.extend_from_slice(b" HTTP/1.1\r\n");
     write_field(out, b"Host", host);
-    write_fields(out, &head.fields);
+    head.fields.write(out);
     write_framing(out, head.framing);
     if head.expect_continue {
         out.extend_from_slice(b"Expect: 100-continue\r\n");
@@ -48,7 +48,7 @@ pub fn write_request(out: &mut Vec<u8>, head: &RequestHead, host: &[u8]) {
 /// `close`: the connection closes after this answer; it always does where the framing is [`Framing::Eof`].
 /// [`Framing::None`] says that no body can follow (1xx, 204, 304, to HEAD): an empty body is [`Framing::Length`] of 0.
 pub fn write_response(out: &mut Vec<u8>, head: &ResponseHead, close: bool) {
-    out.reserve(HEAD_BYTES + head.fields.byte_length() + 4 * head.fields.len());
+    out.reserve(HEAD_BYTES + head.fields.byte_length());
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(head.status.as_str().as_bytes());
     out.push(b' ');
@@ -57,7 +57,7 @@ pub fn write_response(out: &mut Vec<u8>, head: &ResponseHead, close: bool) {
         None => out.extend_from_slice(head.status.canonical_reason().unwrap_or_default().as_bytes()),
     }
     out.extend_from_slice(b"\r\n");
-    write_fields(out, &head.fields);
+    head.fields.write(out);
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         out.extend_from_slice(b"Connection: upgrade\r\n");
         if let Some(upgrade) = &head.upgrade {
@@ -80,7 +80,7 @@ pub fn write_response(out: &mut Vec<u8>, head: &ResponseHead, close: bool) {
 
 /// Writes a trailer section and the empty line that ends the message; the last chunk (`0` and CRLF) comes before it.
 pub fn write_trailers(out: &mut Vec<u8>, trailers: &Fields) {
-    write_fields(out, trailers);
+    trailers.write(out);
     out.extend_from_slice(b"\r\n");
 }
 
@@ -93,12 +93,6 @@ pub fn write_chunk_header(out: &mut [u8; 18], length: usize) -> usize {
     }
     out[count..count + 2].copy_from_slice(b"\r\n");
     count + 2
-}
-
-fn write_fields(out: &mut Vec<u8>, fields: &Fields) {
-    for (name, value) in fields.iter() {
-        write_field(out, name, value);
-    }
 }
 
 #[inline]

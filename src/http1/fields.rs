@@ -48,7 +48,7 @@ pub(super) fn read_section(section: &[u8], limits: HeadLimits) -> Result<Section
         }
         let (name, value) = split_field(line)?;
         match kind(name) {
-            Kind::EndToEnd => read.fields.push(name, value),
+            Kind::EndToEnd => push(&mut read.fields, line, name, value),
             Kind::Dropped => {}
             Kind::Host => {
                 if read.host.replace(value).is_some() {
@@ -180,6 +180,17 @@ pub fn may_be_trailer(name: &[u8]) -> bool {
         && !REFUSED.iter().any(|refused| refused.eq_ignore_ascii_case(name))
         && !starts_with(name, b"x-forwarded-")
         && !starts_with(name, b"longhaul-")
+}
+
+/// Adds the field that `line` was split into.
+#[inline]
+fn push(fields: &mut Fields, line: &[u8], name: &[u8], value: &[u8]) {
+    // Usually the line has its one form already.
+    if line.len() == name.len() + 2 + value.len() && line[name.len() + 1] == b' ' {
+        fields.push_line(line, name.len());
+    } else {
+        fields.push(name, value);
+    }
 }
 
 /// Takes the first line off `rest`, without its CRLF.

@@ -128,7 +128,10 @@ fn scheme(target: &[u8]) -> Option<(usize, u16)> {
 
 /// A valid authority is ASCII.
 fn text(authority: &[u8]) -> String {
-    String::from_utf8_lossy(authority).into_owned()
+    match std::str::from_utf8(authority) {
+        Ok(text) => text.to_owned(),
+        Err(_) => String::from_utf8_lossy(authority).into_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -173,10 +173,12 @@ fn valid_port(port: &[u8]) -> bool {
 }
 
 fn port_number(port: &[u8]) -> Option<u16> {
-    if !port.iter().all(u8::is_ascii_digit) {
-        return None;
+    let mut number: Option<u16> = None;
+    for byte in port {
+        let digit = byte.is_ascii_digit().then(|| u16::from(byte - b'0'))?;
+        number = Some(number.unwrap_or(0).checked_mul(10)?.checked_add(digit)?);
     }
-    std::str::from_utf8(port).ok()?.parse().ok()
+    number
 }
 
 #[cfg(test)]

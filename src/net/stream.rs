@@ -2,9 +2,9 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
 /// A connected socket without TLS.
@@ -45,6 +45,14 @@ impl Stream {
         }
     }
 
+    /// As [`Stream::poll_read_ready`], without being told later.
+    pub fn is_read_ready(&mut self) -> bool {
+        match self {
+            Stream::Plain(plain) => plain.is_read_ready(),
+            tls => tls.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_ready(),
+        }
+    }
+
     /// Reads into `buffer`; 0 is the end.
     pub fn poll_read_into(&mut self, context: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut target = ReadBuf::new(buffer);
@@ -54,7 +62,11 @@ impl Stream {
 
     /// Writes what the slices hold, as far as the socket takes it.
     pub fn poll_write_slices(&mut self, context: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(self).poll_write_vectored(context, slices)
+        match slices {
+            // The system call for one slice is the cheaper one.
+            [slice] => Pin::new(self).poll_write(context, slice),
+            _ => Pin::new(self).poll_write_vectored(context, slices),
+        }
     }
 
     /// Closing will reset the connection: the peer sees an error in place of an end, and what is still on its way may be
@@ -100,6 +112,15 @@ impl Plain {
             Plain::Tcp(stream) => stream.poll_read_ready(context),
             Plain::Unix(stream) => stream.poll_read_ready(context),
         }
+    }
+
+    fn is_read_ready(&self) -> bool {
+        // No read is made: it is only asked whether one may be.
+        let ready = match self {
+            Plain::Tcp(stream) => stream.try_io(Interest::READABLE, || Ok(())),
+            Plain::Unix(stream) => stream.try_io(Interest::READABLE, || Ok(())),
+        };
+        ready.is_ok()
     }
 }
 

@@ -1,5 +1,6 @@
 //! Step 10, account: what an exchange was, told exactly once, when its record is dropped: metrics and access log.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -10,32 +11,39 @@ use crate::logging::AccessLine;
 use crate::message::RequestHead;
 use crate::protocols::Protocol;
 use crate::proxy::connection::Connection;
+use crate::proxy::worker::{Local, Worker};
 use crate::snapshot::{Listener, Running, Service};
 use crate::state::core::Finish;
 use crate::state::sessions::SessionKey;
 use crate::state::{AffinityOutcome, RunOutcome, Target};
 
 /// Counts among the open exchanges, for which a drain waits, as long as it lives.
-pub struct OpenExchange(Arc<Running>);
+pub struct OpenExchange(Rc<Worker>);
 
 impl OpenExchange {
-    pub fn new(running: &Arc<Running>) -> OpenExchange {
-        running.open_exchanges.fetch_add(1, Ordering::Relaxed);
-        OpenExchange(running.clone())
+    pub fn new(worker: &Rc<Worker>) -> OpenExchange {
+        worker.running.open_exchanges.fetch_add(1, Ordering::Relaxed);
+        OpenExchange(worker.clone())
     }
 }
 
 impl Drop for OpenExchange {
     fn drop(&mut self) {
-        self.0.open_exchanges.fetch_sub(1, Ordering::Release);
+        self.0.running.open_exchanges.fetch_sub(1, Ordering::Release);
     }
+}
+
+/// A protocol that has a form of its own for errors.
+pub struct CallerForm {
+    pub protocol: &'static dyn Protocol,
+    /// The id of the JSON-RPC request, as JSON.
+    pub rpc_id: Option<String>,
 }
 
 /// The story of one exchange, filled in as it goes.
 pub struct Record {
-    running: Arc<Running>,
-    _open: OpenExchange,
-    listener: Arc<Listener>,
+    open: OpenExchange,
+    listener: Local<Listener>,
     pub route: Option<usize>,
     started: Instant,
     pub client: Option<std::net::IpAddr>,
@@ -47,9 +55,9 @@ pub struct Record {
     pub outcome: Option<RunOutcome>,
     /// The exchange starts its run (it may also join one).
     pub starts: bool,
-    /// In whose form the caller reads errors, and the id of its JSON-RPC request.
-    pub caller_form: Option<(&'static dyn Protocol, Option<String>)>,
-    pub service: Option<Arc<Service>>,
+    /// In whose form the caller reads errors.
+    pub caller_form: Option<Box<CallerForm>>,
+    pub service: Option<Local<Service>>,
     pub target: Option<Arc<Target>>,
     pub affinity: AffinityOutcome,
     pub session: Option<SessionKey>,
@@ -64,11 +72,10 @@ pub struct Record {
 }
 
 impl Record {
-    pub fn open(connection: &Connection, listener: Arc<Listener>, request: &RequestHead) -> Record {
-        let running = connection.worker.running.clone();
-        let open = OpenExchange::new(&running);
+    pub fn open(connection: &Connection, listener: Local<Listener>, request: &RequestHead) -> Record {
+        let open = OpenExchange::new(&connection.worker);
         // Kept for the log line only; the path is the client's and may be long.
-        let keep_path = listener_logs(&running);
+        let keep_path = listener_logs(&connection.worker.running);
         Record {
             listener,
             route: None,
@@ -92,8 +99,7 @@ impl Record {
             bytes_in: 0,
             bytes_out: 0,
             own_bytes_out: 0,
-            running,
-            _open: open,
+            open,
         }
     }
 
@@ -123,9 +129,16 @@ impl Drop for Record {
         route.record(self.status, self.code);
         if let Some(target) = &self.target {
             let metrics = &target.metrics;
-            metrics.stream_events.inc_by(self.events);
-            metrics.bytes_request.inc_by(self.bytes_in);
-            metrics.bytes_response.inc_by(self.bytes_out);
+            for (counter, count) in [
+                (&metrics.stream_events, self.events),
+                (&metrics.bytes_request, self.bytes_in),
+                (&metrics.bytes_response, self.bytes_out),
+            ] {
+                // Adding nothing would fetch the counter from another core all the same.
+                if count > 0 {
+                    counter.inc_by(count);
+                }
+            }
             if self.starts
                 && self.run.is_some()
                 && let Some(at) = self.first_event_at
@@ -133,10 +146,11 @@ impl Drop for Record {
                 metrics.time_to_first_event_seconds.observe(at.duration_since(self.started).as_secs_f64());
             }
         }
-        if !listener_logs(&self.running) {
+        let running = &self.open.0.running;
+        if !listener_logs(running) {
             return;
         }
-        self.running.access_log.write(&AccessLine {
+        running.access_log.write(&AccessLine {
             time: crate::ids::wall_clock(),
             client: self.client,
             method: self.method.as_str(),

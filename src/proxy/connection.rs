@@ -1,9 +1,10 @@
 //! Steps 1 to 3 of a connection's life: PROXY protocol, TLS, then HTTP/1.1 or HTTP/2 until it ends or drains.
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -21,7 +22,7 @@ use crate::net::proxy_protocol;
 use crate::net::stream::{Plain, Stream};
 use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
 use crate::proxy::timer::Timer;
-use crate::proxy::worker::{Handed, Worker};
+use crate::proxy::worker::{Handed, Local, Worker};
 use crate::proxy::{self, forwarded, http2_server, problem};
 use crate::snapshot::Listener;
 
@@ -39,24 +40,30 @@ pub struct Connection {
     pub worker: Rc<Worker>,
     /// Who connected, by the PROXY protocol where that is accepted.
     pub peer: forwarded::Peer,
-    listener: RefCell<Arc<Listener>>,
+    listener: RefCell<Local<Listener>>,
+    /// The snapshot's in which `listener` was looked up (its low half: idle streams are many).
+    generation: Cell<u32>,
     /// A reload has removed the listener.
     orphaned: Cell<bool>,
 }
 
 impl Connection {
     /// The listener as the newest configuration has it; as it was last, where a reload removed it.
-    pub fn listener(&self) -> Arc<Listener> {
-        let address = self.listener.borrow().local_address.clone();
-        match self.worker.running.snapshot.load().listener(&address) {
-            Some(current) => *self.listener.borrow_mut() = current,
-            None => self.orphaned.set(true),
+    pub fn listener(&self) -> Local<Listener> {
+        let current = self.worker.current();
+        let generation = current.snapshot.generation as u32;
+        if self.generation.replace(generation) != generation {
+            let newest = current.listener(&self.listener.borrow().local_address);
+            match newest {
+                Some(newest) => *self.listener.borrow_mut() = newest,
+                None => self.orphaned.set(true),
+            }
         }
         self.listener.borrow().clone()
     }
 
     /// As [`Connection::listener`] was when it was last asked.
-    fn last_listener(&self) -> Arc<Listener> {
+    fn last_listener(&self) -> Local<Listener> {
         self.listener.borrow().clone()
     }
 
@@ -120,7 +127,15 @@ async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -
         }
     };
     let peer = forwarded::Peer::new(peer, stream.is_tls());
-    Ok((Connection { worker, peer, listener: RefCell::new(listener), orphaned: Cell::new(false) }, stream))
+    let connection = Connection {
+        worker,
+        peer,
+        listener: RefCell::new(Rc::new(listener)),
+        // That of no snapshot.
+        generation: Cell::new(0),
+        orphaned: Cell::new(false),
+    };
+    Ok((connection, stream))
 }
 
 /// Reads exactly the PROXY protocol header, no byte of what follows it.
@@ -167,7 +182,8 @@ async fn serve_http1(connection: Connection, stream: Stream) {
             Err(error) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
         };
         let upgrade = request.upgrade.is_some();
-        let after = Box::pin(proxy::exchange(&connection, &mut client, request, &mut timer)).await;
+        let exchange = Box::pin(proxy::exchange(&connection, &mut client, Box::new(request), &mut timer));
+        let after = at_one_instant_a_poll(exchange).await;
         let Peer::Http1(http1) = &mut client else { return };
         match after {
             // Bytes behind a refused upgrade could be meant for the protocol that did not come about.
@@ -176,6 +192,11 @@ async fn serve_http1(connection: Connection, stream: Stream) {
             proxy::After::Close => return,
         }
     }
+}
+
+/// The exchange as it is, with its clock read once a poll at the most.
+fn at_one_instant_a_poll<F: Future>(mut exchange: Pin<Box<F>>) -> impl Future<Output = F::Output> {
+    poll_fn(move |context| crate::ids::at_one_instant(|| exchange.as_mut().poll(context)))
 }
 
 /// Waits for the next request head: as long as keep-alive allows for its first byte, then the header time-out.
@@ -239,19 +260,28 @@ async fn linger(client: Peer, timer: &mut Timer) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::RequestHead;
 
     fn size<A, B, F: Future>(_: impl FnOnce(A, B) -> F) -> usize {
         size_of::<F>()
     }
 
-    /// What one connection costs while its stream is silent, beside the sockets: its task, and the box it holds. Both
+    fn size_of_exchange<'a, F: Future>(
+        _: impl FnOnce(&'a Connection, &'a mut Peer, Box<RequestHead>, &'a mut Timer) -> F,
+    ) -> usize {
+        size_of::<F>()
+    }
+
+    /// What one connection costs while its stream is silent, beside the sockets: its task, and the boxes it holds. The
     /// bounds lie near a size class of the allocator, where a few bytes more cost some hundred a stream; other members
     /// of the workspace may switch features of shared crates on that add a word.
     #[test]
     fn a_silent_stream_is_small() {
         let task = size(serve);
         let flow = size_of::<proxy::relay::Flow>();
-        assert!(task <= 1152, "{task}");
+        let exchange = size_of_exchange(proxy::exchange);
+        assert!(task <= 1136, "{task}");
+        assert!(exchange <= 656, "{exchange}");
         assert!(flow <= 528, "{flow}");
     }
 }

@@ -18,8 +18,6 @@ pub struct Since<'a> {
     pub cut: &'a Cut,
     /// [`Cut::count`] then.
     pub count: u32,
-    /// Of its run, where it carries one.
-    pub stop: Option<&'a Arc<Stop>>,
 }
 
 /// What is heard.
@@ -33,6 +31,8 @@ pub enum Heard {
 /// Hears it. Cheap to poll again: it takes a lock only when it is to wake another task than before.
 pub struct Hearing<'a> {
     since: Since<'a>,
+    /// Of the exchange's run, where it carries one.
+    stop: Option<Arc<Stop>>,
     /// [`Cut::looks`] when it began to listen.
     looks: u32,
     wakes: Option<Waker>,
@@ -40,17 +40,17 @@ pub struct Hearing<'a> {
 
 impl<'a> Hearing<'a> {
     /// To be polled with what [`Cut::told`] gave before the first poll.
-    pub fn new(since: Since<'a>) -> Hearing<'a> {
-        Hearing { since, looks: since.cut.looks(), wakes: None }
+    pub fn new(since: Since<'a>, stop: Option<&Arc<Stop>>) -> Hearing<'a> {
+        Hearing { since, stop: stop.cloned(), looks: since.cut.looks(), wakes: None }
     }
 
     pub fn poll(&mut self, mut told: Pin<&mut Notified<'a>>, context: &mut Context<'_>) -> Poll<Heard> {
-        let Since { cut, count, stop } = self.since;
+        let Since { cut, count } = self.since;
         loop {
             if cut.count() != count {
                 return Poll::Ready(Heard::DrainOver);
             }
-            if let Some(outcome) = stop.and_then(|stop| stop.outcome()) {
+            if let Some(outcome) = self.stop.as_ref().and_then(|stop| stop.outcome()) {
                 return Poll::Ready(Heard::Stopped(outcome));
             }
             if cut.looks() != self.looks {

@@ -46,6 +46,9 @@ async fn go_on(worker: Rc<Worker>, mut flow: Box<Flow>, mut record: Record) {
     if end == End::ClientGone {
         flow.cancels = true;
     }
+    if end != End::Whole {
+        flow.upstream.hang_up();
+    }
     record.ended(flow.give_back(end));
     if end == End::Whole {
         let keep_alive = flow.upstream_keep_alive;

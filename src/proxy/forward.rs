@@ -6,7 +6,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, StatusCode};
+use http::Method;
 
 use crate::config::{self, Affinity, HttpVersion};
 use crate::error::{Code, ProxyError};
@@ -14,7 +14,7 @@ use crate::ids;
 use crate::message::{Framing, RequestHead, ResponseHead, Version};
 use crate::net::cookie::CookieSession;
 use crate::orca::Report;
-use crate::proxy::account::Record;
+use crate::proxy::account::{CallerForm, Record};
 use crate::proxy::connection::Connection;
 use crate::proxy::cut::Since;
 use crate::proxy::heartbeat::Heartbeat;
@@ -22,18 +22,19 @@ use crate::proxy::identify::{self, Identity};
 use crate::proxy::learn::Learn;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Peer, SourceFault};
+use crate::proxy::pick::{self, Found, Wanted};
 use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow, Timed};
 use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
-use crate::proxy::{Caller, edits, may_keep_alive, respond, route, websocket};
+use crate::proxy::{Caller, edits, may_keep_alive, respond, websocket};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
-use crate::state::dispatcher::{Ask, Lease, Placed};
-use crate::state::runs::{About, Stop};
+use crate::state::dispatcher::{Lease, Placed};
+use crate::state::runs::Stop;
 use crate::state::sessions::SessionKey;
-use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
+use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
 
 /// What is asked for, beside the request itself.
 pub struct Asked<'a> {
@@ -45,6 +46,8 @@ pub struct Asked<'a> {
     pub scheme: &'a str,
     /// The client may see which endpoint answers, and wants to.
     pub debug: bool,
+    /// What it does if its session has a run.
+    pub policy: config::Policy,
     pub caller: &'a Caller,
 }
 
@@ -57,7 +60,7 @@ pub enum Forwarded {
 pub async fn forward(
     asked: Asked<'_>,
     client: &mut Peer,
-    mut request: RequestHead,
+    mut request: Box<RequestHead>,
     timer: &mut Timer,
     record: &mut Record,
 ) -> Result<Forwarded, ProxyError> {
@@ -81,17 +84,14 @@ pub async fn forward(
     record.starts = identity.kind == Kind::Start;
     let about = watch::about(identity.recognised.as_ref());
     if let Some(recognised) = &mut identity.recognised {
-        record.caller_form = recognised.protocol.map(|protocol| (protocol, recognised.rpc_id.take()));
+        let rpc_id = recognised.rpc_id.take();
+        record.caller_form = recognised.protocol.map(|protocol| Box::new(CallerForm { protocol, rpc_id }));
     }
 
-    // 7 pick
-    let Placed { mut target, affinity, mut lease } = pick(service, &request, &identity, &about).map_err(|refusal| {
-        record.affinity = refusal.affinity();
-        if identity.kind == Kind::Start {
-            record.outcome = Some(RunOutcome::Rejected);
-        }
-        refused(refusal, service)
-    })?;
+    // 6 turn, 7 pick
+    let wanted = Wanted { service, policy: asked.policy, request: &request, identity: &identity, about: &about };
+    let found = pick::pick(wanted, client, timer, record).await?;
+    let Found::Placed(Placed { mut target, affinity, mut lease }) = found else { return Ok(Forwarded::ClientGone) };
     let mut watching = Watching::new(identity.recognised.as_mut(), about, identity.scope);
     let mut cuts = target.cut.count();
     record.affinity = affinity;
@@ -229,44 +229,6 @@ fn ahead_only(client: &Peer, direction: &Direction) -> bool {
     client.held().len() as u64 == direction.observer.bytes
 }
 
-fn pick(service: &Arc<Service>, request: &RequestHead, identity: &Identity, about: &About) -> Result<Placed, Refusal> {
-    let matched = service
-        .config
-        .versions
-        .iter()
-        .find(|version| !version.matches.is_empty() && route::matches_headers(&version.matches, &request.fields));
-    let hint =
-        identity.cookie.as_ref().filter(|cookie| identity.key.as_ref().is_some_and(|key| *key.text == *cookie.id));
-    let recognised = identity.recognised.as_ref();
-    let ask = Ask {
-        key: identity.key.as_ref(),
-        kind: identity.kind,
-        creates: recognised.is_some_and(|recognised| recognised.creates_session),
-        bound: recognised.is_some_and(|recognised| recognised.bound),
-        run: recognised.and_then(|recognised| recognised.run.as_deref()),
-        about: Some(about),
-        version: matched.map(|version| version.name.as_str()),
-        hint: hint.map(|cookie| &cookie.pin),
-    };
-    service.dispatcher.pick(ask, ids::now(), ids::random_u64())
-}
-
-/// What to tell whoever was given no endpoint.
-fn refused(refusal: Refusal, service: &Service) -> ProxyError {
-    let detail = match refusal {
-        Refusal::QueueFull => format!("every endpoint of service {} is at its run limit", service.name),
-        Refusal::PinnedFull => "the session's endpoint is at its run limit, and the session stays there".to_owned(),
-        Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
-        Refusal::SessionGone(_) => "the session's endpoint is gone or drains; begin a new session".to_owned(),
-        Refusal::NoEndpoint => format!("no endpoint of service {} is ready", service.name),
-    };
-    let error = ProxyError::new(refusal.code(), detail);
-    match refusal {
-        Refusal::SessionGone(_) => ProxyError { status: StatusCode::NOT_FOUND, ..error },
-        _ => error,
-    }
-}
-
 /// Makes the request the one that the endpoint is to see, whichever endpoint that will be.
 fn prepare(
     request: &mut RequestHead,
@@ -393,8 +355,8 @@ async fn try_once(
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
-    let drain = Since { cut: &target.cut, count: cuts, stop };
-    match relay::until_answer(client, &mut upstream, direction, (deadlines, drain), interim_passes, timer).await {
+    let drain = Since { cut: &target.cut, count: cuts };
+    match relay::until_answer(client, &mut upstream, direction, (deadlines, drain, stop), interim_passes, timer).await {
         Answer::Head(head) => Tried::Answered(upstream, head),
         Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
@@ -440,7 +402,7 @@ pub fn cancel_soon(lease: &mut Lease) -> Finish {
 fn begin_answer(
     asked: Asked<'_>,
     client: &mut Peer,
-    request: RequestHead,
+    request: Box<RequestHead>,
     identity: Identity,
     mut watching: Option<Box<Watching>>,
     mut lease: Lease,
@@ -455,7 +417,11 @@ fn begin_answer(
     let Asked { connection, service, route, caller, .. } = asked;
     let status = answer.status.as_u16();
     let now = ids::now();
-    lease.report(if status >= 500 { Evidence::Bad } else { Evidence::Good }, now);
+    if status >= 500 {
+        lease.report(Evidence::Bad, now);
+    } else if target.needs_good_evidence() {
+        lease.report(Evidence::Good, now);
+    }
     let outcome = if status >= 500 { RunOutcome::Failed } else { RunOutcome::Completed };
     let success = status < 400;
     if (400..500).contains(&status) {

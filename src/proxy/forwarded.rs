@@ -186,13 +186,18 @@ fn append_to_list(fields: &mut Fields, name: &str, element: &str) {
 
 /// A token as it is, anything else as a quoted string (RFC 9110 section 5.6.4).
 fn push_value(text: &mut Vec<u8>, value: &[u8]) {
-    let is_token = value.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte));
-    if is_token {
+    let in_token = |byte: &u8| {
+        byte.is_ascii_alphanumeric()
+            || matches!(byte, b'!' | b'#'..=b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~')
+    };
+    if value.iter().all(in_token) {
         text.extend_from_slice(value);
         return;
     }
     text.push(b'"');
-    for byte in value {
+    let plain = memchr::memchr2(b'"', b'\\', value).unwrap_or(value.len());
+    text.extend_from_slice(&value[..plain]);
+    for byte in &value[plain..] {
         if matches!(byte, b'"' | b'\\') {
             text.push(b'\\');
         }
@@ -202,18 +207,26 @@ fn push_value(text: &mut Vec<u8>, value: &[u8]) {
 }
 
 fn push_hex<const N: usize>(text: &mut Vec<u8>, bytes: &[u8; N]) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     // All zeros would be an invalid id (W3C Trace Context section 3.2.2.3).
     let is_zero = *bytes == [0; N];
-    let mut pairs = [[0; 2]; N];
-    for (pair, byte) in pairs.iter_mut().zip(bytes) {
-        *pair = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]];
-    }
+    let mut pairs = bytes.map(|byte| HEX_PAIRS[usize::from(byte)]);
     if is_zero {
         pairs[0] = *b"01";
     }
     text.extend_from_slice(pairs.as_flattened());
 }
+
+/// The two digits of every byte.
+static HEX_PAIRS: [[u8; 2]; 256] = {
+    let digits = b"0123456789abcdef";
+    let mut pairs = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [digits[byte >> 4], digits[byte & 15]];
+        byte += 1;
+    }
+    pairs
+};
 
 #[cfg(test)]
 mod tests {

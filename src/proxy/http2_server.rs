@@ -55,8 +55,7 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
         Ok(Err(_)) | Err(_) => return,
     };
     let mut timer = Timer::new(listener.config.keepalive_timeout);
-    let running = &connection.worker.running;
-    let draining = running.drain.reached(Phase::Draining);
+    let draining = connection.worker.running.drain.reached(Phase::Draining);
     tokio::pin!(draining);
     let mut quiet_since = None;
     // Told to close (GOAWAY). The drain waits for the connection's own end, which comes when the client has heard of it
@@ -92,7 +91,7 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
             None => true,
         };
         if tell && told.is_none() {
-            told = Some(OpenExchange::new(running));
+            told = Some(OpenExchange::new(&connection.worker));
             quiet_since = None;
             http2.graceful_shutdown();
         }
@@ -117,7 +116,7 @@ async fn serve_stream(connection: &Connection, request: Request<RecvStream>, mut
     }
     let mut client = Peer::Http2(Box::new(http2));
     let mut timer = Timer::new(connection.listener().config.keepalive_timeout);
-    proxy::exchange(connection, &mut client, head, &mut timer).await;
+    proxy::exchange(connection, &mut client, Box::new(head), &mut timer).await;
 }
 
 /// Reads an HTTP/2 request head as strictly as an HTTP/1.1 one.

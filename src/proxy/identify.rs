@@ -38,6 +38,8 @@ pub struct Identity {
     pub cookie: Option<CookieSession>,
     /// The principal's digest, for keys that the answer will tell.
     pub scope: Option<[u8; 16]>,
+    /// That is the digest of nothing: the request has none of the values that tell principals apart.
+    pub anonymous: bool,
     /// To whom the proxy's own cookie belongs, as [`crate::net::cookie::Sealer`] wants it.
     pub principal: Vec<u8>,
     /// The key is a new one of ours: the client is to be given it as a cookie.
@@ -83,7 +85,8 @@ pub async fn identify(
     timer: &mut Timer,
 ) -> Result<Identity, SourceFault> {
     let session = &service.config.session;
-    let scope = scope(session, scope_secret, request);
+    let (scope, anonymous) = scope(session, scope_secret, request).unzip();
+    let anonymous = anonymous.unwrap_or_default();
     let principal = if service.cookie.is_some() { principal(session, request) } else { Vec::new() };
     let keyed = session.affinity != config::Affinity::None;
     let cookie = service
@@ -123,7 +126,7 @@ pub async fn identify(
         }
         (None, None, _) => None,
     };
-    Ok(Identity { kind, key, cookie, scope, principal, issue_cookie, recognised })
+    Ok(Identity { kind, key, cookie, scope, anonymous, principal, issue_cookie, recognised })
 }
 
 /// The request as its endpoint will see it.
@@ -192,17 +195,19 @@ pub fn response_pointers(session: &config::Session) -> Vec<config::JsonPointer> 
         .collect()
 }
 
-/// The digest of the first `session.scope` value; of nothing, where none is there: the anonymous principal.
-fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) -> Option<[u8; 16]> {
+/// The digest of the first `session.scope` value; of nothing, where none is there: the anonymous principal, as the second
+/// value tells.
+fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) -> Option<([u8; 16], bool)> {
     if session.scope.is_empty() {
         return None;
     }
     let mut hasher = SipHasher13::new_with_key(secret);
-    if let Some(value) = session.scope.iter().find_map(|source| in_head(source, request, credential)) {
-        hasher.write(&value);
+    let value = session.scope.iter().find_map(|source| in_head(source, request, credential));
+    if let Some(value) = &value {
+        hasher.write(value);
         hasher.write_u8(1);
     }
-    Some(hasher.finish128().as_bytes())
+    Some((hasher.finish128().as_bytes(), value.is_none()))
 }
 
 /// The principal for the proxy's own cookie: a digest that is the same in every process, as the cookie outlives this one.

@@ -33,32 +33,8 @@ struct Idle {
     stream: Stream,
     counted: Counted,
     since: Instant,
-    _kept: Kept,
     /// Closes it for another worker that must not open one more; set where there is such a limit.
     _giving_way: Option<AbortOnDropHandle<()>>,
-}
-
-/// Counts an idle connection among those of its target, as long as it lives.
-struct Kept(Arc<Target>);
-
-impl Kept {
-    /// `None` where `pool.max_idle` is reached.
-    fn one_more(target: &Arc<Target>) -> Option<Kept> {
-        let limit = target.pool.max_idle;
-        let kept = target
-            .idle_connections
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |idle| (idle < limit).then_some(idle + 1));
-        kept.ok()?;
-        target.connections_changed.notify_waiters();
-        Some(Kept(target.clone()))
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        self.0.idle_connections.fetch_sub(1, Ordering::Relaxed);
-        self.0.connections_changed.notify_waiters();
-    }
 }
 
 /// An HTTP/2 connection that several exchanges use at once.
@@ -78,8 +54,11 @@ struct Usage {
 /// One stream of a [`Multiplexed`] connection, as long as it lives.
 pub struct StreamCount(Rc<Usage>);
 
-/// Counts a connection among those of its target, as long as it lives.
-pub struct Counted(Arc<Target>);
+/// Counts a connection among those of its target, as long as it lives, and among its idle ones while it is idle.
+pub struct Counted {
+    target: Arc<Target>,
+    idle: bool,
+}
 
 impl Counted {
     /// Waits where `pool.max_connections` is reached until an idle connection, maybe another worker's, has given way;
@@ -107,18 +86,48 @@ impl Counted {
         let counted = target.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |connections| {
             (connections < limit).then_some(connections + 1)
         });
-        counted.is_ok().then(|| Counted(target.clone()))
+        counted.is_ok().then(|| Counted { target: target.clone(), idle: false })
     }
 
     pub fn target(&self) -> &Arc<Target> {
-        &self.0
+        &self.target
+    }
+
+    /// Counts it among the idle ones from here on; false where `pool.max_idle` is reached.
+    fn become_idle(&mut self) -> bool {
+        let limit = self.target.pool.max_idle;
+        let counted = self
+            .target
+            .idle_connections
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |idle| (idle < limit).then_some(idle + 1));
+        self.idle = counted.is_ok();
+        if self.idle {
+            self.tell();
+        }
+        self.idle
+    }
+
+    /// Ends what [`Counted::become_idle`] began.
+    fn become_busy(&mut self) {
+        if std::mem::take(&mut self.idle) {
+            self.target.idle_connections.fetch_sub(1, Ordering::Relaxed);
+            self.tell();
+        }
+    }
+
+    /// Tells whoever waits for room. Nobody does where there is no limit; it would be a lock for every request.
+    fn tell(&self) {
+        if self.target.pool.max_connections.is_some() {
+            self.target.connections_changed.notify_waiters();
+        }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
-        self.0.connections_changed.notify_waiters();
+        self.become_busy();
+        self.target.connections.fetch_sub(1, Ordering::Relaxed);
+        self.tell();
     }
 }
 
@@ -143,6 +152,7 @@ impl Pool {
         let idle = http1.get_mut(&target.id)?;
         while let Some(mut connection) = idle.pop() {
             if stands(&mut connection.stream) {
+                connection.counted.become_busy();
                 return Some((connection.stream, connection.counted));
             }
         }
@@ -150,15 +160,15 @@ impl Pool {
     }
 
     /// Keeps a connection whose last exchange left it clean.
-    pub fn put(&self, stream: Stream, counted: Counted, now: Instant) {
-        let target = counted.target().clone();
-        if target.retired() {
+    pub fn put(&self, stream: Stream, mut counted: Counted, now: Instant) {
+        if counted.target().retired() || !counted.become_idle() {
             return;
         }
-        let Some(kept) = Kept::one_more(&target) else { return };
+        let target = counted.target();
+        let id = target.id;
         let giving_way = target.pool.max_connections.map(|_| self.give_way(target.clone()));
-        let idle = Idle { stream, counted, since: now, _kept: kept, _giving_way: giving_way };
-        self.http1.borrow_mut().entry(target.id).or_default().push(idle);
+        let idle = Idle { stream, counted, since: now, _giving_way: giving_way };
+        self.http1.borrow_mut().entry(id).or_default().push(idle);
     }
 
     /// Once another worker waits for room, drops the connection that is idle for longest.
@@ -219,8 +229,9 @@ impl Pool {
     }
 }
 
+/// Nothing has come in on it.
 fn stands(stream: &mut Stream) -> bool {
-    stream.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_pending()
+    !stream.is_read_ready()
 }
 
 fn poll_sender(connection: &mut Multiplexed) -> Poll<Result<(), h2::Error>> {

@@ -5,16 +5,13 @@ use http::StatusCode;
 use serde::Serialize;
 
 use crate::config::RouteAction;
-use crate::error::ProxyError;
+use crate::error::{Code, ProxyError};
 use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
-use crate::protocols::Protocol;
+use crate::proxy::account::CallerForm;
 
 /// The answer to a request that can't be served: `application/problem+json`, with `Proxy-Status` and, where a later try
 /// can work, `Retry-After`. A caller whose protocol has a form of its own for errors gets that, under the same status.
-pub fn error(
-    error: &ProxyError,
-    caller_form: Option<(&'static dyn Protocol, Option<String>)>,
-) -> (ResponseHead, Bytes) {
+pub fn error(error: &ProxyError, caller_form: Option<&CallerForm>) -> (ResponseHead, Bytes) {
     let code = error.code;
     let body = Document {
         kind: &format!("urn:longhaul:error:{}", code.as_str()),
@@ -28,14 +25,18 @@ pub fn error(
     // People read these in a terminal.
     body.push(b'\n');
     let mut fields = Fields::with_capacity(256, 4);
-    let own_form = caller_form.and_then(|(protocol, rpc_id)| protocol.error_body(error, rpc_id.as_deref()));
+    let own_form = caller_form.and_then(|form| form.protocol.error_body(error, form.rpc_id.as_deref()));
     let content_type: &[u8] = if own_form.is_some() { b"application/json" } else { b"application/problem+json" };
     let body = own_form.unwrap_or(body);
     fields.append("content-type", content_type);
     fields.append("cache-control", b"no-store");
     fields.append("proxy-status", proxy_status(code.proxy_status(), &error.detail).as_bytes());
-    if let Some(seconds) = code.retry_after_seconds() {
+    if let Some(seconds) = error.retry_after_seconds {
         fields.append("retry-after", seconds.to_string().as_bytes());
+    }
+    if code == Code::SessionBusy {
+        // Clients of OpenAI and Anthropic try a 409 again by themselves, which would only meet the same run.
+        fields.append("x-should-retry", b"false");
     }
     answer(error.status, fields, Bytes::from(body))
 }
@@ -146,7 +147,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::error::Code;
 
     fn request(authority: &str, path: &str, query: Option<&str>) -> RequestHead {
         RequestHead {

@@ -26,6 +26,7 @@ use crate::proxy::watch::Watching;
 use crate::snapshot::Service;
 use crate::state::core::Finish;
 use crate::state::dispatcher::Lease;
+use crate::state::runs::Stop;
 use crate::state::{RunOutcome, Target};
 
 /// Interim answers (1xx) of one exchange; more are an endpoint gone mad.
@@ -198,13 +199,13 @@ pub async fn until_answer(
     client: &mut Peer,
     upstream: &mut Upstream,
     request: &mut Direction,
-    (deadlines, drain): (Deadlines, Since<'_>),
+    (deadlines, drain, stop): (Deadlines, Since<'_>, Option<&Arc<Stop>>),
     interim_passes: bool,
     timer: &mut Timer,
 ) -> Answer {
     let mut interim_answers = 0;
     let mut told = pin!(drain.cut.told());
-    let mut cut = Hearing::new(drain);
+    let mut cut = Hearing::new(drain, stop);
     poll_fn(|context| {
         if request.over() {
             if client.poll_gone(context).is_ready() {
@@ -346,11 +347,15 @@ pub enum End {
 
 /// Relays until both bodies have ended or one side is gone.
 pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> End {
+    // Short answers usually are there whole: nothing is to be waited for.
+    if let Poll::Ready(end) = poll_fn(|context| Poll::Ready(poll_both(client, flow, context))).await {
+        return end;
+    }
     let mut last_moved = crate::ids::now();
     let target = flow.target.clone();
-    let stop = flow.lease.as_ref().and_then(Lease::stop).cloned();
     let mut told = pin!(target.cut.told());
-    let mut cut = Hearing::new(Since { cut: &target.cut, count: flow.cuts, stop: stop.as_ref() });
+    let since = Since { cut: &target.cut, count: flow.cuts };
+    let mut cut = Hearing::new(since, flow.lease.as_ref().and_then(Lease::stop));
     poll_fn(|context| {
         let end = poll_both(client, flow, context);
         let answered = std::mem::take(&mut flow.response.moved);

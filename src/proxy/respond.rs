@@ -5,7 +5,6 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::Method;
 
 use crate::http1;
 use crate::message::{Framing, ResponseHead, Version};
@@ -85,8 +84,8 @@ pub fn begin(
 }
 
 /// The body of an answer to HEAD stays away, its length is told (RFC 9110 section 9.3.2).
-pub fn for_method(method: &Method, head: &mut ResponseHead, body: Bytes) -> Bytes {
-    if *method != Method::HEAD {
+pub fn for_caller(head_only: bool, head: &mut ResponseHead, body: Bytes) -> Bytes {
+    if !head_only {
         return body;
     }
     head.declared_length = Some(body.len() as u64);

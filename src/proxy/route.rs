@@ -8,7 +8,8 @@ use crate::message::Fields;
 /// The index of the first route whose conditions all hold. `host` is the request's authority, its port is ignored;
 /// `path` is the normalised path without query.
 pub fn find(routes: &[Route], method: &Method, host: &str, path: &str, fields: &Fields) -> Option<usize> {
-    let host = host_without_port(host);
+    // Most configurations ask for no host.
+    let host = if routes.iter().all(|route| route.matches.hosts.is_empty()) { "" } else { host_without_port(host) };
     routes.iter().position(|route| matches(&route.matches, method, host, path, fields))
 }
 

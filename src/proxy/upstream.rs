@@ -167,6 +167,14 @@ async fn open_tcp(address: SocketAddr) -> io::Result<Plain> {
 }
 
 impl Upstream {
+    /// Closes the exchange's connection (or stream) now, though what belongs to it is kept.
+    pub fn hang_up(&mut self) {
+        if let Peer::Http2(stream) = &mut self.peer {
+            stream.reset(h2::Reason::CANCEL);
+        }
+        self.peer = Peer::Nobody;
+    }
+
     /// Begins the exchange: the head is on its way (or waits for the first body bytes to go with it).
     /// `passes_chunks`: the client's own chunk framing will be passed on.
     pub async fn begin(

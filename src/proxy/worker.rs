@@ -1,17 +1,21 @@
 //! Worker: one thread with a runtime of its own; what its connections share without locks.
 
+use std::cell::RefCell;
+use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use arc_swap::{ArcSwap, Cache};
 use tokio::sync::mpsc;
 
+use crate::config;
 use crate::drain::Phase;
 use crate::net::listen::Accepted;
 use crate::proxy::connection;
 use crate::proxy::pool::Pool;
-use crate::snapshot::{Listener, Running};
+use crate::snapshot::{Listener, Running, Service, Snapshot};
 
 /// Accepted sockets that may wait for a worker before the accept loop waits for it.
 const HANDED_OVER_MAX: usize = 1024;
@@ -21,6 +25,69 @@ pub struct Worker {
     pub running: Arc<Running>,
     pub pool: Pool,
     pub load: Arc<AtomicUsize>,
+    newest: RefCell<Newest>,
+}
+
+/// Shared by the exchanges of one worker. What all workers share is counted by atomic operations on memory that goes to
+/// and fro between cores; a request would need a dozen of those.
+pub type Local<T> = Rc<Arc<T>>;
+
+/// A snapshot as one worker's exchanges share it. Long streams keep what they need of it, not the whole.
+pub struct Current {
+    pub snapshot: Arc<Snapshot>,
+    listeners: Vec<Local<Listener>>,
+    /// In the order of [`Snapshot::services`].
+    pub services: Vec<Local<Service>>,
+}
+
+/// The newest snapshot that the worker has seen.
+struct Newest {
+    published: Cache<Published, Arc<Snapshot>>,
+    current: Rc<Current>,
+}
+
+/// Where new snapshots appear.
+struct Published(Arc<Running>);
+
+impl Deref for Published {
+    type Target = ArcSwap<Snapshot>;
+
+    fn deref(&self) -> &ArcSwap<Snapshot> {
+        &self.0.snapshot
+    }
+}
+
+impl Current {
+    fn new(snapshot: &Arc<Snapshot>) -> Rc<Current> {
+        Rc::new(Current {
+            snapshot: snapshot.clone(),
+            listeners: snapshot.listeners.iter().cloned().map(Rc::new).collect(),
+            services: snapshot.services.iter().cloned().map(Rc::new).collect(),
+        })
+    }
+
+    /// As [`Snapshot::listener`].
+    pub fn listener(&self, local_address: &config::Address) -> Option<Local<Listener>> {
+        self.listeners.iter().find(|listener| listener.local_address == *local_address).cloned()
+    }
+}
+
+impl Worker {
+    fn new(running: Arc<Running>, load: Arc<AtomicUsize>) -> Worker {
+        let mut published = Cache::new(Published(running.clone()));
+        let current = Current::new(published.load());
+        Worker { running, pool: Pool::default(), load, newest: RefCell::new(Newest { published, current }) }
+    }
+
+    /// The newest snapshot.
+    pub fn current(&self) -> Rc<Current> {
+        let Newest { published, current } = &mut *self.newest.borrow_mut();
+        let newest = published.load();
+        if !Arc::ptr_eq(newest, &current.snapshot) {
+            *current = Current::new(newest);
+        }
+        current.clone()
+    }
 }
 
 /// The accept loop's view of a worker.
@@ -82,13 +149,15 @@ pub fn start(index: usize, running: Arc<Running>) -> std::io::Result<(WorkerHand
 }
 
 async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::Receiver<Handed>) {
-    let worker = Rc::new(Worker { running, pool: Pool::default(), load });
+    let worker = Rc::new(Worker::new(running, load));
     let sweeper = worker.clone();
     tokio::task::spawn_local(async move {
         let mut interval = tokio::time::interval(Duration::from_secs(1));
         loop {
             interval.tick().await;
             sweeper.pool.sweep(crate::ids::now());
+            // A worker without requests must not keep an old snapshot either.
+            sweeper.current();
         }
     });
     let drain = worker.running.drain.clone();

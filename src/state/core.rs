@@ -7,6 +7,7 @@ mod apply;
 mod outstanding;
 mod report;
 mod rollout;
+mod waiting;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -16,13 +17,16 @@ use crate::balance::{self, Candidate};
 use crate::config;
 use crate::ids::RunId;
 use crate::orca::Report;
+use crate::state::core::waiting::Room;
 use crate::state::dispatcher::{Ask, PinHint};
 use crate::state::endpoints::{Choice, Endpoint, Endpoints, HealthStanding, Version};
 use crate::state::runs::{About, NewRun, Runs, Stop};
 use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
-use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
+use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
 
 pub use outstanding::{CancelAnswer, Finish};
+pub(crate) use waiting::Origin;
+pub use waiting::{Arrived, Given};
 
 /// How long a session that was placed without a run weighs as one.
 const CREDIT_TIME: Duration = Duration::from_secs(10);
@@ -51,6 +55,7 @@ pub struct Core {
     by_identity: HashMap<Box<str>, u32>,
     sessions: Sessions,
     runs: Runs,
+    room: Room,
     /// Placement credits in the order in which they end: when, and whose.
     credits: BTreeMap<u64, (Instant, u32)>,
     last_credit: u64,
@@ -84,6 +89,12 @@ struct Rules {
     drain_timeout: Duration,
     unseen_timeout: Duration,
     max_duration: Option<Duration>,
+    /// Some endpoint has a limit of runs, so that slots are worth counting.
+    any_limit: bool,
+    queue_max: usize,
+    queue_timeout: Duration,
+    double_texting: config::DoubleTexting,
+    max_per_principal: Option<u32>,
 }
 
 /// What an exchange holds: its place at an endpoint, and its part in a session and in a run. Given back by
@@ -105,13 +116,13 @@ pub struct Grant {
     tried: Vec<u32>,
 }
 
-/// Why an exchange can't be placed now. The first two are where a place in the service's queue will hang.
+/// Why an exchange can't be placed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unplaced {
     /// Its own endpoint is full: only a slot there helps.
-    PinnedFull,
-    /// Every endpoint of the version is full: any slot there helps.
-    Full,
+    PinnedFull(u32),
+    /// Every endpoint of the version is full: any slot there helps. `None`: it is not one version that is meant.
+    Full(Option<usize>),
     /// No endpoint is ready.
     Empty,
     /// Its endpoint is gone, and `when_lost` is `reject`.
@@ -135,17 +146,9 @@ impl Grant {
     pub fn affinity(&self) -> AffinityOutcome {
         self.affinity
     }
-}
 
-impl Unplaced {
-    pub fn refusal(self) -> Refusal {
-        match self {
-            Unplaced::PinnedFull => Refusal::PinnedFull,
-            Unplaced::Full => Refusal::QueueFull,
-            Unplaced::Empty => Refusal::NoEndpoint,
-            Unplaced::Lost => Refusal::SessionLost,
-            Unplaced::Bound(affinity) => Refusal::SessionGone(affinity),
-        }
+    pub fn has_session(&self) -> bool {
+        self.session.is_some()
     }
 }
 
@@ -182,6 +185,7 @@ impl Core {
             by_identity: HashMap::new(),
             sessions: Sessions::new(),
             runs: Runs::default(),
+            room: Room::new(),
             credits: BTreeMap::new(),
             last_credit: 0,
             ejected: Vec::new(),
@@ -194,19 +198,35 @@ impl Core {
 
     /// Chooses an endpoint and reserves it. `run` is the id of the run that a start begins, `None` for other exchanges.
     pub fn pick(&mut self, ask: Ask<'_>, run: Option<RunId>, now: Instant, rng: u64) -> Result<Grant, Unplaced> {
-        let now = self.advance(now);
-        self.expire(EXPIRED_PER_PICK, now);
-        debug_assert_eq!(run.is_some(), ask.kind == Kind::Start);
-        if ask.kind != Kind::Start
-            && let Some(number) = ask.run.and_then(|key| self.runs.find(key))
-            && let Some(grant) = self.follow(number, ask.kind, now)
-        {
+        let now = self.begin_pick(now);
+        if let Some(grant) = self.follow_run(&ask, now) {
             return Ok(grant);
         }
-        if run.is_some() && self.runs.len() >= RUNS_MAX {
-            return Err(Unplaced::Full);
+        self.grant(&ask, run, now, rng)
+    }
+
+    fn begin_pick(&mut self, now: Instant) -> Instant {
+        let now = self.advance(now);
+        self.expire(EXPIRED_PER_PICK, now);
+        now
+    }
+
+    /// The place of an exchange that is about an outstanding run.
+    fn follow_run(&mut self, ask: &Ask<'_>, now: Instant) -> Option<Grant> {
+        if ask.kind == Kind::Start {
+            return None;
         }
-        let grant = self.place(&ask, run, now, rng)?;
+        let number = self.runs.find(ask.run?)?;
+        self.follow(number, ask.kind, now)
+    }
+
+    /// Chooses and reserves for an exchange, and notes what is to be known of the run that it starts.
+    fn grant(&mut self, ask: &Ask<'_>, run: Option<RunId>, now: Instant, rng: u64) -> Result<Grant, Unplaced> {
+        debug_assert_eq!(run.is_some(), ask.kind == Kind::Start);
+        if run.is_some() && self.runs.len() >= RUNS_MAX {
+            return Err(Unplaced::Full(None));
+        }
+        let grant = self.place(ask, run, now, rng)?;
         if let Some(run) = grant.run {
             if let Some(key) = ask.run {
                 self.runs.name(run, key);
@@ -274,6 +294,7 @@ impl Core {
                     run.session = Some(session);
                 }
                 self.sessions.set_first_run(session, Some(number));
+                self.session_of_run_known(number, key);
             }
             None if grant.run.is_none() => self.give_credit(session, now),
             None => {}
@@ -296,7 +317,7 @@ impl Core {
                     return Err(Unplaced::Empty);
                 }
                 if grant.run.is_some() && !self.endpoints[here].has_slot() {
-                    return Err(Unplaced::PinnedFull);
+                    return Err(Unplaced::PinnedFull(here));
                 }
                 here
             }
@@ -318,8 +339,12 @@ impl Core {
         let now = self.advance(now);
         let endpoint = &mut self.endpoints[grant.endpoint];
         match evidence {
-            Evidence::Good => endpoint.failures = 0,
+            Evidence::Good => {
+                endpoint.failures = 0;
+                endpoint.target.set_failing(false);
+            }
             Evidence::Bad => {
+                endpoint.target.set_failing(true);
                 endpoint.failures = endpoint.failures.saturating_add(1);
                 self.judge(grant.endpoint, now);
             }
@@ -449,10 +474,10 @@ impl Core {
         limit
     }
 
-    /// A ready endpoint has a free slot.
+    /// A ready endpoint has a free slot, or there is a place to wait.
     pub fn ready_for_work(&mut self, now: Instant) -> bool {
         self.advance(now);
-        self.versions.iter().any(|version| version.has_slot())
+        self.has_queue_place() || self.versions.iter().any(|version| version.has_slot())
     }
 
     // Picking.
@@ -503,7 +528,7 @@ impl Core {
             return Ok(self.reserve(there, Some(session), false, outcome, &request));
         }
         if request.run.is_some() && !self.endpoints[here].has_slot() {
-            return Err(Unplaced::PinnedFull);
+            return Err(Unplaced::PinnedFull(here));
         }
         Ok(self.reserve(here, Some(session), false, AffinityOutcome::Hit, &request))
     }
@@ -516,7 +541,7 @@ impl Core {
         let leaves = self.leaves(standing, false, starts)?;
         if let (Some(here), None) = (here, leaves) {
             if starts && !self.endpoints[here].has_slot() {
-                return Err(Unplaced::PinnedFull);
+                return Err(Unplaced::PinnedFull(here));
             }
             let session = self.pin(key, here, false, request.now);
             if let Some(session) = session {
@@ -560,7 +585,7 @@ impl Core {
             balance::rendezvous(balance::placement(&key.text), candidates).ok_or(Unplaced::Empty)?
         };
         if request.run.is_some() && !self.endpoints[endpoint].has_slot() {
-            return Err(Unplaced::PinnedFull);
+            return Err(Unplaced::PinnedFull(endpoint));
         }
         let mut grant = self.reserve(endpoint, None, matched, AffinityOutcome::Hit, &request);
         grant.fixed = true;
@@ -598,7 +623,7 @@ impl Core {
     fn place_session(&mut self, version: usize, request: &Request<'_>) -> Result<u32, Unplaced> {
         match self.choose(version, request, &[]) {
             Some(endpoint) => Ok(endpoint),
-            None if request.run.is_some() => Err(Unplaced::Full),
+            None if request.run.is_some() => Err(Unplaced::Full(Some(version))),
             None => self.versions[version].next_in_rotation(&[]).ok_or(Unplaced::Empty),
         }
     }
@@ -627,6 +652,11 @@ impl Core {
             let version = balance::rendezvous(balance::cohort(&key.text), candidates)?;
             return Some((version as usize, false));
         }
+        // Whoever waited for any slot takes the one that is offered.
+        if let Some(serving) = self.room.serving() {
+            let version = self.endpoints[serving].version;
+            return (self.versions[version].effective_weight > 0).then_some((version, false));
+        }
         // A run without a session waits only where all are full, so versions with a free slot come first.
         let Core { versions, turns, endpoints, .. } = self;
         let any_slot = request.run.is_some()
@@ -648,6 +678,10 @@ impl Core {
 
     /// The endpoint of a version for one run more.
     fn choose(&mut self, version: usize, request: &Request<'_>, tried: &[u32]) -> Option<u32> {
+        if let Some(serving) = self.room.serving() {
+            let offered = &self.endpoints[serving];
+            return (offered.version == version && offered.ready && offered.has_slot()).then_some(serving);
+        }
         self.graduate(version, request.now);
         let choice = Choice {
             balance: self.rules.balance,
@@ -678,8 +712,8 @@ impl Core {
         let placing = request.creates && request.run.is_none() && session.is_none();
         endpoint.credit += u32::from(placing);
         self.versions[endpoint.version].turn(number, endpoint, slow_start, request.now);
-        let target = endpoint.target.clone();
         let run = request.run.map(|id| {
+            let target = endpoint.target.clone();
             let first = session.and_then(|session| self.sessions.first_run(session));
             let about = About::default();
             let started = request.now;
@@ -743,7 +777,7 @@ impl Core {
         }
         match self.choose(version, &request, &tried) {
             Some(endpoint) => Ok(endpoint),
-            None if request.run.is_some() => Err(Unplaced::Full),
+            None if request.run.is_some() => Err(Unplaced::Full(Some(version))),
             None => self.versions[version].next_in_rotation(&tried).ok_or(Unplaced::Empty),
         }
     }
@@ -819,6 +853,7 @@ impl Core {
     fn unpin(&mut self, session: u32) {
         self.take_credit(session);
         let endpoint = self.sessions.endpoint(session);
+        self.room.changed_for_session(|| self.sessions.session_key(session));
         self.sessions.remove(session);
         self.endpoints[endpoint].sessions -= 1;
         self.release(endpoint);
@@ -833,6 +868,7 @@ impl Core {
         self.endpoints[from].sessions -= 1;
         self.endpoints[to].sessions += 1;
         self.sessions.set_endpoint(session, to);
+        self.room.changed_for_session(|| self.sessions.session_key(session));
         self.reindex(from);
         self.reindex(to);
         self.release(from);
@@ -884,22 +920,34 @@ impl Core {
     /// Brings readiness and all orders up to date with what became of an endpoint.
     fn refresh(&mut self, number: u32, now: Instant) {
         let ready = self.is_ready(&self.endpoints[number]);
-        let Rules { slow_start, .. } = self.rules;
+        let Rules { slow_start, affinity, .. } = self.rules;
         let endpoint = &mut self.endpoints[number];
-        if ready != endpoint.ready {
+        let were_ready = self.versions[endpoint.version].ready();
+        let turned = ready != endpoint.ready;
+        if turned {
             endpoint.ready = ready;
             endpoint.ramp = (ready && !endpoint.original && !slow_start.is_zero()).then_some(now);
             if ready {
                 endpoint.original = false;
             }
         }
-        self.versions[endpoint.version].place_in_rotation(number, endpoint);
+        let version = &mut self.versions[endpoint.version];
+        version.place_in_rotation(number, endpoint);
+        // New sessions of a version without ready endpoints go to others; hashed ones go by all that are ready.
+        if (were_ready == 0) != (version.ready() == 0) || (turned && affinity == config::Affinity::Hash) {
+            self.room.changed_for_all();
+        }
+        if turned && ready {
+            self.room.fresh(number, now);
+        }
+        self.room.changed_for(number);
         self.reindex(number);
     }
 
     fn reindex(&mut self, number: u32) {
         let endpoint = &mut self.endpoints[number];
         self.versions[endpoint.version].index(number, endpoint);
+        self.room.touched(number);
     }
 
     /// Takes endpoints whose slow start is over into the common order.
@@ -980,6 +1028,7 @@ impl Core {
             endpoint.gone = true;
             endpoint.drained = false;
             endpoint.target.retire();
+            self.room.changed_for(number);
         }
         self.release(number);
     }
@@ -991,6 +1040,7 @@ impl Core {
             return;
         }
         self.ejected.retain(|other| *other != number);
+        self.room.changed_for(number);
         if let Some(endpoint) = self.endpoints.remove(number) {
             let version = &mut self.versions[endpoint.version];
             version.endpoints.retain(|other| *other != number);
@@ -1057,6 +1107,12 @@ impl Rules {
             drain_timeout: service.drain_timeout,
             unseen_timeout: service.runs.unseen_timeout,
             max_duration: service.runs.max_duration,
+            any_limit: service.runs.max_per_endpoint.is_some()
+                || service.versions.iter().flat_map(|version| &version.endpoints).any(|one| one.max_runs.is_some()),
+            queue_max: service.runs.queue.max as usize,
+            queue_timeout: service.runs.queue.timeout,
+            double_texting: service.runs.double_texting,
+            max_per_principal: service.runs.max_per_principal,
         }
     }
 
@@ -1077,6 +1133,11 @@ impl Rules {
             drain_timeout: Duration::ZERO,
             unseen_timeout: Duration::from_secs(3600),
             max_duration: None,
+            any_limit: false,
+            queue_max: 0,
+            queue_timeout: Duration::ZERO,
+            double_texting: config::DoubleTexting { policy: config::Policy::Allow, allow_override: false },
+            max_per_principal: None,
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,10 +12,12 @@ use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
 use crate::rollout::{Command, Moment, Refused, Rollout};
-use crate::state::core::{CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::queue::{Class, Principal};
 use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
 use crate::state::status::{CancelReport, DueCall, RunInfo, ServiceStatus, SessionInfo};
+use crate::state::waiting::Waiting;
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
 
 /// Slots of the session table that are read under one hold of the lock.
@@ -24,6 +27,8 @@ const SCAN: u32 = 1024;
 pub struct Dispatcher {
     name: Arc<str>,
     core: Mutex<Core>,
+    /// It has a rollout, which wants to know more of runs than is worth the lock otherwise.
+    judged: AtomicBool,
     metrics: Arc<ServiceMetrics>,
 }
 
@@ -44,12 +49,33 @@ pub struct Ask<'a> {
     /// Where the proxy's own cookie says that the session lives; used when the table does not know the session
     /// (another replica, a restart).
     pub hint: Option<&'a PinHint>,
+    /// How urgent a start is, should it have to wait.
+    pub class: Class,
+    /// Whose start it is; `None`: nobody's that is known.
+    pub principal: Principal,
+    /// What a start does if its session has a run.
+    pub policy: config::Policy,
+    /// What the calls carry besides by which such a run is interrupted: header fields of the request that asks.
+    pub credentials: &'a [(&'static str, String)],
 }
 
 impl<'a> Ask<'a> {
     /// As plain HTTP asks.
     pub fn new(kind: Kind, key: Option<&'a SessionKey>) -> Ask<'a> {
-        Ask { key, kind, creates: false, bound: false, run: None, about: None, version: None, hint: None }
+        Ask {
+            key,
+            kind,
+            creates: false,
+            bound: false,
+            run: None,
+            about: None,
+            version: None,
+            hint: None,
+            class: Class::default(),
+            principal: None,
+            policy: config::Policy::Allow,
+            credentials: &[],
+        }
     }
 }
 
@@ -76,6 +102,23 @@ pub struct Placed {
     pub lease: Lease,
 }
 
+/// What a pick gives.
+pub enum Picked {
+    Placed(Placed),
+    /// No endpoint has room, or it is not its session's turn.
+    Waiting(Waiting),
+}
+
+impl Picked {
+    /// What was reserved at once; a place in the queue is given up.
+    pub fn placed(self) -> Option<Placed> {
+        match self {
+            Picked::Placed(placed) => Some(placed),
+            Picked::Waiting(_) => None,
+        }
+    }
+}
+
 /// The reservation of one exchange: its run's slot (for a start) or its place among the open exchanges. Gives both back
 /// when dropped, exactly once.
 pub struct Lease {
@@ -91,43 +134,74 @@ impl Dispatcher {
     pub fn new(name: &str, metrics: Arc<ServiceMetrics>) -> Arc<Dispatcher> {
         let mut core = Core::new(name);
         core.set_wall_clock(ids::now(), Moment::of(ids::wall_clock()));
-        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(core), metrics })
+        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(core), judged: AtomicBool::new(false), metrics })
     }
 
     pub fn name(&self) -> &Arc<str> {
         &self.name
     }
 
-    /// Picks and reserves; `rng` is one random number, used only by `balance: random`.
-    pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Placed, Refusal> {
+    /// Picks and reserves, or takes a place to wait; `rng` is one random number, used only by `balance: random`.
+    pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Picked, Refusal> {
         let run = (ask.kind == Kind::Start).then(RunId::generate);
-        let picked = self
-            .with(|core| core.pick(ask, run, now, rng).map(|grant| (core.target(&grant), core.stop(&grant), grant)));
+        let mut ended = Vec::new();
+        let picked = self.with(|core| match core.arrive(&ask, run, &mut ended, now, rng) {
+            Arrived::Placed(grant) => Ok((core.target(&grant), core.stop(&grant), grant)),
+            Arrived::Waiting(ticket) => Err(Ok((ticket, core.wait_until(now)))),
+            Arrived::Refused(refusal) => Err(Err(refusal)),
+        });
+        record(ended);
         match picked {
-            Ok((target, stop, grant)) => {
-                let affinity = grant.affinity();
-                self.metrics.affinity[affinity as usize].inc();
-                let finish = Finish::Ended(RunOutcome::Cancelled);
-                let lease = Lease { dispatcher: self.clone(), grant: Some(grant), finish, stop };
-                Ok(Placed { target, affinity, lease })
-            }
-            Err(unplaced) => {
-                let refusal = unplaced.refusal();
-                // What the client is told of its session counts, also where nothing was placed.
-                if refusal.affinity() != AffinityOutcome::None {
-                    self.metrics.affinity[refusal.affinity() as usize].inc();
-                }
-                if run.is_some() {
-                    self.metrics.rejected.inc();
-                }
-                Err(refusal)
-            }
+            Ok((target, stop, grant)) => Ok(Picked::Placed(self.lease(target, stop, grant))),
+            Err(Ok((ticket, until))) => Ok(Picked::Waiting(Waiting::new(self.clone(), ticket, run, now, until))),
+            Err(Err(refusal)) => Err(self.refused(refusal, run)),
         }
+    }
+
+    /// What whoever waited was given.
+    pub(super) fn placed(self: &Arc<Self>, grant: Grant) -> Placed {
+        let (target, stop) = self.with(|core| (core.target(&grant), core.stop(&grant)));
+        self.lease(target, stop, grant)
+    }
+
+    fn lease(self: &Arc<Self>, target: Arc<Target>, stop: Option<Arc<Stop>>, grant: Grant) -> Placed {
+        let affinity = grant.affinity();
+        self.metrics.affinity[affinity as usize].inc();
+        let finish = Finish::Ended(RunOutcome::Cancelled);
+        let lease = Lease { dispatcher: self.clone(), grant: Some(grant), finish, stop };
+        Placed { target, affinity, lease }
+    }
+
+    pub(super) fn refused(&self, refusal: Refusal, run: Option<RunId>) -> Refusal {
+        // What the client is told of its session counts, also where nothing was placed.
+        if refusal.affinity() != AffinityOutcome::None {
+            self.metrics.affinity[refusal.affinity() as usize].inc();
+        }
+        if run.is_some() {
+            self.rejected();
+        }
+        refusal
+    }
+
+    /// A start was never dispatched.
+    pub(super) fn rejected(&self) {
+        self.metrics.rejected.inc();
+    }
+
+    /// A start has waited so long.
+    pub(super) fn waited(&self, time: Duration) {
+        self.metrics.queue_wait_seconds.observe(time.as_secs_f64());
+    }
+
+    /// When somebody who was refused a place should come again.
+    pub fn retry_after(&self, now: Instant) -> Duration {
+        self.with(|core| core.retry_after(now))
     }
 
     /// Takes a (re)loaded configuration. Counts, pins, runs, operator drains and health stay; unchanged settings keep
     /// their [`Target`]; endpoints that are not named any more drain; lower limits cut nothing.
     pub fn apply(&self, settings: ServiceSettings, now: Instant) {
+        self.judged.store(settings.config.rollout.is_some(), Ordering::Relaxed);
         self.with(|core| core.apply(settings, now));
     }
 
@@ -248,13 +322,17 @@ impl Dispatcher {
         report
     }
 
-    /// Does something under the lock, and logs after it where a rollout went by that.
+    /// Does something under the lock. What became free by it is handed on before the lock is released; whoever got it is
+    /// woken after, and where a rollout went by it is logged.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Core) -> T) -> T {
-        let (done, transitions) = {
+        let (done, wakers, transitions) = {
             let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
             let done = act(&mut core);
-            (done, core.take_transitions())
+            (done, core.settle_up(), core.take_transitions())
         };
+        for waker in wakers {
+            waker.wake();
+        }
         for transition in transitions {
             tracing::info!(service = &*self.name, "rollout: {transition}");
         }
@@ -270,7 +348,8 @@ impl Lease {
 
     /// The answer was 2xx or 3xx: the pin holds from now on.
     pub fn confirm(&mut self, now: Instant) {
-        if let Some(grant) = &self.grant {
+        // Without a session there is no pin, and no reason to take the lock.
+        if let Some(grant) = self.grant.as_ref().filter(|grant| grant.has_session()) {
             self.dispatcher.with(|core| core.confirm(grant, now));
         }
     }
@@ -317,6 +396,7 @@ impl Lease {
     /// When the answer's first event came, where one has.
     pub fn first_event(&mut self, at: Option<Instant>) {
         if let (Some(grant), Some(at)) = (&mut self.grant, at)
+            && self.dispatcher.judged.load(Ordering::Relaxed)
             && grant.begins()
         {
             self.dispatcher.with(|core| core.first_event(grant, at));

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
     use crate::state::queue::{Arrival, Class, Offer, Place, Queue};
 
-    const OFFER: Offer = Offer { endpoint: 0, version: 0, slot: true, open: true };
+    const OFFER: Offer = Offer { endpoint: 0, version: 0, slot: true, open: true, common: true };
 
     /// The order of the dispatcher's steps, around slots that are only a number.
     struct Room {

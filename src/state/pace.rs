@@ -1,31 +1,30 @@
 //! Pace: how fast the waiting room may empty onto an endpoint that has just become ready.
 //!
 //! Slots bound what an endpoint gets where it has a limit. One without a limit would take everybody who waited for the
-//! first sign of life, while its siblings, which start a second later, would find nobody. So a fresh endpoint takes a
+//! first sign of life, while its siblings, which start a second later, would find nobody. So a fresh endpoint may have a
 //! few at once and twice as many with every second that it has lived; others that come meanwhile share what still waits.
 
 use std::time::{Duration, Instant};
 
-/// Waiters that a fresh endpoint takes in its first moment.
+/// What a fresh endpoint may have in its first moment.
 const FIRST: u64 = 10;
 
-/// In this time the sum of what it has taken may double.
+/// In this time what it may have doubles.
 const DOUBLING: Duration = Duration::from_secs(1);
 
-/// Doublings after which nothing is held back any more: by then ten thousand have gone.
+/// Doublings after which nothing is held back any more: by then it may have ten thousand.
 const DOUBLINGS_MAX: u32 = 10;
 
-/// What a fresh endpoint has taken from the waiting room. To be kept until [`Pace::over`].
+/// What a fresh endpoint may take from the waiting room. To be kept until [`Pace::over`].
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     since: Instant,
-    taken: u64,
 }
 
 impl Pace {
     /// The endpoint has become ready.
     pub fn new(now: Instant) -> Pace {
-        Pace { since: now, taken: 0 }
+        Pace { since: now }
     }
 
     /// It is no longer fresh.
@@ -33,21 +32,16 @@ impl Pace {
         now.saturating_duration_since(self.since) >= DOUBLING * DOUBLINGS_MAX
     }
 
-    /// It may take one more waiter now; otherwise when.
-    pub fn ready(&self, now: Instant) -> Result<(), Instant> {
-        if self.over(now) || self.taken < allowed(now.saturating_duration_since(self.since)) {
+    /// With so many runs and exchanges it may take one more waiter now; otherwise when, should none of them end.
+    pub fn ready(&self, load: u64, now: Instant) -> Result<(), Instant> {
+        if self.over(now) || load < allowed(now.saturating_duration_since(self.since)) {
             return Ok(());
         }
-        Err(self.since + time_of(self.taken + 1))
-    }
-
-    /// It takes one.
-    pub fn take(&mut self) {
-        self.taken += 1;
+        Err(self.since + time_of(load + 1))
     }
 }
 
-/// How many may have gone after so long: doubled with each whole [`DOUBLING`], evenly in between.
+/// How many it may have after so long: doubled with each whole [`DOUBLING`], evenly in between.
 fn allowed(age: Duration) -> u64 {
     let doublings = (age.as_nanos() / DOUBLING.as_nanos()).min(u128::from(DOUBLINGS_MAX)) as u32;
     let base = FIRST << doublings;
@@ -82,27 +76,34 @@ mod tests {
         let start = crate::ids::now();
         let after = |milliseconds| allowed(Duration::from_millis(milliseconds));
         assert_eq!((after(0), after(500), after(1_000), after(2_000), after(4_000)), (10, 15, 20, 40, 160));
-        let mut pace = Pace::new(start);
+        let pace = Pace::new(start);
         let mut now = start;
-        for taken in 0..200 {
-            if let Err(later) = pace.ready(now) {
+        for load in 0..200 {
+            if let Err(later) = pace.ready(load, now) {
                 now = later;
             }
-            assert_eq!(now == start, taken < FIRST, "after {taken}");
-            assert_eq!(pace.ready(now), Ok(()));
-            pace.take();
+            assert_eq!(now == start, load < FIRST, "with {load}");
+            assert_eq!(pace.ready(load, now), Ok(()));
         }
         assert_eq!(now - start, Duration::from_millis(4_250));
         assert!(!pace.over(now));
     }
 
     #[test]
+    fn what_ends_makes_room_at_once() {
+        let start = crate::ids::now();
+        let pace = Pace::new(start);
+        assert!(pace.ready(FIRST, start).is_err());
+        assert_eq!(pace.ready(FIRST - 1, start), Ok(()));
+    }
+
+    #[test]
     fn after_ten_seconds_nothing_is_held_back() {
         let start = crate::ids::now();
-        let mut pace = Pace::new(start);
-        pace.taken = u64::from(u32::MAX);
-        assert_eq!(pace.ready(start), Err(start + Duration::from_secs(10)));
-        assert_eq!(pace.ready(start + Duration::from_secs(10)), Ok(()));
+        let pace = Pace::new(start);
+        let load = u64::from(u32::MAX);
+        assert_eq!(pace.ready(load, start), Err(start + Duration::from_secs(10)));
+        assert_eq!(pace.ready(load, start + Duration::from_secs(10)), Ok(()));
     }
 
     proptest! {

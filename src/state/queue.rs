@@ -52,12 +52,14 @@ pub type Principal = Option<[u8; 16]>;
 pub enum Place {
     /// A slot of this endpoint: its session lives there.
     Endpoint(u32),
-    /// A slot of any endpoint of this version. Versions may be renumbered only together with [`Queue::unsort`].
+    /// A slot of any endpoint of this version. Whoever renumbers versions sorts these again.
     Version(usize),
     /// A slot, no matter where.
     Any,
     /// A ready endpoint, with or without a free slot: it starts no run.
     Ready,
+    /// Something else than there is: nothing is offered to it before [`Queue::sort`] has put it elsewhere.
+    Nowhere,
     /// Its session's turn. No slot is offered to it before [`Queue::sort`] has put it elsewhere.
     Turn,
 }
@@ -98,15 +100,17 @@ pub struct Offer {
     pub slot: bool,
     /// New work may be placed here. Otherwise (it drains, it is not ready) only those bound to the endpoint may come.
     pub open: bool,
+    /// The version takes its share of whatever comes. Otherwise (its weight is 0) only those bound to it may come.
+    pub common: bool,
 }
 
 impl Offer {
     fn places(self) -> impl Iterator<Item = Place> {
-        let Offer { endpoint, version, slot, open } = self;
+        let Offer { endpoint, version, slot, open, common } = self;
         [
             (slot, Place::Endpoint(endpoint)),
             (slot && open, Place::Version(version)),
-            (slot && open, Place::Any),
+            (slot && open && common, Place::Any),
             (open, Place::Ready),
         ]
         .into_iter()
@@ -304,19 +308,27 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Forgets which version waiters were sorted into: to be called when versions change their numbers or weights, and
-    /// when one has its first or loses its last ready endpoint.
-    pub fn unsort(&mut self) {
-        let sorted: Vec<Place> =
-            self.lanes.keys().filter(|place| matches!(place, Place::Version(_))).copied().collect();
-        for place in sorted {
-            self.clear_lane(place);
-        }
+    /// Who waits for this, in order of arrival: to be looked at and sorted again when something has changed for them.
+    pub fn waiting_for(&self, place: Place) -> Vec<Ticket> {
+        let mut tickets = self.lanes.get(&place).map(Lane::tickets).unwrap_or_default();
+        tickets.sort_unstable();
+        tickets
     }
 
-    /// Lets those who waited for this endpoint only go anywhere: it drains, or it is gone.
-    pub fn unpin(&mut self, endpoint: u32) {
-        self.clear_lane(Place::Endpoint(endpoint));
+    /// Who waits of a session, in order of arrival.
+    pub fn of_session(&self, session: u64) -> Vec<Ticket> {
+        self.sessions.get(&session).into_iter().flatten().copied().collect()
+    }
+
+    /// Somebody waits for this.
+    pub fn has_lane(&self, place: Place) -> bool {
+        self.lanes.contains_key(&place)
+    }
+
+    /// Everybody but those that wait for their turn, in order of arrival.
+    pub fn all_in_lanes(&self) -> Vec<Ticket> {
+        let in_lanes = self.waiting.iter().filter(|(_, waiting)| waiting.place != Place::Turn);
+        in_lanes.map(|(ticket, _)| *ticket).collect()
     }
 
     /// Takes out those whose deadline has come, the earliest first, `limit` at most.
@@ -340,13 +352,6 @@ impl<W> Queue<W> {
     /// later ones go first, so it is no promise.
     pub fn position(&self, ticket: Ticket) -> Option<usize> {
         self.waiting.get(&ticket).map(|waiting| self.ranks.up_to(waiting.rank))
-    }
-
-    fn clear_lane(&mut self, place: Place) {
-        let Some(lane) = self.lanes.get(&place) else { return };
-        for ticket in lane.tickets() {
-            self.shift(ticket, Place::Any);
-        }
     }
 
     fn shift(&mut self, ticket: Ticket, to: Place) {
@@ -387,7 +392,7 @@ impl<W> Queue<W> {
 }
 
 fn is_placeable(place: Place) -> bool {
-    matches!(place, Place::Version(_) | Place::Any | Place::Ready)
+    matches!(place, Place::Version(_) | Place::Any | Place::Ready | Place::Nowhere)
 }
 
 #[cfg(test)]

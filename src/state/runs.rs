@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::ids::RunId;
 use crate::protocols::{Cancel, Protocol};
+use crate::state::core::Origin;
 use crate::state::{RunOutcome, Target};
 
 /// One run. While it is outstanding it owns its endpoint's slot; exchanges are only its carriers, and there may be none.
@@ -23,6 +24,7 @@ pub(crate) struct Run {
     /// How often it was sent, the first time included.
     pub attempts: u32,
     pub about: About,
+    pub origin: Origin,
     /// The protocol's own id of it.
     pub key: Option<Box<str>>,
     /// A `versions[].match` chose its version, and it has no session.
@@ -70,6 +72,8 @@ pub(crate) struct Cancelling {
     /// After that it counts as ended, whatever the endpoint says.
     pub until: Instant,
     pub sent: bool,
+    /// There is no call for it: it ends when nothing carries it any more.
+    pub by_closing: bool,
 }
 
 /// Shared by a run and those who carry it: how it was ended from elsewhere, if it was.
@@ -112,6 +116,7 @@ impl Runs {
             carriers,
             attempts: 1,
             about,
+            origin: Origin::default(),
             key: None,
             matched,
             unjudged: false,

@@ -281,6 +281,12 @@ impl Sessions {
         Parts::read(&self.record(session).key).text()
     }
 
+    /// Its key, with its scope.
+    pub fn session_key(&self, session: u32) -> SessionKey {
+        let parts = Parts::read(&self.record(session).key);
+        SessionKey { scope: parts.scope.try_into().ok(), text: parts.text().into() }
+    }
+
     /// Whether this is its key or one of its aliases, in any scope.
     pub fn answers_to(&self, session: u32, text: &str) -> bool {
         let aliases = self.extra(session).map(|extra| extra.aliases.as_slice()).unwrap_or_default();

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use crate::config::Policy;
 use crate::ids::RunId;
 use crate::state::sessions::SessionKey;
 
@@ -14,21 +15,6 @@ pub const INTERRUPT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Starts of one session that wait for their turn at most, so that one conversation can't fill the queue.
 pub const WAITING_PER_SESSION_MAX: usize = 64;
-
-/// What a second start of a session does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
-    /// It goes, beside what is there.
-    Allow,
-    /// It is refused while there is a run.
-    Reject,
-    /// It goes when all before it have ended.
-    Enqueue,
-    /// It takes the place of all before it: current ones are cancelled, waiting ones refused.
-    Interrupt,
-    /// As interrupt, with a cancel that also undoes, where the protocol has one. The same to this machine.
-    Rollback,
-}
 
 /// What becomes of a start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +64,11 @@ struct Waiting {
 }
 
 impl Turns {
+    /// No session has a start.
+    pub fn is_empty(&self) -> bool {
+        self.sessions.is_empty()
+    }
+
     /// A start comes.
     pub fn ask(&mut self, session: &SessionKey, run: RunId, policy: Policy, now: Instant) -> Answer {
         let Some(turn) = self.sessions.get_mut(session) else {

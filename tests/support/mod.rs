@@ -4,6 +4,7 @@
 mod backend;
 mod certificate;
 mod client;
+mod counting;
 mod http2;
 mod peer;
 mod program;
@@ -17,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 pub use backend::{Backend, Body, Drip, Gate, Request, Script, Step};
 pub use certificate::Certificate;
 pub use client::{Head, RawClient, Response, fetch, get, post};
+pub use counting::{Counting, Seen};
 pub use http2::{Http2Client, Http2Stream, request as http2_request};
 pub use peer::{Fleet, Peer, PeerClient, PeerScript, Peers, Transcript, assert_same, post_json, transcript};
 pub use program::Program;

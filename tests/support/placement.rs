@@ -50,6 +50,15 @@ impl Fleet {
                 runs: config::Runs {
                     matches: None,
                     max_per_endpoint: None,
+                    max_per_principal: None,
+                    queue: config::Queue {
+                        max: 0,
+                        timeout: Duration::from_secs(30),
+                        progress: None,
+                        priority_header: None,
+                    },
+                    double_texting: config::DoubleTexting { policy: config::Policy::Allow, allow_override: false },
+                    idempotency: None,
                     max_duration: None,
                     on_disconnect: config::OnDisconnect::Protocol,
                     unseen_timeout: Duration::from_secs(3600),

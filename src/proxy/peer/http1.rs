@@ -16,6 +16,9 @@ use crate::proxy::buffer::{Buffer, READ_BYTES};
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, SourceFault};
 
+/// Body bytes that are copied behind a pending head, so that both are one write: a vectored one costs more than that.
+const JOINED_BYTES_MAX: usize = 512;
+
 /// Trailers longer than this are malformed.
 const TRAILER_BYTES_MAX: u32 = 16 * 1024;
 
@@ -449,6 +452,9 @@ impl Http1 {
             self.pending_head().extend_from_slice(&header[..length]);
             self.chunk_left = data.len();
         }
+        if self.pending_start < self.pending.len() && data.len() <= JOINED_BYTES_MAX {
+            return self.poll_write_joined(context, data);
+        }
         loop {
             let pending = &self.pending[self.pending_start..];
             let pending_length = pending.len();
@@ -488,6 +494,37 @@ impl Http1 {
             }
             return Poll::Ready(Ok(of_data));
         }
+    }
+
+    /// Writes what is pending and `data` as one piece.
+    fn poll_write_joined(&mut self, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let pending_length = self.pending.len();
+        self.pending.extend_from_slice(data);
+        if self.outgoing == Outgoing::Chunked && self.chunk_left == data.len() {
+            self.pending.extend_from_slice(b"\r\n");
+        }
+        let slices = [IoSlice::new(&self.pending[self.pending_start..])];
+        let written = match self.stream.poll_write_slices(context, &slices) {
+            Poll::Ready(Ok(written)) if written > 0 => written,
+            not_taken => {
+                // It comes again.
+                self.pending.truncate(pending_length);
+                ready!(not_taken)?;
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+        };
+        self.written = true;
+        self.head_unsent = false;
+        self.unflushed = self.stream.buffers_writes();
+        if self.outgoing == Outgoing::Chunked {
+            self.chunk_left -= data.len();
+        }
+        // Where the socket took less, the rest waits here: it is small.
+        self.pending_start += written;
+        if self.pending_start == self.pending.len() {
+            self.release_pending();
+        }
+        Poll::Ready(Ok(data.len()))
     }
 
     pub fn poll_flush(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -14,7 +14,8 @@ impl Core {
     pub fn apply(&mut self, settings: ServiceSettings, now: Instant) {
         let now = self.advance(now);
         let ServiceSettings { config, targets } = settings;
-        let was_checked = std::mem::replace(&mut self.rules, Rules::of(&config)).checked;
+        let old = std::mem::replace(&mut self.rules, Rules::of(&config));
+        let (was_checked, took_turns) = (old.checked, old.takes_turns());
         self.take_versions(&config.versions);
         self.take_rollout(config.rollout.as_ref(), now);
 
@@ -72,6 +73,7 @@ impl Core {
         for number in removed {
             self.settle(number, now);
         }
+        self.take_queue_rules(took_turns);
     }
 
     /// Puts the versions into the order of the configuration. Those that it no longer names stay at the end while they

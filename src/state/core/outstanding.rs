@@ -69,11 +69,14 @@ impl Core {
         run.carriers -= 1;
         run.seen = now;
         let (endpoint, alone) = (run.endpoint, run.carriers == 0);
+        let closing = run.cancel.filter(|cancelling| cancelling.by_closing && alone);
         let ended = if run.ended {
             self.endpoints[endpoint].open -= 1;
             None
         } else {
             match finish {
+                // What carried it was closed to end it.
+                Finish::Left if let Some(cancelling) = closing => self.end_run(number, cancelling.outcome, now),
                 // One reader of several that left, or whose stream broke, ends nothing.
                 Finish::Ended(RunOutcome::Cancelled | RunOutcome::Truncated) if !alone => None,
                 Finish::Ended(outcome) => self.end_run(number, outcome, now),
@@ -95,6 +98,14 @@ impl Core {
         self.judge_run(number, outcome, now);
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
+        if let Some(run) = self.runs.run_mut(number) {
+            let (id, origin) = (run.id, std::mem::take(&mut run.origin));
+            self.room.run_ended(id, &origin, self.rules.any_limit, now);
+        }
+        if !self.endpoints[endpoint].ready {
+            // A session that waits for it alone may be free to move.
+            self.room.changed_for(endpoint);
+        }
         // What still carries it is an exchange like others from here on.
         self.endpoints[endpoint].open += carriers;
         self.reindex(endpoint);
@@ -207,6 +218,8 @@ impl Core {
         );
         if let Some(session) = grant.session {
             self.sessions.set_first_run(session, Some(number));
+            let session = self.sessions.session_key(session);
+            self.session_of_run_known(number, &session);
         }
         self.runs.name(number, key);
         self.reindex(grant.endpoint);
@@ -238,6 +251,7 @@ impl Core {
     pub fn due_runs(&mut self, limit: usize, ended: &mut Vec<Ended>, now: Instant) -> Vec<DueCall> {
         let now = self.advance(now);
         let mut calls = Vec::new();
+        self.look_at_waiting(&mut calls, now);
         while calls.len() < limit
             && let Some(number) = self.runs.take_due(now)
         {
@@ -342,12 +356,18 @@ impl Core {
         let call = run.reference().and_then(|reference| run.about.protocol?.cancel_call(&reference, how));
         run.stop.set(outcome);
         run.target.cut.look();
+        let until = now + CANCEL_TIMEOUT;
         let Some(call) = call else {
-            ended.extend(self.end_run(number, outcome, now));
+            if run.carriers == 0 {
+                ended.extend(self.end_run(number, outcome, now));
+            } else {
+                // It ends when what carries it is closed, not a moment earlier: its slot is another's then.
+                run.cancel = Some(Cancelling { how, outcome, until, sent: true, by_closing: true });
+                self.runs.wake_at(number, until);
+            }
             return None;
         };
-        let until = now + CANCEL_TIMEOUT;
-        run.cancel = Some(Cancelling { how, outcome, until, sent: true });
+        run.cancel = Some(Cancelling { how, outcome, until, sent: true, by_closing: false });
         run.asking = true;
         let due = run.due(number, Question::Cancel, call);
         self.runs.wake_at(number, until);
@@ -364,8 +384,13 @@ impl Core {
         });
         if has_call {
             let until = now + CANCEL_TIMEOUT;
-            run.cancel =
-                Some(Cancelling { how: Cancel::Interrupt, outcome: RunOutcome::Cancelled, until, sent: false });
+            run.cancel = Some(Cancelling {
+                how: Cancel::Interrupt,
+                outcome: RunOutcome::Cancelled,
+                until,
+                sent: false,
+                by_closing: false,
+            });
         }
         has_call
     }

@@ -6,14 +6,12 @@ use crate::rollout::WEIGHT_UNIT;
 use crate::state::core::Core;
 use crate::state::endpoints::{Endpoint, HealthStanding, Version};
 use crate::state::sessions::TICK;
-use crate::state::status::{
-    EndpointState, EndpointStatus, QueueStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus,
-};
+use crate::state::status::{EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus};
 
 impl Core {
     /// The service as it is now, in the shape of the admin API.
     pub fn status(&mut self, now: Instant) -> ServiceStatus {
-        self.advance(now);
+        let now = self.advance(now);
         let versions: Vec<VersionStatus> = self
             .versions
             .iter()
@@ -27,8 +25,9 @@ impl Core {
             .try_fold(0, |sum, version| Some(sum + self.capacity(version)?));
         let endpoints = || self.endpoints.numbers().into_iter().map(|number| &self.endpoints[number]);
         let outstanding_runs = endpoints().map(|endpoint| u64::from(endpoint.outstanding)).sum();
-        let demand =
-            endpoints().filter(|endpoint| !endpoint.draining()).map(|endpoint| u64::from(endpoint.outstanding)).sum();
+        let queue = self.queue_status(now);
+        let staying = endpoints().filter(|endpoint| !endpoint.draining());
+        let demand = staying.map(|endpoint| u64::from(endpoint.outstanding)).sum::<u64>() + queue.length;
         let saturation = capacity.map(|capacity| match (demand, capacity) {
             (0, _) => 0.0,
             (_, 0) => 1.0,
@@ -37,11 +36,11 @@ impl Core {
         ServiceStatus {
             name: self.name.to_string(),
             versions,
-            queue: QueueStatus::default(),
+            queue,
             outstanding_runs,
             capacity,
             demand,
-            placeable_demand: 0,
+            placeable_demand: self.placeable_demand(),
             saturation,
         }
     }

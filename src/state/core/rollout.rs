@@ -105,6 +105,8 @@ impl Core {
                 evicted += 1;
             }
         }
+        // Whoever waits for its own endpoint may not any more.
+        self.room.changed_for_all();
         Some((evicted, (end < slots).then_some(end)))
     }
 
@@ -184,7 +186,7 @@ impl Core {
 
     /// Whether the weights send a session elsewhere that was evicted. One that is to stay where it is keeps its endpoint.
     pub(super) fn leaves_evicted(&mut self, session: u32, here: u32, request: &Request<'_>) -> bool {
-        if request.run.is_none() || !self.sessions.evicted(session) || self.sessions.first_run(session).is_some() {
+        if request.run.is_none() || !self.is_evicted(session) {
             return false;
         }
         let unmatched = Request { version: None, ..*request };
@@ -194,6 +196,11 @@ impl Core {
             self.sessions.evict(session, false);
         }
         leaves
+    }
+
+    /// Its next start is placed anew, unless a run of it is outstanding then.
+    pub(super) fn is_evicted(&self, session: u32) -> bool {
+        self.sessions.evicted(session) && self.sessions.first_run(session).is_none()
     }
 
     /// A new endpoint for a session that was `here`.
@@ -236,6 +243,8 @@ impl Core {
             version.effective_weight = weight;
             version.dealt.before = version.dealt.total;
         }
+        // Whoever waits for a version may be another's now.
+        self.room.changed_for_all();
     }
 
     /// When a session began that did so many seconds after the service's start. Rounded down: one that seems to be from

@@ -10,10 +10,8 @@ use super::*;
 enum Step {
     Push { class: u8, principal: u8, session: Option<u64>, place: Place, wait: u64 },
     Leave(usize),
-    Offer { endpoint: u32, version: usize, slot: bool, open: bool },
+    Offer { endpoint: u32, version: usize, slot: bool, open: bool, common: bool },
     Sort(usize, Place),
-    Unsort,
-    Unpin(u32),
     Pass(u64),
     Max(usize),
 }
@@ -24,6 +22,7 @@ fn places() -> impl Strategy<Value = Place> {
         (0..2_usize).prop_map(Place::Version),
         Just(Place::Any),
         Just(Place::Ready),
+        Just(Place::Nowhere),
         Just(Place::Turn),
     ]
 }
@@ -33,22 +32,23 @@ fn steps() -> impl Strategy<Value = Step> {
         6 => (0..4_u8, 0..3_u8, proptest::option::of(0..4_u64), places(), 1..50_u64)
             .prop_map(|(class, principal, session, place, wait)| Step::Push { class, principal, session, place, wait }),
         2 => (0..40_usize).prop_map(Step::Leave),
-        6 => (0..3_u32, any::<bool>(), proptest::bool::weighted(0.8)).prop_map(|(endpoint, slot, open)| Step::Offer {
-            endpoint,
-            version: (endpoint % 2) as usize,
-            slot,
-            open,
-        }),
+        6 => (0..3_u32, any::<bool>(), proptest::bool::weighted(0.8), proptest::bool::weighted(0.8)).prop_map(
+            |(endpoint, slot, open, common)| Step::Offer {
+                endpoint,
+                version: (endpoint % 2) as usize,
+                slot,
+                open,
+                common,
+            },
+        ),
         2 => ((0..40_usize), places()).prop_map(|(which, place)| Step::Sort(which, place)),
-        1 => Just(Step::Unsort),
-        1 => (0..3_u32).prop_map(Step::Unpin),
         1 => (1..20_u64).prop_map(Step::Pass),
         1 => (0..30_usize).prop_map(Step::Max),
     ]
 }
 
 fn crowded() -> impl Strategy<Value = Step> {
-    let rare = steps().prop_filter("nobody comes or goes by it", |step| matches!(step, Step::Sort(..) | Step::Unsort));
+    let rare = steps().prop_filter("nobody comes or goes by it", |step| matches!(step, Step::Sort(..)));
     let push = (0..8_u8, 0..3_u8, places()).prop_map(|(class, principal, place)| Step::Push {
         class,
         principal,
@@ -56,7 +56,8 @@ fn crowded() -> impl Strategy<Value = Step> {
         place,
         wait: 1_000,
     });
-    let offer = (0..3_u32).prop_map(|endpoint| Step::Offer { endpoint, version: 0, slot: true, open: true });
+    let offer =
+        (0..3_u32).prop_map(|endpoint| Step::Offer { endpoint, version: 0, slot: true, open: true, common: true });
     prop_oneof![12 => push, 9 => offer, 1 => rare]
 }
 
@@ -83,7 +84,7 @@ struct One {
 }
 
 fn slot_place(place: Place) -> bool {
-    !matches!(place, Place::Ready | Place::Turn)
+    !matches!(place, Place::Ready | Place::Nowhere | Place::Turn)
 }
 
 impl Model {
@@ -115,9 +116,9 @@ impl Model {
         match one.place {
             Place::Endpoint(endpoint) => offer.slot && endpoint == offer.endpoint,
             Place::Version(version) => offer.slot && offer.open && version == offer.version,
-            Place::Any => offer.slot && offer.open,
+            Place::Any => offer.slot && offer.open && offer.common,
             Place::Ready => offer.open,
-            Place::Turn => false,
+            Place::Nowhere | Place::Turn => false,
         }
     }
 
@@ -268,8 +269,8 @@ fn compare(steps: Vec<Step>, max: usize) -> Result<(), TestCaseError> {
                     model.tidy();
                 }
             }
-            Step::Offer { endpoint, version, slot, open } => {
-                let offer = Offer { endpoint, version, slot, open };
+            Step::Offer { endpoint, version, slot, open, common } => {
+                let offer = Offer { endpoint, version, slot, open, common };
                 let expected = model.first(offer);
                 let first = queue.first(offer);
                 prop_assert_eq!(first, expected.as_ref().map(|one| one.ticket));
@@ -292,24 +293,6 @@ fn compare(steps: Vec<Step>, max: usize) -> Result<(), TestCaseError> {
                     model.tidy();
                 }
             }
-            Step::Unsort => {
-                queue.unsort();
-                for one in &mut model.waiting {
-                    if matches!(one.place, Place::Version(_)) {
-                        one.place = Place::Any;
-                    }
-                }
-                model.tidy();
-            }
-            Step::Unpin(endpoint) => {
-                queue.unpin(endpoint);
-                for one in &mut model.waiting {
-                    if one.place == Place::Endpoint(endpoint) {
-                        one.place = Place::Any;
-                    }
-                }
-                model.tidy();
-            }
             Step::Pass(time) => {
                 now += time;
                 let mut due: Vec<One> = model.waiting.iter().filter(|one| one.deadline <= now).cloned().collect();
@@ -326,12 +309,20 @@ fn compare(steps: Vec<Step>, max: usize) -> Result<(), TestCaseError> {
             }
         }
         prop_assert_eq!(queue.len(), model.waiting.len());
-        let placeable = |one: &&One| matches!(one.place, Place::Version(_) | Place::Any | Place::Ready);
+        let placeable = |one: &&One| !matches!(one.place, Place::Endpoint(_) | Place::Turn);
         prop_assert_eq!(queue.placeable(), model.waiting.iter().filter(placeable).count());
         for (index, one) in model.waiting.iter().enumerate() {
             prop_assert_eq!(queue.position(one.ticket), Some(index + 1));
             prop_assert_eq!(queue.place(one.ticket), Some(one.place));
         }
+        let waiting_for = |wanted: Place| -> Vec<Ticket> {
+            model.waiting.iter().filter(|one| one.place == wanted).map(|one| one.ticket).collect()
+        };
+        for place in [Place::Endpoint(1), Place::Version(0), Place::Any, Place::Ready] {
+            prop_assert_eq!(queue.waiting_for(place), waiting_for(place));
+            prop_assert_eq!(queue.has_lane(place), !waiting_for(place).is_empty());
+        }
+        prop_assert_eq!(queue.all_in_lanes().len(), model.waiting.len() - waiting_for(Place::Turn).len());
         let next = model.waiting.iter().map(|one| one.deadline).min();
         prop_assert_eq!(queue.next_deadline(), next.map(at));
     }
@@ -358,7 +349,7 @@ fn arrival(class: u8, principal: u8, place: Place) -> Arrival<()> {
 }
 
 fn offer(endpoint: u32) -> Offer {
-    Offer { endpoint, version: 0, slot: true, open: true }
+    Offer { endpoint, version: 0, slot: true, open: true, common: true }
 }
 
 fn drain(queue: &mut Queue<()>, endpoint: u32) -> Vec<Ticket> {
