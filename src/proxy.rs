@@ -38,6 +38,7 @@ pub mod relay;
 pub mod respond;
 pub mod rewrite;
 pub mod route;
+pub mod shadow;
 pub mod timer;
 pub mod upstream;
 pub mod watch;

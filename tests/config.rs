@@ -457,7 +457,6 @@ snapshot_of_mistakes!(
         "runs: {idempotency: {}}",
         "runs: {resume: {buffer: 1MiB}}",
         "health: {path: /, draining_status: 503}",
-        "shadow: {version: v, percent: 10%}",
     ]
 );
 

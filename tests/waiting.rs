@@ -1,7 +1,7 @@
 //! Waiting: the core with its queue and its turns, driven without sockets and with time as an argument, against a model
 //! that looks at everybody.
 
-#[allow(dead_code, reason = "only the dispatcher has metrics")]
+#[expect(dead_code, reason = "only the dispatcher has metrics")]
 #[path = "support/placement.rs"]
 mod support;
 

@@ -28,7 +28,6 @@ const NOT_YET: &[NotYet] = &[
     not_yet("services[].runs.idempotency", "leave it out"),
     not_yet("services[].runs.resume", "leave it out"),
     not_yet("services[].health.draining_status", "leave it out; a draining endpoint can fail its check instead"),
-    not_yet("services[].shadow", "leave it out"),
     not_yet(
         "services[].versions[].endpoints[].dns",
         "list the endpoints, or give a name in the url: it is resolved at each connect",

@@ -7,6 +7,7 @@ mod apply;
 mod outstanding;
 mod report;
 mod rollout;
+mod shadow;
 mod waiting;
 
 use std::collections::{BTreeMap, HashMap};

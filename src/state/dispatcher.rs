@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
 use crate::config;
 use crate::ids::{self, RunId};
 use crate::metrics::ServiceMetrics;
@@ -20,6 +22,9 @@ use crate::state::status::{CancelReport, DueCall, RunInfo, ServiceStatus, Sessio
 use crate::state::waiting::Waiting;
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
 
+/// Copies of starts (`shadow`) that may be under way at once; more are not made.
+const COPIES_MAX: usize = 64;
+
 /// Slots of the session table that are read under one hold of the lock.
 const SCAN: u32 = 1024;
 
@@ -29,6 +34,8 @@ pub struct Dispatcher {
     core: Mutex<Core>,
     /// It has a rollout, which wants to know more of runs than is worth the lock otherwise.
     judged: AtomicBool,
+    /// One for each copy that may be under way.
+    copies: Arc<Semaphore>,
     metrics: Arc<ServiceMetrics>,
 }
 
@@ -102,6 +109,12 @@ pub struct Placed {
     pub lease: Lease,
 }
 
+/// Where a copy of a start goes. Its permit is given back when the copy is over.
+pub struct Shadowed {
+    pub target: Arc<Target>,
+    pub permit: OwnedSemaphorePermit,
+}
+
 /// What a pick gives.
 pub enum Picked {
     Placed(Placed),
@@ -132,9 +145,16 @@ pub struct Lease {
 impl Dispatcher {
     /// A service that no configuration has described yet: every pick is refused.
     pub fn new(name: &str, metrics: Arc<ServiceMetrics>) -> Arc<Dispatcher> {
+        let copies = Arc::new(Semaphore::new(COPIES_MAX));
         let mut core = Core::new(name);
         core.set_wall_clock(ids::now(), Moment::of(ids::wall_clock()));
-        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(core), judged: AtomicBool::new(false), metrics })
+        Arc::new(Dispatcher {
+            name: name.into(),
+            core: Mutex::new(core),
+            judged: AtomicBool::new(false),
+            copies,
+            metrics,
+        })
     }
 
     pub fn name(&self) -> &Arc<str> {
@@ -264,6 +284,13 @@ impl Dispatcher {
     /// Follows a person's command to the rollout. `None`: the configuration has none.
     pub fn steer_rollout(&self, command: Command, now: Instant) -> Option<Result<Rollout, Refused>> {
         self.with(|core| Some(core.steer_rollout(command, now)?.cloned()))
+    }
+
+    /// Where a copy of a start goes: see [`Core::shadow`]. `None`: nowhere, or too many are under way.
+    pub fn shadow(&self, version: &str, place: u64) -> Option<Shadowed> {
+        let permit = Arc::clone(&self.copies).try_acquire_owned().ok()?;
+        let target = self.with(|core| core.shadow(version, place))?;
+        Some(Shadowed { target, permit })
     }
 
     /// Has the sessions of a version that have no run outstanding placed anew, by the weights, each at its next start,
