@@ -141,7 +141,8 @@ mod tests {
 
     #[test]
     fn a_share_is_a_part_of_all_places() {
-        let within = |share: f64| (0..1000_u64).filter(|n| is_within(share, n * (u64::MAX / 1000))).count();
+        let within =
+            |share: f64| (0..1000_u64).filter(|n| is_within(share, n * (u64::MAX / 1000) + u64::MAX / 2000)).count();
         assert_eq!((within(0.0), within(0.1), within(1.0)), (0, 100, 1000));
         assert!(is_within(1.0, u64::MAX));
     }
