@@ -4,6 +4,7 @@ mod document;
 mod guard;
 mod page;
 mod problem;
+mod rollout;
 mod view;
 
 use std::collections::HashMap;
@@ -139,8 +140,9 @@ fn router(context: Arc<Context>, access: guard::Access) -> Router {
             .route("/api/v1/runs/{id}", delete(end_run))
             .route("/api/v1/services/{service}/endpoints/{address}/drain", post(drain_endpoint))
             .route("/api/v1/services/{service}/endpoints/{address}/undrain", post(undrain_endpoint))
-            .route("/api/v1/services/{service}/rollout", get(no_rollout))
-            .route("/api/v1/services/{service}/rollout/{action}", post(no_rollout))
+            .route("/api/v1/services/{service}/rollout", get(rollout::status))
+            .route("/api/v1/services/{service}/rollout/{action}", post(rollout::steer))
+            .route("/api/v1/services/{service}/versions/{version}/evict", post(rollout::evict))
             .route("/api/v1/drain", post(drain))
             .route("/api/v1/metrics", get(metrics_json)),
     };
@@ -298,14 +300,6 @@ fn endpoint_answer(dispatcher: &Dispatcher, address: &str, found: bool, done: &s
 async fn drain(State(context): Shared) -> Response {
     context.drain.drain();
     (StatusCode::ACCEPTED, Json(json!({ "draining": true }))).into_response()
-}
-
-async fn no_rollout() -> Problem {
-    not_yet("rollouts are not available yet; change `weight` in the configuration")
-}
-
-fn not_yet(what: &str) -> Problem {
-    Problem::new(StatusCode::NOT_IMPLEMENTED, "not_available", what)
 }
 
 fn draining(context: &Context) -> bool {

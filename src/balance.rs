@@ -23,8 +23,8 @@ pub struct Candidate<'a> {
     pub hash: u64,
     /// Breaks ties, so that the order of candidates never matters.
     pub name: &'a str,
-    /// 0 never wins.
-    pub weight: u32,
+    /// 0 never wins. In any unit that is the same for all of them.
+    pub weight: u64,
 }
 
 /// Where a session key stands in the deal among versions.
@@ -82,21 +82,22 @@ fn mix(key: u64, candidate: u64) -> u64 {
     xxh3_64_with_seed(&bytes, COHORT_SEED) >> 12
 }
 
-fn score(draw: u64, weight: u32) -> f64 {
+fn score(draw: u64, weight: u64) -> f64 {
     // Half a step up keeps u away from 0 and, with 52 bits, exactly below 1. libm's logarithm, not the platform's: all
     // replicas must agree to the last bit.
     let u = (draw as f64 + 0.5) / (1_u64 << 52) as f64;
-    -libm::log(u) / f64::from(weight)
+    -libm::log(u) / weight as f64
 }
 
 /// Smooth weighted round robin: every candidate gains its weight, the richest (the first of equals) is taken and pays
-/// the sum. `credit` is one number a candidate, kept between calls; those who sit a round out neither gain nor pay.
-pub fn take_turn(credit: &mut [i64], candidates: impl Iterator<Item = (usize, u32)>) -> Option<usize> {
+/// the sum. `credit` is one number a candidate, kept between calls; those who sit a round out neither gain nor pay. All
+/// weights together must stay below 2^62.
+pub fn take_turn(credit: &mut [i64], candidates: impl Iterator<Item = (usize, u64)>) -> Option<usize> {
     let mut total = 0;
     let mut richest: Option<usize> = None;
     for (index, weight) in candidates.filter(|(_, weight)| *weight > 0) {
-        credit[index] += i64::from(weight);
-        total += i64::from(weight);
+        credit[index] += weight as i64;
+        total += weight as i64;
         if richest.is_none_or(|leader| credit[index] > credit[leader]) {
             richest = Some(index);
         }
@@ -147,7 +148,7 @@ mod tests {
             index: index as u32,
             hash: version_hash(name),
             name,
-            weight: *weight,
+            weight: u64::from(*weight),
         })
     }
 

@@ -1,9 +1,10 @@
 //! Cli: the commands of the `longhaul` program.
 //!
-//! Exit codes: 0 done, 1 not done, 2 wrong usage or not available yet.
+//! Exit codes: 0 done, 1 not done (or a rollout that failed), 2 wrong usage.
 
 mod client;
 mod inspect;
+mod rollout;
 mod steer;
 mod table;
 
@@ -13,13 +14,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
 use crate::app;
 use crate::config;
 use crate::demo;
 use crate::logging;
 use client::{AdminUrl, Client, ClientError};
+use rollout::{Action, Said};
 
 #[derive(Parser)]
 #[command(
@@ -98,14 +100,17 @@ enum Command {
         /// Its host:port
         endpoint: String,
     },
-    /// Move traffic from one version to another in steps (not available yet)
+    /// How new sessions move from one version to another in steps; with --wait: 0 completed, 1 aborted or found bad
     Rollout {
         #[command(flatten)]
         admin: Admin,
         /// The service whose versions change
         service: String,
-        #[arg(value_enum, default_value_t = RolloutAction::Status)]
-        action: RolloutAction,
+        #[arg(value_enum, default_value_t = Action::Status)]
+        action: Action,
+        /// Return only when it is over: completed, aborted, or paused by the judge
+        #[arg(long)]
+        wait: bool,
     },
 }
 
@@ -128,16 +133,6 @@ struct Admin {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum RolloutAction {
-    Status,
-    Start,
-    Promote,
-    Pause,
-    Resume,
-    Abort,
 }
 
 /// The program: reads the command line, does what it says.
@@ -168,9 +163,8 @@ pub fn main() -> ExitCode {
         Command::Undrain { admin, service, endpoint } => {
             admin.call(async |client| steer::undrain_endpoint(client, &service, &endpoint, admin.json).await)
         }
-        Command::Rollout { admin: _, service: _, action: _ } => {
-            complain("rollout: not available yet; change `weight` in the configuration");
-            ExitCode::from(2)
+        Command::Rollout { admin, service, action, wait } => {
+            admin.call_to(async |client| rollout::rollout(client, &service, action, wait, admin.json).await)
         }
     }
 }
@@ -226,6 +220,11 @@ fn check(path: &Path) -> ExitCode {
 impl Admin {
     /// Does `command` with a client, prints what it has to say.
     fn call(&self, command: impl AsyncFnOnce(&Client) -> Result<String, ClientError>) -> ExitCode {
+        self.call_to(async |client| Ok(Said { text: command(client).await?, good: true }))
+    }
+
+    /// As [`Admin::call`], where what there is to say may be bad news: exit 1.
+    fn call_to(&self, command: impl AsyncFnOnce(&Client) -> Result<Said, ClientError>) -> ExitCode {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => return failure(error),
@@ -235,7 +234,10 @@ impl Admin {
             command(&client).await
         });
         match done {
-            Ok(text) => print(&text),
+            Ok(Said { text, good }) => match print(&text) {
+                ExitCode::SUCCESS if !good => ExitCode::FAILURE,
+                printed => printed,
+            },
             Err(error) => failure(error),
         }
     }

@@ -112,6 +112,10 @@ pub struct ScrapedService {
 pub struct ScrapedVersion {
     pub name: String,
     pub effective_weight: f64,
+    /// Given by weight since the version is known: sessions that began, runs that ended, and the seconds that these took.
+    pub sessions_begun: u64,
+    pub runs_ended: u64,
+    pub run_seconds: f64,
     pub sessions: u64,
     pub outstanding_runs: u64,
     /// `None`: unlimited.
@@ -456,6 +460,24 @@ fn families(scrape: &Scrape) -> Vec<Family> {
         &["service", "endpoint"],
     );
     let mut weight = Family::new("longhaul_version_weight", "The version's effective weight.", &["service", "version"]);
+    let mut sessions_begun = Family::new(
+        "longhaul_version_sessions_total",
+        "Sessions that began at the version by weight, not by a match.",
+        &["service", "version"],
+    );
+    let mut runs_ended = Family::new(
+        "longhaul_version_runs_total",
+        "Runs that ended, but for those of sessions that a match sent.",
+        &["service", "version"],
+    );
+    let mut run_seconds = Family::new(
+        "longhaul_version_run_seconds_total",
+        "How long the runs of longhaul_version_runs_total took together.",
+        &["service", "version"],
+    );
+    for family in [&mut sessions_begun, &mut runs_ended, &mut run_seconds] {
+        family.kind = "counter";
+    }
     let mut generation = Family::new("longhaul_config_generation", "Counts the configurations that took effect.", &[]);
     let mut last_reload = Family::new(
         "longhaul_config_last_reload_successful",
@@ -487,6 +509,9 @@ fn families(scrape: &Scrape) -> Vec<Family> {
             outstanding.add(labels, version.outstanding_runs as f64);
             sessions.add(labels, version.sessions as f64);
             weight.add(labels, version.effective_weight);
+            sessions_begun.add(labels, version.sessions_begun as f64);
+            runs_ended.add(labels, version.runs_ended as f64);
+            run_seconds.add(labels, version.run_seconds);
             if let Some(value) = version.run_capacity {
                 capacity.add(labels, value as f64);
             }
@@ -515,6 +540,9 @@ fn families(scrape: &Scrape) -> Vec<Family> {
         state,
         remaining,
         weight,
+        sessions_begun,
+        runs_ended,
+        run_seconds,
         generation,
         last_reload,
         reloads,
@@ -617,6 +645,9 @@ mod tests {
         let version = ScrapedVersion {
             name: "stable".to_owned(),
             effective_weight: 95.0,
+            sessions_begun: 9,
+            runs_ended: 4,
+            run_seconds: 2.5,
             sessions: 7,
             outstanding_runs: endpoints.iter().map(|endpoint| endpoint.outstanding_runs).sum(),
             run_capacity,
@@ -755,6 +786,9 @@ mod tests {
             ("longhaul_placeable_demand{service=\"support\"}", 2.0),
             ("longhaul_sessions{service=\"support\",version=\"stable\"}", 7.0),
             ("longhaul_version_weight{service=\"support\",version=\"stable\"}", 95.0),
+            ("longhaul_version_sessions_total{service=\"support\",version=\"stable\"}", 9.0),
+            ("longhaul_version_runs_total{service=\"support\",version=\"stable\"}", 4.0),
+            ("longhaul_version_run_seconds_total{service=\"support\",version=\"stable\"}", 2.5),
             ("longhaul_config_generation", 4.0),
             ("longhaul_config_last_reload_successful", 0.0),
             ("longhaul_config_reloads_total{result=\"failure\"}", 1.0),

@@ -40,6 +40,7 @@ pub mod repeat;
 pub mod respond;
 pub mod rewrite;
 pub mod route;
+pub mod shadow;
 pub mod timer;
 pub mod upstream;
 pub mod watch;

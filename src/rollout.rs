@@ -21,7 +21,7 @@ pub mod spread;
 #[cfg(test)]
 mod simulation;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +38,12 @@ pub const WEIGHT_UNIT: u64 = 1_000_000;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Moment(pub u64);
+
+impl Moment {
+    pub fn of(time: SystemTime) -> Moment {
+        Moment(time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64))
+    }
+}
 
 /// The rollout of one service. Serialised whole where state is kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -313,7 +319,14 @@ impl Rollout {
     /// Changes the state and writes it down, with the evidence so far.
     fn go_to(&mut self, state: State, cause: Cause) {
         let evidence = self.state.step().map(|_| self.summary());
-        self.history.add(Transition { at: self.clock, before: self.place(), after: state.place(), cause, evidence });
+        self.history.add(Transition {
+            number: 0,
+            at: self.clock,
+            before: self.place(),
+            after: state.place(),
+            cause,
+            evidence,
+        });
         self.state = state;
     }
 

@@ -242,7 +242,8 @@ fn what_is_not_there_is_a_problem() {
     let proxy = start("{address: \"127.0.0.1:0\"}");
     assert_eq!(proxy.ask("GET /nothing").code(), "not_found");
     assert_eq!(proxy.ask("POST /api/v1/status").code(), "method_not_allowed");
-    assert_eq!(proxy.ask("GET /api/v1/services/support/rollout").status, 501);
+    assert_eq!(proxy.ask("GET /api/v1/services/support/rollout").status, 404);
+    assert_eq!(proxy.ask("POST /api/v1/services/support/rollout/start").code(), "not_found");
     assert_eq!(proxy.ask("DELETE /api/v1/runs/01936f5c-1d2e-7a3b-8c4d-5e6f70819203").status, 404);
     for bad in ["DELETE /api/v1/sessions", "DELETE /api/v1/sessions?service=support&key=", "GET /api/v1/runs?limit=x"] {
         assert_eq!(proxy.ask(bad).code(), "bad_request", "{bad}");

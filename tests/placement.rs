@@ -1638,7 +1638,7 @@ fn cohort_of(key: &str, weights: &[u32]) -> Option<usize> {
         index,
         hash: balance::version_hash(name),
         name,
-        weight: *weight,
+        weight: u64::from(*weight),
     });
     balance::rendezvous(balance::cohort(key), candidates).map(|index| index as usize)
 }

@@ -272,7 +272,7 @@ impl World {
                         index,
                         hash: balance::version_hash(&version.name),
                         name: &version.name,
-                        weight: version.weight,
+                        weight: u64::from(version.weight),
                     });
                     let cohort = balance::rendezvous(balance::cohort(&key.text), candidates);
                     cohort.is_some_and(|index| free(&versions[index as usize].name))

@@ -101,7 +101,10 @@ pub fn scrape(context: &Context, now: Instant) -> Scrape {
 fn scraped(service: ServiceStatus) -> ScrapedService {
     let versions = service.versions.into_iter().map(|version| ScrapedVersion {
         name: version.name,
-        effective_weight: f64::from(version.effective_weight),
+        effective_weight: version.effective_weight,
+        sessions_begun: version.dealt.sessions,
+        runs_ended: version.dealt.runs,
+        run_seconds: version.dealt.run_time.as_secs_f64(),
         sessions: version.sessions,
         outstanding_runs: version.outstanding_runs,
         run_capacity: version.capacity,

@@ -110,7 +110,8 @@ fn table_or(head: &[&str], rows: Vec<Vec<String>>, nothing: &str) -> String {
     if rows.is_empty() { nothing.to_owned() } else { aligned(head, &rows) }
 }
 
-fn cell(value: &Value) -> String {
+/// As a table shows it.
+pub fn cell(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::String(text) => text.clone(),
@@ -118,7 +119,8 @@ fn cell(value: &Value) -> String {
     }
 }
 
-fn duration(milliseconds: &Value) -> String {
+/// Milliseconds as people say them.
+pub fn duration(milliseconds: &Value) -> String {
     let Some(milliseconds) = milliseconds.as_u64() else { return "-".to_owned() };
     match milliseconds / 1000 {
         0 => format!("{milliseconds}ms"),

@@ -27,8 +27,6 @@ const NOT_YET: &[NotYet] = &[
     not_yet("services[].runs.queue.progress", "leave it out"),
     not_yet("services[].runs.resume", "leave it out"),
     not_yet("services[].health.draining_status", "leave it out; a draining endpoint can fail its check instead"),
-    not_yet("services[].shadow", "leave it out"),
-    not_yet("services[].rollout", "leave it out and change `weight` in the file; sessions keep their version"),
     not_yet(
         "services[].versions[].endpoints[].dns",
         "list the endpoints, or give a name in the url: it is resolved at each connect",

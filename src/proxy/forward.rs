@@ -30,7 +30,7 @@ use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
-use crate::proxy::{Caller, edits, may_keep_alive, respond, websocket};
+use crate::proxy::{Caller, edits, may_keep_alive, respond, shadow, websocket};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Lease, Placed};
@@ -141,6 +141,9 @@ pub async fn forward(
         && request.upgrade.is_none()
     {
         direction.replay = Some(Box::default());
+    }
+    if shadow::is_due(service, &identity, &request, &target) {
+        direction.replay.get_or_insert_default().copies = true;
     }
     let dispatched = ids::now();
     let timeouts = &service.config.timeouts;
@@ -481,6 +484,9 @@ fn begin_answer(
     }
     let outcome = if status >= 500 { RunOutcome::Failed } else { RunOutcome::Completed };
     let success = status < 400;
+    if (400..500).contains(&status) {
+        lease.keep_from_judge();
+    }
     let tunnel = status == 101;
     if tunnel && !direction.done() {
         lease.outcome(RunOutcome::Failed);
@@ -590,6 +596,9 @@ fn begin_answer(
         record.ended(finish);
         lease.finish(finish);
         return Ok(Forwarded::ClientGone);
+    }
+    if let Some(body) = request_direction.take_copy() {
+        shadow::copy(&connection.worker, service, &identity, &request, body);
     }
     request_direction.replay = None;
     if tunnel {

@@ -116,6 +116,7 @@ impl Observer {
     /// Passes on what was read of sessions and runs. With the body's end: what became of the exchange's run, where that
     /// is not for HTTP to say.
     pub fn tell(&mut self, lease: &mut Lease, at_end: bool) -> Option<Finish> {
+        lease.first_event(self.first_event_at);
         let reading = self.reading.as_mut()?;
         if let (Some(kept), true) = (&reading.kept, at_end) {
             kept.end();

@@ -55,6 +55,8 @@ pub struct Direction {
 pub struct Replay {
     body: Vec<u8>,
     trailers: Option<Fields>,
+    /// What was sent is to be sent to a shadow, too.
+    pub copies: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -94,6 +96,13 @@ impl Direction {
 
     pub fn stop(&mut self) {
         self.stage = Stage::Stopped;
+    }
+
+    /// The body that was sent, where it was sent whole and is to be copied.
+    pub fn take_copy(&mut self) -> Option<Vec<u8>> {
+        let done = self.done();
+        let replay = self.replay.as_mut().filter(|replay| replay.copies && done && replay.trailers.is_none())?;
+        Some(std::mem::take(&mut replay.body))
     }
 
     /// Begins again from the start of the body, for another attempt; what was sent is given back to its source.
@@ -528,6 +537,9 @@ fn give_back(lease: &mut Option<Lease>, finish: Finish) {
 
 /// What becomes of a run whose exchange has ended before the endpoint's last byte.
 fn judge(end: End, cancels: bool, watching: Option<&mut Watching>, lease: &mut Lease) -> Finish {
+    if matches!(end, End::DrainOver) {
+        lease.keep_from_judge();
+    }
     let outcome = match end {
         End::ClientGone | End::Refused(_) => RunOutcome::Cancelled,
         End::TimedOut(_) => RunOutcome::TimedOut,

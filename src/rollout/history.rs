@@ -19,6 +19,8 @@ pub struct History(VecDeque<Transition>);
 /// One change of state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Transition {
+    /// Counts up from 1, those that are forgotten too.
+    pub number: u64,
     pub at: Moment,
     pub before: Place,
     pub after: Place,
@@ -55,11 +57,18 @@ pub enum Cause {
 }
 
 impl History {
-    pub fn add(&mut self, transition: Transition) {
+    /// Adds a transition, and gives it its number.
+    pub fn add(&mut self, mut transition: Transition) {
+        transition.number = self.count() + 1;
         if self.0.len() >= TRANSITIONS_MAX {
             self.0.pop_front();
         }
         self.0.push_back(transition);
+    }
+
+    /// How many transitions there were.
+    pub fn count(&self) -> u64 {
+        self.last().map_or(0, |last| last.number)
     }
 
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Transition> {

@@ -6,6 +6,8 @@
 mod apply;
 mod outstanding;
 mod report;
+mod rollout;
+mod shadow;
 mod waiting;
 
 use std::collections::{BTreeMap, HashMap};
@@ -47,6 +49,7 @@ pub struct Core {
     name: Arc<str>,
     rules: Rules,
     versions: Vec<Version>,
+    rollout: rollout::Judged,
     /// Credits of the smooth weighted round robin over `versions`.
     turns: Vec<i64>,
     endpoints: Endpoints,
@@ -105,6 +108,7 @@ pub struct Grant {
     run_id: Option<RunId>,
     affinity: AffinityOutcome,
     matched: bool,
+    seen: rollout::Seen,
     /// There is no other endpoint for it: `affinity: hash` chose this one, or its run is there.
     fixed: bool,
     /// It makes a session whose key is still to be learned, and weighs as a run until then.
@@ -176,6 +180,7 @@ impl Core {
             name: name.into(),
             rules: Rules::before_the_first_configuration(),
             versions: Vec::new(),
+            rollout: rollout::Judged::default(),
             turns: Vec::new(),
             endpoints: Endpoints::default(),
             by_identity: HashMap::new(),
@@ -279,6 +284,7 @@ impl Core {
         }
         self.end_placing(grant);
         let Some(session) = self.pin(key, grant.endpoint, grant.matched, now) else { return };
+        self.count_session(grant.endpoint, grant.matched);
         self.sessions.open(session);
         self.sessions.confirm(session, true);
         grant.session = Some(session);
@@ -350,6 +356,7 @@ impl Core {
     pub fn finish(&mut self, mut grant: Grant, finish: Finish, now: Instant) -> Option<Ended> {
         let now = self.advance(now);
         self.end_placing(&mut grant);
+        self.note(&grant);
         let ended = match grant.run {
             Some(run) => self.drop_carrier(run, finish, now),
             None => {
@@ -441,6 +448,7 @@ impl Core {
     /// What is due with time: slow starts and ejections that are over, drains past their deadline, credits.
     pub fn tick(&mut self, now: Instant) {
         let now = self.advance(now);
+        self.advance_rollout(now);
         for version in 0..self.versions.len() {
             self.graduate(version, now);
         }
@@ -488,6 +496,7 @@ impl Core {
         let (version, matched) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
         let endpoint = self.place_session(version, &request)?;
         let session = self.pin(key, endpoint, matched, request.now);
+        self.count_session(endpoint, matched);
         // A table full of busy sessions leaves the new one without a pin; its run is counted all the same.
         let affinity = if session.is_some() { AffinityOutcome::New } else { AffinityOutcome::None };
         Ok(self.reserve(endpoint, session, matched, affinity, &request))
@@ -497,7 +506,9 @@ impl Core {
         let here = self.sessions.endpoint(session);
         let works_here = self.runs.any_at(self.sessions.first_run(session), here);
         let standing = self.standing(here);
-        let moved = match self.leaves(standing, works_here, request.run.is_some())? {
+        let leaves = self.leaves(standing, works_here, request.run.is_some())?;
+        let evicted = leaves.is_none() && self.leaves_evicted(session, here, &request);
+        let moved = match leaves.or(evicted.then_some(AffinityOutcome::Moved)) {
             None => None,
             Some(outcome) if bound => {
                 if !self.sessions.busy(session) {
@@ -505,7 +516,7 @@ impl Core {
                 }
                 return Err(Unplaced::Bound(outcome));
             }
-            Some(outcome) => match self.place_again(self.endpoints[here].version, &request) {
+            Some(outcome) => match self.place_anew(here, evicted, &request) {
                 Ok(there) => Some((there, outcome)),
                 // Better an endpoint that drains than none.
                 Err(Unplaced::Empty) if standing == Standing::Draining => None,
@@ -514,6 +525,7 @@ impl Core {
         };
         if let Some((there, outcome)) = moved {
             self.move_pin(session, there);
+            self.sessions.carry(session);
             return Ok(self.reserve(there, Some(session), false, outcome, &request));
         }
         if request.run.is_some() && !self.endpoints[here].has_slot() {
@@ -534,6 +546,7 @@ impl Core {
             }
             let session = self.pin(key, here, false, request.now);
             if let Some(session) = session {
+                self.sessions.carry(session);
                 // The cookie was issued on success.
                 self.sessions.confirm(session, true);
             }
@@ -553,6 +566,9 @@ impl Core {
             (there, _) => there?,
         };
         let session = self.pin(key, there, false, request.now);
+        if let Some(session) = session {
+            self.sessions.carry(session);
+        }
         Ok(self.reserve(there, session, false, outcome, &request))
     }
 
@@ -565,7 +581,7 @@ impl Core {
                 index,
                 hash: endpoint.hash,
                 name: &endpoint.identity,
-                weight: endpoint.weight.max(1),
+                weight: u64::from(endpoint.weight.max(1)),
             });
             balance::rendezvous(balance::placement(&key.text), candidates).ok_or(Unplaced::Empty)?
         };
@@ -632,7 +648,7 @@ impl Core {
                 index: index as u32,
                 hash: version.hash,
                 name: &version.name,
-                weight: version.weight,
+                weight: version.effective_weight,
             });
             let version = balance::rendezvous(balance::cohort(&key.text), candidates)?;
             return Some((version as usize, false));
@@ -640,19 +656,19 @@ impl Core {
         // Whoever waited for any slot takes the one that is offered.
         if let Some(serving) = self.room.serving() {
             let version = self.endpoints[serving].version;
-            return (self.versions[version].weight > 0).then_some((version, false));
+            return (self.versions[version].effective_weight > 0).then_some((version, false));
         }
         // A run without a session waits only where all are full, so versions with a free slot come first.
         let Core { versions, turns, endpoints, .. } = self;
         let any_slot = request.run.is_some()
-            && versions.iter().any(|version| version.weight > 0 && version.configured && version.has_slot());
+            && versions.iter().any(|version| version.effective_weight > 0 && version.configured && version.has_slot());
         let candidates = versions
             .iter()
             .enumerate()
             .filter(|(index, version)| {
                 version.configured && offers(versions, *index, endpoints, tried) && (!any_slot || version.has_slot())
             })
-            .map(|(index, version)| (index, version.weight));
+            .map(|(index, version)| (index, version.effective_weight));
         Some((balance::take_turn(turns, candidates)?, false))
     }
 
@@ -701,7 +717,8 @@ impl Core {
             let target = endpoint.target.clone();
             let first = session.and_then(|session| self.sessions.first_run(session));
             let about = About::default();
-            let new = NewRun { id, target, endpoint: number, session, started: request.now, about, carriers: 1 };
+            let started = request.now;
+            let new = NewRun { id, target, endpoint: number, session, started, about, carriers: 1, matched };
             self.runs.insert(new, first)
         });
         if let Some(session) = session {
@@ -721,6 +738,7 @@ impl Core {
             run_id: request.run,
             affinity,
             matched,
+            seen: rollout::Seen::of_exchange(run.is_some()),
             fixed: false,
             placing,
             tried: Vec::new(),

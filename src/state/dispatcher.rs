@@ -2,14 +2,18 @@
 //!
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config;
 use crate::ids::{self, RunId};
 use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
+use crate::rollout::{Command, Moment, Refused, Rollout};
 use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant};
 use crate::state::idempotency::{self, ANSWERS_BYTES_MAX, Start, StartKey, Starts};
 use crate::state::queue::{Class, Principal};
@@ -20,6 +24,9 @@ use crate::state::status::{CancelReport, DueCall, RunInfo, ServiceStatus, Sessio
 use crate::state::waiting::Waiting;
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
 
+/// Copies of starts (`shadow`) that may be under way at once; more are not made.
+const COPIES_MAX: usize = 64;
+
 /// Slots of the session table that are read under one hold of the lock.
 const SCAN: u32 = 1024;
 
@@ -29,6 +36,10 @@ pub struct Dispatcher {
     core: Mutex<Core>,
     /// Starts that carry a key. Apart from the core: whoever comes without one never looks here.
     starts: Mutex<Starts>,
+    /// It has a rollout, which wants to know more of runs than is worth the lock otherwise.
+    judged: AtomicBool,
+    /// One for each copy that may be under way.
+    copies: Arc<Semaphore>,
     metrics: Arc<ServiceMetrics>,
 }
 
@@ -105,6 +116,12 @@ pub struct Placed {
     pub lease: Lease,
 }
 
+/// Where a copy of a start goes. Its permit is given back when the copy is over.
+pub struct Shadowed {
+    pub target: Arc<Target>,
+    pub permit: OwnedSemaphorePermit,
+}
+
 /// What a pick gives.
 pub enum Picked {
     Placed(Placed),
@@ -135,8 +152,18 @@ pub struct Lease {
 impl Dispatcher {
     /// A service that no configuration has described yet: every pick is refused.
     pub fn new(name: &str, metrics: Arc<ServiceMetrics>) -> Arc<Dispatcher> {
+        let copies = Arc::new(Semaphore::new(COPIES_MAX));
         let starts = Mutex::new(Starts::new(Duration::ZERO, Budget::new(ANSWERS_BYTES_MAX)));
-        Arc::new(Dispatcher { name: name.into(), core: Mutex::new(Core::new(name)), starts, metrics })
+        let mut core = Core::new(name);
+        core.set_wall_clock(ids::now(), Moment::of(ids::wall_clock()));
+        Arc::new(Dispatcher {
+            name: name.into(),
+            core: Mutex::new(core),
+            starts,
+            judged: AtomicBool::new(false),
+            copies,
+            metrics,
+        })
     }
 
     pub fn name(&self) -> &Arc<str> {
@@ -206,6 +233,7 @@ impl Dispatcher {
         if let Some(idempotency) = &settings.config.runs.idempotency {
             self.starts().set_keep(idempotency.keep);
         }
+        self.judged.store(settings.config.rollout.is_some(), Ordering::Relaxed);
         self.with(|core| core.apply(settings, now));
     }
 
@@ -274,6 +302,36 @@ impl Dispatcher {
         forgotten
     }
 
+    /// The rollout as it stands; `None`: the configuration has none.
+    pub fn rollout(&self, now: Instant) -> Option<Rollout> {
+        self.with(|core| core.rollout(now).cloned())
+    }
+
+    /// Follows a person's command to the rollout. `None`: the configuration has none.
+    pub fn steer_rollout(&self, command: Command, now: Instant) -> Option<Result<Rollout, Refused>> {
+        self.with(|core| Some(core.steer_rollout(command, now)?.cloned()))
+    }
+
+    /// Where a copy of a start goes: see [`Core::shadow`]. `None`: nowhere, or too many are under way.
+    pub fn shadow(&self, version: &str, place: u64) -> Option<Shadowed> {
+        let permit = Arc::clone(&self.copies).try_acquire_owned().ok()?;
+        let target = self.with(|core| core.shadow(version, place))?;
+        Some(Shadowed { target, permit })
+    }
+
+    /// Has the sessions of a version that have no run outstanding placed anew, by the weights, each at its next start,
+    /// and says how many. `None`: there is no such version.
+    pub fn evict_sessions(&self, version: &str, now: Instant) -> Option<usize> {
+        let mut evicted = 0;
+        let mut from = Some(0);
+        while let Some(slot) = from {
+            let (count, next) = self.with(|core| core.evict_sessions(version, slot, SCAN, now))?;
+            evicted += count;
+            from = next;
+        }
+        Some(evicted)
+    }
+
     /// A ready endpoint has a free slot.
     pub fn ready_for_work(&self, now: Instant) -> bool {
         self.with(|core| core.ready_for_work(now))
@@ -319,15 +377,18 @@ impl Dispatcher {
     }
 
     /// Does something under the lock. What became free by it is handed on before the lock is released; whoever got it is
-    /// woken after.
+    /// woken after, and where a rollout went by it is logged.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Core) -> T) -> T {
-        let (done, wakers) = {
+        let (done, wakers, transitions) = {
             let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
             let done = act(&mut core);
-            (done, core.settle_up())
+            (done, core.settle_up(), core.take_transitions())
         };
         for waker in wakers {
             waker.wake();
+        }
+        for transition in transitions {
+            tracing::info!(service = &*self.name, "rollout: {transition}");
         }
         done
     }
@@ -376,6 +437,23 @@ impl Lease {
     pub fn report(&mut self, evidence: Evidence, now: Instant) {
         if let Some(grant) = &self.grant {
             self.dispatcher.with(|core| core.report(grant, evidence, now));
+        }
+    }
+
+    /// How the run ends is not its version's doing: it is not told to the judge of a rollout.
+    pub fn keep_from_judge(&mut self) {
+        if let Some(grant) = &mut self.grant {
+            grant.keep_from_judge();
+        }
+    }
+
+    /// When the answer's first event came, where one has.
+    pub fn first_event(&mut self, at: Option<Instant>) {
+        if let (Some(grant), Some(at)) = (&mut self.grant, at)
+            && self.dispatcher.judged.load(Ordering::Relaxed)
+            && grant.begins()
+        {
+            self.dispatcher.with(|core| core.first_event(grant, at));
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::balance::Score;
 use crate::config;
 use crate::state::Target;
+use crate::state::status::Dealt;
 
 /// Weights are compared in thousandths, so that slow start can take a part of them.
 const FULL_WEIGHT: u64 = 1000;
@@ -117,12 +118,25 @@ pub(crate) struct ByLoad {
     pub endpoint: u32,
 }
 
+/// What a version was given by weight: what a `match` sent is not in it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Dealing {
+    /// Since the version is known.
+    pub total: Dealt,
+    /// What that was when the weights changed last.
+    pub before: Dealt,
+}
+
 /// One version of the service.
 pub(crate) struct Version {
     pub name: Arc<str>,
     /// [`crate::balance::version_hash`] of the name.
     pub hash: u64,
+    /// As configured.
     pub weight: u32,
+    /// What new sessions are dealt by, in [`crate::rollout::WEIGHT_UNIT`]s: a rollout shares out what its versions have.
+    pub effective_weight: u64,
+    pub dealt: Dealing,
     /// The newest configuration names it.
     pub configured: bool,
     /// In the order of the configuration; removed ones after.
@@ -211,6 +225,8 @@ impl Version {
             hash: crate::balance::version_hash(&name),
             name,
             weight: 0,
+            effective_weight: 0,
+            dealt: Dealing::default(),
             configured: false,
             endpoints: Vec::new(),
             by_load: BTreeSet::new(),

@@ -27,6 +27,12 @@ pub(crate) struct Run {
     pub origin: Origin,
     /// The protocol's own id of it.
     pub key: Option<Box<str>>,
+    /// A `versions[].match` chose its version, and it has no session.
+    pub matched: bool,
+    /// How it ends is not its version's doing.
+    pub unjudged: bool,
+    /// When its first event came, where its start's exchange brought one.
+    pub first_event: Option<Instant>,
     pub ended: bool,
     /// Tells its carriers that it was ended from elsewhere.
     pub stop: Arc<Stop>,
@@ -100,7 +106,7 @@ pub(crate) struct Runs {
 impl Runs {
     /// Adds a run before `first`, the newest run of its session. What is returned is the newest now.
     pub fn insert(&mut self, run: NewRun, first: Option<u32>) -> u32 {
-        let NewRun { id, target, endpoint, session, started, about, carriers } = run;
+        let NewRun { id, target, endpoint, session, started, about, carriers, matched } = run;
         let run = Run {
             id,
             target,
@@ -112,6 +118,9 @@ impl Runs {
             about,
             origin: Origin::default(),
             key: None,
+            matched,
+            unjudged: false,
+            first_event: None,
             ended: false,
             stop: Arc::default(),
             seen: started,
@@ -271,4 +280,5 @@ pub(crate) struct NewRun {
     pub started: Instant,
     pub about: About,
     pub carriers: u32,
+    pub matched: bool,
 }

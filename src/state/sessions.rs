@@ -37,7 +37,14 @@ const SETTLED: u32 = 2;
 const MATCHED: u32 = 4;
 /// Only another name of a session.
 const ALIAS: u32 = 8;
-const FLAG_BITS: u32 = 4;
+/// It began before its pin: it was moved, or a cookie told where it lives. So its age is not known, and it is not judged.
+const CARRIED: u32 = 16;
+/// At its next start it is placed anew, by the weights.
+const EVICTED: u32 = 32;
+const FLAG_BITS: u32 = 6;
+
+/// Seconds that fit beside the flags: two years. Sessions that begin later count as born then.
+const BORN_MAX: u32 = u32::MAX >> FLAG_BITS;
 
 /// The clock of the table: steps of 10 ms, which wrap after 497 days.
 pub(crate) type Ticks = u32;
@@ -133,7 +140,7 @@ impl Sessions {
     pub fn insert(&mut self, key: &SessionKey, endpoint: u32, matched: bool, born_seconds: u32) -> u32 {
         let flags = if matched { MATCHED } else { 0 };
         self.sessions += 1;
-        self.add(key, endpoint, born_seconds << FLAG_BITS | flags)
+        self.add(key, endpoint, born_seconds.min(BORN_MAX) << FLAG_BITS | flags)
     }
 
     /// Makes `key` another name of `session`, unless it is known or the table has enough. Of a session with many names
@@ -236,6 +243,30 @@ impl Sessions {
         let record = self.record_mut(session);
         record.set_flag(CONFIRMED, false);
         record.set_flag(SETTLED, false);
+    }
+
+    /// Notes that it is older than its pin.
+    pub fn carry(&mut self, session: u32) {
+        self.record_mut(session).set_flag(CARRIED, true);
+    }
+
+    /// When it began, in seconds since the service's start; `None`: before its pin.
+    pub fn born_seconds(&self, session: u32) -> Option<u32> {
+        let record = self.record(session);
+        (!record.flag(CARRIED)).then_some(record.born_and_flags >> FLAG_BITS)
+    }
+
+    pub fn matched(&self, session: u32) -> bool {
+        self.record(session).flag(MATCHED)
+    }
+
+    /// Whether it is to be placed anew at its next start.
+    pub fn evict(&mut self, session: u32, evicted: bool) {
+        self.record_mut(session).set_flag(EVICTED, evicted);
+    }
+
+    pub fn evicted(&self, session: u32) -> bool {
+        self.record(session).flag(EVICTED)
     }
 
     pub fn confirmed(&self, session: u32) -> bool {

@@ -1,8 +1,9 @@
 //! Status: what the live state tells the admin API and the metrics.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::ids::RunId;
 use crate::protocols::Call;
@@ -31,12 +32,40 @@ pub struct ServiceStatus {
 pub struct VersionStatus {
     pub name: String,
     pub weight: u32,
-    pub effective_weight: u32,
+    #[serde(serialize_with = "whole_where_it_is")]
+    pub effective_weight: f64,
+    /// What it was given by weight since it is known.
+    #[serde(skip)]
+    pub dealt: Dealt,
+    pub share: Share,
     pub sessions: u64,
     pub outstanding_runs: u64,
     /// As of the service.
     pub capacity: Option<u64>,
     pub endpoints: Vec<EndpointStatus>,
+}
+
+/// What a version was given by weight, without what a `match` sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Dealt {
+    /// Sessions that began.
+    pub sessions: u64,
+    /// Runs that ended, and how long they took together.
+    pub runs: u64,
+    pub run_time: Duration,
+}
+
+/// The part that a version really has of what all were given by weight since the weights changed last, from 0 to 1;
+/// `None`: nothing was given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Share {
+    /// Of the weights: what the others should be.
+    pub weight: Option<f64>,
+    /// Of the sessions that began.
+    pub sessions: Option<f64>,
+    /// Of the runs that ended, whenever their sessions began, and of the time that they took.
+    pub runs: Option<f64>,
+    pub run_minutes: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -153,4 +182,10 @@ pub enum CancelReport {
     Sent,
     /// Nobody can be asked; it does not count any more.
     Impossible,
+}
+
+/// Whole numbers as such, as they were configured: `95`, not `95.0`.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn whole_where_it_is<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    if number.fract() == 0.0 { serializer.serialize_u64(*number as u64) } else { serializer.serialize_f64(*number) }
 }

@@ -17,6 +17,7 @@ impl Core {
         let old = std::mem::replace(&mut self.rules, Rules::of(&config));
         let (was_checked, took_turns) = (old.checked, old.takes_turns());
         self.take_versions(&config.versions);
+        self.take_rollout(config.rollout.as_ref(), now);
 
         let mut removed = Vec::new();
         for number in self.endpoints.numbers() {

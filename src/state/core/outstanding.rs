@@ -56,6 +56,7 @@ impl Core {
             run_id: joins.then_some(id),
             affinity: AffinityOutcome::Hit,
             matched: false,
+            seen: super::rollout::Seen::default(),
             fixed: true,
             placing: false,
             tried: Vec::new(),
@@ -94,6 +95,7 @@ impl Core {
         let run = self.runs.run(number).filter(|run| !run.ended)?;
         let (endpoint, session, carriers) = (run.endpoint, run.session, run.carriers);
         let ended = Ended { target: run.target.clone(), outcome, duration: run.age(now) };
+        self.judge_run(number, outcome, now);
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
         if let Some(run) = self.runs.run_mut(number) {
@@ -131,6 +133,7 @@ impl Core {
         now: Instant,
     ) {
         let now = self.advance(now);
+        self.note(grant);
         for fact in facts.drain(..) {
             match fact {
                 Fact::Session(text) => self.learn(grant, &SessionKey { scope, text: text.into() }, now),
@@ -209,6 +212,7 @@ impl Core {
                 started: now,
                 about: about.clone(),
                 carriers: 0,
+                matched: grant.matched,
             },
             first,
         );

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::rollout::WEIGHT_UNIT;
 use crate::state::core::Core;
 use crate::state::endpoints::{Endpoint, HealthStanding, Version};
 use crate::state::sessions::TICK;
@@ -116,7 +117,9 @@ impl Core {
         VersionStatus {
             name: version.name.to_string(),
             weight: version.weight,
-            effective_weight: version.weight,
+            effective_weight: version.effective_weight as f64 / WEIGHT_UNIT as f64,
+            dealt: version.dealt.total,
+            share: self.share(version),
             sessions: endpoints().map(|endpoint| u64::from(endpoint.sessions)).sum(),
             outstanding_runs: endpoints().map(|endpoint| u64::from(endpoint.outstanding)).sum(),
             capacity: self.capacity(version),

@@ -337,6 +337,8 @@ impl Core {
         };
         if let Some(key) = ask.key.filter(|_| self.rules.affinity != config::Affinity::None) {
             let here = match self.live_session(key, now) {
+                // Where the weights send it, is known when it is placed.
+                Some(session) if starts && self.is_evicted(session) => return Ok(anywhere),
                 Some(session) => {
                     let here = self.sessions.endpoint(session);
                     Some((here, self.runs.any_at(self.sessions.first_run(session), here)))
@@ -714,7 +716,7 @@ impl Core {
             }
         }
         let version = endpoint.version;
-        let common = self.versions[version].weight > 0;
+        let common = self.versions[version].effective_weight > 0;
         (slot || open).then_some(Offer { endpoint: number, version, slot, open, common })
     }
 
