@@ -65,7 +65,6 @@ pub struct Target {
 #[derive(Default)]
 pub struct Cut {
     count: AtomicU32,
-    looks: AtomicU32,
     /// One for each worker, as far as they reach: every request waits here for a moment, and what workers share goes to
     /// and fro between their cores.
     told: [Told; TOLD_PLACES],
@@ -93,24 +92,13 @@ impl Cut {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Is woken by the next one, and by [`Cut::look`].
+    /// Is woken by the next one.
     pub fn told(&self) -> Notified<'_> {
         self.told[told_place()].0.notified()
     }
 
     pub fn now(&self) {
         self.count.fetch_add(1, Ordering::Release);
-        self.look();
-    }
-
-    /// How often exchanges were asked to look whether they are meant.
-    pub fn looks(&self) -> u32 {
-        self.looks.load(Ordering::Acquire)
-    }
-
-    /// Asks every exchange to look whether its own run was ended from elsewhere.
-    pub fn look(&self) {
-        self.looks.fetch_add(1, Ordering::Release);
         for told in &self.told {
             told.0.notify_waiters();
         }

@@ -33,45 +33,32 @@ pub struct Hearing<'a> {
     since: Since<'a>,
     /// Of the exchange's run, where it carries one.
     stop: Option<Arc<Stop>>,
-    /// [`Cut::looks`] when it began to listen.
-    looks: u32,
     wakes: Option<Waker>,
 }
 
 impl<'a> Hearing<'a> {
     /// To be polled with what [`Cut::told`] gave before the first poll.
     pub fn new(since: Since<'a>, stop: Option<&Arc<Stop>>) -> Hearing<'a> {
-        Hearing { since, stop: stop.cloned(), looks: since.cut.looks(), wakes: None }
+        Hearing { since, stop: stop.cloned(), wakes: None }
     }
 
-    pub fn poll(&mut self, mut told: Pin<&mut Notified<'a>>, context: &mut Context<'_>) -> Poll<Heard> {
-        let Since { cut, count } = self.since;
-        loop {
-            if cut.count() != count {
-                return Poll::Ready(Heard::DrainOver);
-            }
-            if let Some(outcome) = self.stop.as_ref().and_then(|stop| stop.outcome()) {
-                return Poll::Ready(Heard::Stopped(outcome));
-            }
-            if cut.looks() != self.looks {
-                // It was meant for somebody else: listen anew, and only then see whether there was another.
-                told.set(cut.told());
-                self.looks = cut.looks();
-                self.wakes = None;
-                // It may have been meant for us since we looked above.
-                continue;
-            }
-            if self.wakes.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
-                return Poll::Pending;
+    pub fn poll(&mut self, told: Pin<&mut Notified<'_>>, context: &mut Context<'_>) -> Poll<Heard> {
+        if self.since.cut.count() != self.since.count {
+            return Poll::Ready(Heard::DrainOver);
+        }
+        if !self.wakes.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+            if let Some(stop) = &self.stop {
+                stop.wakes(context.waker());
             }
             // One that comes from here on wakes this task; one that came just now has told `told`.
-            if told.as_mut().poll(context).is_pending() {
-                self.wakes = Some(context.waker().clone());
-                // What was decided between the look above and this is seen at the next turn.
-                if cut.looks() == self.looks && cut.count() == count {
-                    return Poll::Pending;
-                }
+            if told.poll(context).is_ready() {
+                return Poll::Ready(Heard::DrainOver);
             }
+            self.wakes = Some(context.waker().clone());
+        }
+        match self.stop.as_ref().and_then(|stop| stop.outcome()) {
+            Some(outcome) => Poll::Ready(Heard::Stopped(outcome)),
+            None => Poll::Pending,
         }
     }
 }

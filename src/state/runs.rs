@@ -1,8 +1,9 @@
 //! Runs: a record for every piece of agent work, from its reservation to its end, whatever carries it meanwhile.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crate::ids::RunId;
@@ -78,17 +79,39 @@ pub(crate) struct Cancelling {
 
 /// Shared by a run and those who carry it: how it was ended from elsewhere, if it was.
 #[derive(Debug, Default)]
-pub struct Stop(AtomicU8);
+pub struct Stop {
+    outcome: AtomicU8,
+    /// Those who want to hear of it: nearly always one.
+    wakers: Mutex<(Option<Waker>, Vec<Waker>)>,
+}
 
 impl Stop {
     pub(crate) fn set(&self, outcome: RunOutcome) {
-        self.0.store(outcome as u8 + 1, Ordering::Release);
+        self.outcome.store(outcome as u8 + 1, Ordering::Release);
+        let (first, more) = std::mem::take(&mut *self.wakers());
+        first.into_iter().chain(more).for_each(Waker::wake);
     }
 
     /// As what the run was ended.
     pub fn outcome(&self) -> Option<RunOutcome> {
-        let index = usize::from(self.0.load(Ordering::Acquire)).checked_sub(1)?;
+        let index = usize::from(self.outcome.load(Ordering::Acquire)).checked_sub(1)?;
         RunOutcome::ALL.get(index).copied()
+    }
+
+    /// Is woken when it is ended. Whoever asks looks at [`Stop::outcome`] after this.
+    pub fn wakes(&self, waker: &Waker) {
+        let (first, more) = &mut *self.wakers();
+        match first {
+            None => *first = Some(waker.clone()),
+            Some(known) if known.will_wake(waker) => {}
+            Some(_) if more.iter().any(|known| known.will_wake(waker)) => {}
+            // Those who have left are woken for nothing, and are few.
+            Some(_) => more.push(waker.clone()),
+        }
+    }
+
+    fn wakers(&self) -> MutexGuard<'_, (Option<Waker>, Vec<Waker>)> {
+        self.wakers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

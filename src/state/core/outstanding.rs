@@ -355,7 +355,6 @@ impl Core {
         let run = self.runs.run_mut(number).filter(|run| !run.ended)?;
         let call = run.reference().and_then(|reference| run.about.protocol?.cancel_call(&reference, how));
         run.stop.set(outcome);
-        run.target.cut.look();
         let until = now + CANCEL_TIMEOUT;
         let Some(call) = call else {
             if run.carriers == 0 {
