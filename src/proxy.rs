@@ -344,6 +344,17 @@ fn after_own_answer(client: &Peer, caller: &Caller, connection: &Connection) -> 
     }
 }
 
+/// Tells of an error in the event stream that was begun in the queue, which then breaks off visibly.
+async fn fail_stream(client: &mut Peer, error: ProxyError, timer: &mut Timer, record: &mut Record) -> After {
+    record.code = Some(error.code);
+    let (_, body) = problem::error(&error, record.caller_form.as_deref());
+    let event = [b"event: error\ndata: ", body.trim_ascii(), b"\n\n"].concat();
+    record.own_bytes_out = event.len() as u64;
+    respond::write(client, event.into(), timer).await;
+    reset(client, h2::Reason::INTERNAL_ERROR);
+    After::Close
+}
+
 /// Tells the client of an error that came before any answer.
 async fn answer_error(
     connection: &Connection,
@@ -354,6 +365,9 @@ async fn answer_error(
     record: &mut Record,
 ) -> After {
     tracing::debug!(code = error.code.as_str(), detail = %error.detail, "exchange failed");
+    if record.begun {
+        return fail_stream(client, error, timer, record).await;
+    }
     record.status = error.status.as_u16();
     record.code = Some(error.code);
     let (mut head, body) = problem::error(&error, record.caller_form.as_deref());

@@ -374,6 +374,7 @@ snapshot_of_mistakes!(
         "runs: {double_texting: {policy: rollback}}",
         "runs: {double_texting: {policy: rollback}}\n    agent_protocol: a2a",
         "runs: {idempotency: {key: [{json: /id}]}}",
+        "runs: {queue: {progress: 15s}}\n    agent_protocol: langgraph",
         "runs: {on_disconnect: {continue_for: 0s}}",
     ]
 );
@@ -453,8 +454,6 @@ snapshot_of_mistakes!(
     not_available_yet_in_services,
     in_service,
     [
-        "runs: {queue: {max: 5, timeout: 1s, progress: 15s, priority_header: x-priority}}",
-        "runs: {queue: {progress: 15s}}\n    agent_protocol: langgraph",
         "runs: {resume: {buffer: 1MiB}}",
         "health: {path: /, draining_status: 503}",
     ]

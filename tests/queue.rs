@@ -258,6 +258,59 @@ async fn the_kill_switch_frees_a_slot_and_ends_what_it_names() {
     proxy.metric_becomes("longhaul_runs_total", &["outcome=\"cancelled\""], 1.0).await;
 }
 
+#[tokio::test]
+async fn who_reads_events_is_told_its_position_while_it_waits() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let urls = [backend.url().to_owned()];
+    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 5, timeout: 1s, progress: 50ms}")).await;
+    let mut first = proxy.connect().await;
+    first.send(start("")).await;
+    let running = backend.drip().await;
+    let mut second = waiting_client(&proxy, "Accept: text/event-stream\r\n", 1.0).await;
+    let mut third = waiting_client(&proxy, "Accept: text/event-stream\r\n", 2.0).await;
+    let mut plain = waiting_client(&proxy, "", 3.0).await;
+    let head = second.read_head().await;
+    assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
+    let run = head.header("longhaul-run-id").expect("an id").to_owned();
+    second.read_chunks_until(": queue position 1\n\n").await;
+    third.read_head().await;
+    third.read_chunks_until(": queue position 2\n\n").await;
+    running.finish().await;
+    let running = backend.drip().await;
+    assert_eq!(running.request.header("longhaul-run-id"), Some(run.as_str()));
+    third.read_chunks_until(": queue position 1\n\n").await;
+    running.event("hello").await;
+    second.read_chunks_until("data: hello\n\n").await;
+    // Too late for the others: who was told its position reads of it in its stream, which then breaks off.
+    let seen = third.read_to_end_of_body().await;
+    assert!(seen.contains("event: error\ndata: {") && seen.contains("queue_timeout"), "{seen}");
+    assert_eq!(plain.read_response().await.code().as_deref(), Some("queue_timeout"));
+    running.finish().await;
+    let rest = second.read_chunk().await;
+    assert!(rest.is_none(), "it ends as a whole one");
+}
+
+#[tokio::test]
+async fn what_fails_after_a_position_was_told_is_an_event_and_a_visible_cut() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let urls = [backend.url().to_owned()];
+    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 5, progress: 50ms}")).await;
+    let mut first = proxy.connect().await;
+    first.send(start("")).await;
+    let running = backend.drip().await;
+    backend.next(support::Script::status(500));
+    let mut second = waiting_client(&proxy, "Accept: text/event-stream\r\n", 1.0).await;
+    second.read_head().await;
+    second.read_chunks_until(": queue position 1\n\n").await;
+    running.finish().await;
+    let seen = String::from_utf8_lossy(&second.read_to_end().await).into_owned();
+    assert!(seen.contains("event: error\ndata: {") && seen.contains("upstream_reset"), "{seen}");
+    assert!(!seen.ends_with("0\r\n\r\n"), "it does not end as a whole one: {seen}");
+    proxy.metric_becomes("longhaul_runs_total", &["outcome=\"failed\""], 1.0).await;
+}
+
 /// A small generator of even numbers.
 struct Chance(u64);
 

@@ -24,7 +24,6 @@ const NOT_YET: &[NotYet] = &[
     not_yet("kubernetes.keda", "leave it out; scale on longhaul_run_demand from /metrics"),
     not_yet("kubernetes.pod_deletion_cost", "leave it out"),
     not_yet("kubernetes.leader_election", "leave it out"),
-    not_yet("services[].runs.queue.progress", "leave it out"),
     not_yet("services[].runs.resume", "leave it out"),
     not_yet("services[].health.draining_status", "leave it out; a draining endpoint can fail its check instead"),
     not_yet(

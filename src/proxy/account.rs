@@ -52,6 +52,8 @@ pub struct Record {
     /// 0: no answer was begun.
     pub status: u16,
     pub code: Option<Code>,
+    /// An event stream was begun before there was an answer: what fails from then on is an event of it.
+    pub begun: bool,
     pub outcome: Option<RunOutcome>,
     /// The exchange starts its run (it may also join one).
     pub starts: bool,
@@ -85,6 +87,7 @@ impl Record {
             path: if keep_path { request.path.as_str().into() } else { "".into() },
             status: 0,
             code: None,
+            begun: false,
             outcome: None,
             starts: false,
             caller_form: None,

@@ -168,6 +168,7 @@ pub async fn forward(
                 connect_timeout,
                 fresh,
                 goes_on: kept.is_some(),
+                begun: record.begun,
             },
             client,
             &mut request,
@@ -314,6 +315,8 @@ struct Attempt<'a> {
     fresh: bool,
     /// The answer is wanted though its client may leave.
     goes_on: bool,
+    /// Its stream was begun while it waited.
+    begun: bool,
 }
 
 #[expect(clippy::large_enum_variant, reason = "one at a time, and the large one is the usual one")]
@@ -344,7 +347,7 @@ async fn try_once(
     direction: &mut Direction,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh, goes_on } = attempt;
+    let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh, goes_on, begun } = attempt;
     let pool = &asked.connection.worker.pool;
     let kept = if fresh { None } else { upstream::pooled(pool, target) };
     let connected = match kept {
@@ -373,7 +376,7 @@ async fn try_once(
         // What an HTTP/2 client sends on its CONNECT belongs to the tunnel, which the endpoint may yet refuse.
         direction.skip_body();
     }
-    let interim_passes = asked.caller.version != Version::Http10;
+    let interim_passes = asked.caller.version != Version::Http10 && !begun;
     if !http1 && request.expect_continue {
         // Towards an HTTP/2 endpoint nobody would wait for the word: we say it.
         request.expect_continue = false;
@@ -488,6 +491,12 @@ fn begin_answer(
         lease.keep_from_judge();
     }
     let tunnel = status == 101;
+    if record.begun && (status != 200 || !is_event_stream(&answer) || answer.fields.contains("content-encoding")) {
+        lease.outcome(outcome);
+        record.ended(Finish::Ended(outcome));
+        let detail = format!("the endpoint answered {status}, and no event stream, when the wait was over");
+        return Err(ProxyError::new(Code::UpstreamReset, detail));
+    }
     if tunnel && !direction.done() {
         lease.outcome(RunOutcome::Failed);
         let detail = "the endpoint switched protocols before the request had ended (RFC 9110 section 7.8)";
@@ -570,6 +579,7 @@ fn begin_answer(
     let from_http1 = upstream.peer.is_http1();
     let raw = tunnel
         || (untouched
+            && !record.begun
             && from_http1
             && client.is_http1()
             && answer.framing == Framing::Chunked
@@ -578,7 +588,8 @@ fn begin_answer(
     let bodiless = matches!(answer.framing, Framing::None | Framing::Length(0)) && !tunnel;
     let client_keep_alive = may_keep_alive(connection, client, caller) && answer.framing != Framing::Eof && !tunnel;
     let eof_framed = caller.version == Version::Http10 && answer.framing == Framing::Chunked;
-    let client_keep_alive = client_keep_alive && !eof_framed;
+    // The head of a stream that was begun in the queue has said that the connection closes.
+    let client_keep_alive = client_keep_alive && !eof_framed && !record.begun;
     let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
     let heartbeat = service.config.runs.heartbeat.filter(|_| {
         is_event_stream(&answer)
@@ -589,7 +600,10 @@ fn begin_answer(
     let run_deadline = deadlines.run;
     let is_timed = run_deadline.is_some() || heartbeat.is_some();
     let timed = is_timed.then(|| Box::new(Timed { run_deadline, heartbeat }));
-    let begun = respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless);
+    let begun = match record.begun {
+        true => Ok(()),
+        false => respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless),
+    };
     // Where the answer is recorded, the relay finds that its client is gone.
     if begun.is_err() && kept.is_none() {
         let finish = gone_before_answer(service, response_observer.watching_mut(), &mut lease);

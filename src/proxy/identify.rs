@@ -64,7 +64,8 @@ pub fn kind(service: &config::Service, request: &RequestHead) -> Kind {
     if start { Kind::Start } else { Kind::Other }
 }
 
-fn accepts_event_stream(request: &RequestHead) -> bool {
+/// The client reads event streams.
+pub fn accepts_event_stream(request: &RequestHead) -> bool {
     request.fields.get_all("accept").any(|value| {
         value.split(|byte| *byte == b',').any(|range| {
             let media_type = range.split(|byte| *byte == b';').next().unwrap_or_default();

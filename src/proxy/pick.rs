@@ -3,24 +3,26 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
+use bytes::Bytes;
 use http::StatusCode;
 
 use crate::config::{self, Policy};
 use crate::error::{Code, ProxyError};
 use crate::ids::{self, RunId};
-use crate::message::RequestHead;
+use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
 use crate::proxy::account::Record;
-use crate::proxy::identify::Identity;
+use crate::proxy::identify::{self, Identity};
 use crate::proxy::peer::Peer;
-use crate::proxy::route;
 use crate::proxy::timer::Timer;
+use crate::proxy::{respond, route};
 use crate::snapshot::Service;
 use crate::state::dispatcher::{Ask, Picked, Placed};
 use crate::state::queue::Class;
 use crate::state::runs::About;
 use crate::state::waiting::Waiting;
-use crate::state::{Kind, Refusal, RunOutcome};
+use crate::state::{AffinityOutcome, Kind, Refusal, RunOutcome};
 
 /// By which a request chooses another policy than the configured one, where it may.
 pub const OVERRIDE_HEADER: &str = "longhaul-double-texting";
@@ -75,7 +77,7 @@ pub async fn pick(
     let Wanted { service, identity, .. } = wanted;
     let found = match ask(wanted) {
         Ok(Picked::Placed(placed)) => Ok(placed),
-        Ok(Picked::Waiting(waiting)) => match Box::pin(wait(waiting, client, timer, record)).await {
+        Ok(Picked::Waiting(waiting)) => match Box::pin(wait(waiting, progress(wanted), client, timer, record)).await {
             Some(found) => found,
             None => {
                 if identity.kind == Kind::Start {
@@ -140,26 +142,106 @@ fn credentials(request: &RequestHead) -> Vec<(&'static str, String)> {
     CREDENTIALS.into_iter().filter_map(|name| Some((name, value(name)?))).collect()
 }
 
+/// How often a waiting client is told its position, where that is configured and it reads an event stream.
+fn progress(wanted: Wanted<'_>) -> Option<(Duration, Version)> {
+    let Wanted { service, request, identity, id, .. } = wanted;
+    // Of an answer that is recorded the head has to be the endpoint's own, as for protocols whose clients need it; and
+    // whoever waits for 100 (Continue) must not get an answer first.
+    let head_matters = identity
+        .recognised
+        .as_ref()
+        .and_then(|recognised| recognised.protocol)
+        .is_some_and(|protocol| ["langgraph", "mcp", "acp"].contains(&protocol.name()));
+    let may = identity.kind == Kind::Start
+        && id.is_none()
+        && !head_matters
+        && !request.expect_continue
+        && request.upgrade.is_none()
+        && identify::accepts_event_stream(request);
+    service.config.runs.queue.progress.filter(|_| may).map(|every| (every, request.version))
+}
+
 /// Waits for an endpoint, as long as the queue allows and the client stays. `None`: it has left.
 async fn wait(
     mut waiting: Waiting,
+    progress: Option<(Duration, Version)>,
     client: &mut Peer,
     timer: &mut Timer,
     record: &mut Record,
 ) -> Option<Result<Placed, Refusal>> {
+    let mut next = progress.map(|(every, _)| ids::now() + every);
+    let mut comment = Bytes::new();
     let found = poll_fn(|context| {
-        if let Poll::Ready(found) = waiting.poll(context) {
+        if comment.is_empty()
+            && let Poll::Ready(found) = waiting.poll(context)
+        {
             return Poll::Ready(Some(found));
         }
         // On HTTP/1.1 the end is seen behind as much of the body as a read buffer holds.
         if client.poll_gone(context).is_ready() {
             return Poll::Ready(None);
         }
-        timer.poll_passed(context, waiting.until()).map(|()| Some(waiting.time_out(ids::now())))
+        loop {
+            while !comment.is_empty() {
+                match client.poll_write(context, &comment) {
+                    Poll::Ready(Ok(count)) => drop(comment.split_to(count)),
+                    Poll::Ready(Err(_)) => return Poll::Ready(None),
+                    // Nothing may come between the parts of a comment, so what is given meanwhile waits, too.
+                    Poll::Pending => return timer.poll_passed(context, waiting.until()).map(|()| None),
+                }
+                if comment.is_empty() {
+                    if let Poll::Ready(found) = waiting.poll(context) {
+                        return Poll::Ready(Some(found));
+                    }
+                    if let Poll::Ready(Err(_)) = client.poll_flush(context) {
+                        return Poll::Ready(None);
+                    }
+                }
+            }
+            let until = next.map_or(waiting.until(), |next| next.min(waiting.until()));
+            if timer.poll_passed(context, until).is_pending() {
+                return Poll::Pending;
+            }
+            let now = ids::now();
+            let (Some((every, version)), true) = (progress, now < waiting.until()) else {
+                return Poll::Ready(Some(waiting.time_out(now)));
+            };
+            if !record.begun {
+                record.begun = true;
+                record.status = 200;
+                if begin(client, version, &waiting).is_err() {
+                    return Poll::Ready(None);
+                }
+            }
+            comment = Bytes::from(format!(": queue position {}\n\n", waiting.position().unwrap_or(0)));
+            next = Some(now + every);
+        }
     })
     .await;
     record.queued = waiting.waited(ids::now());
     found
+}
+
+/// Begins an event stream before its endpoint is known.
+fn begin(client: &mut Peer, version: Version, waiting: &Waiting) -> std::io::Result<()> {
+    let mut fields = Fields::with_capacity(192, 4);
+    fields.append("content-type", b"text/event-stream");
+    fields.append("cache-control", b"no-store");
+    fields.append("longhaul-affinity", AffinityOutcome::None.as_str().as_bytes());
+    if let Some(run) = waiting.run_id() {
+        fields.append("longhaul-run-id", run.to_string().as_bytes());
+    }
+    let mut head = ResponseHead {
+        status: StatusCode::OK,
+        reason: None,
+        version: Version::Http11,
+        fields,
+        framing: Framing::Chunked,
+        declared_length: None,
+        keep_alive: true,
+        upgrade: None,
+    };
+    respond::begin(client, &mut head, version, true, false, false)
 }
 
 /// What to tell whoever was given no endpoint.

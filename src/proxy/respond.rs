@@ -46,6 +46,25 @@ pub async fn send(
     .await
 }
 
+/// Writes a part of a body that was begun, and does not end it.
+pub async fn write(client: &mut Peer, mut left: Bytes, timer: &mut Timer) {
+    let deadline = crate::ids::now() + SEND_TIMEOUT;
+    poll_fn(|context| {
+        while !left.is_empty() {
+            match client.poll_write(context, &left) {
+                Poll::Ready(Ok(count)) => drop(left.split_to(count)),
+                Poll::Ready(Err(_)) => return Poll::Ready(()),
+                Poll::Pending => return timer.poll_passed(context, deadline),
+            }
+        }
+        match client.poll_flush(context) {
+            Poll::Ready(_) => Poll::Ready(()),
+            Poll::Pending => timer.poll_passed(context, deadline),
+        }
+    })
+    .await;
+}
+
 /// Begins an answer on the client's side. `passes_chunks`: the endpoint's chunk framing is passed on as it is;
 /// `end`: there is no body.
 pub fn begin(

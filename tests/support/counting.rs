@@ -68,6 +68,8 @@ impl Counting {
                     tokio::select! {
                         accepted = listener.accept() => {
                             let (stream, _) = accepted.expect("a connection");
+                            // Otherwise the last bytes of a run would wait for the word that the first have come.
+                            stream.set_nodelay(true).expect("a TCP socket");
                             tokio::spawn(serve(stream, Arc::clone(&serving), releases.clone()));
                         }
                         _ = stopped.changed() => return,
