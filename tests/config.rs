@@ -453,10 +453,7 @@ snapshot_of_mistakes!(
 snapshot_of_mistakes!(
     not_available_yet_in_services,
     in_service,
-    [
-        "runs: {resume: {buffer: 1MiB}}",
-        "health: {path: /, draining_status: 503}",
-    ]
+    ["runs: {resume: {buffer: 1MiB}}", "health: {path: /, draining_status: 503}",]
 );
 
 snapshot_of_mistakes!(
