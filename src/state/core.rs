@@ -314,7 +314,8 @@ impl Core {
             _ if grant.fixed => from,
             Some((here, true)) if here == from => from,
             Some((here, settled)) if here != from && (settled || self.may_follow(grant, here)) => {
-                if grant.tried.contains(&here) {
+                // One that is gone is kept for its pins only.
+                if grant.tried.contains(&here) || self.endpoints[here].gone {
                     return Err(Unplaced::Empty);
                 }
                 if grant.run.is_some() && !self.endpoints[here].has_slot() {
