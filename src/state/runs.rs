@@ -25,7 +25,8 @@ pub(crate) struct Run {
     /// How often it was sent, the first time included.
     pub attempts: u32,
     pub about: About,
-    pub origin: Origin,
+    /// `None`: its end matters to no turn and no principal.
+    pub origin: Option<Box<Origin>>,
     /// The protocol's own id of it.
     pub key: Option<Box<str>>,
     /// A `versions[].match` chose its version, and it has no session.
@@ -139,7 +140,7 @@ impl Runs {
             carriers,
             attempts: 1,
             about,
-            origin: Origin::default(),
+            origin: None,
             key: None,
             matched,
             unjudged: false,

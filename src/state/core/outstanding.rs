@@ -98,9 +98,14 @@ impl Core {
         self.judge_run(number, outcome, now);
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
-        if let Some(run) = self.runs.run_mut(number) {
-            let (id, origin) = (run.id, std::mem::take(&mut run.origin));
-            self.room.run_ended(id, &origin, self.rules.any_limit, now);
+        if self.rules.any_limit {
+            self.room.slot_freed(now);
+        }
+        if let Some(run) = self.runs.run_mut(number)
+            && let Some(origin) = run.origin.take()
+        {
+            let id = run.id;
+            self.room.run_ended(id, &origin);
         }
         if !self.endpoints[endpoint].ready {
             // A session that waits for it alone may be free to move.

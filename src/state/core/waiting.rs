@@ -81,8 +81,7 @@ struct Waiter {
     counted: bool,
 }
 
-/// What a run keeps of how it came to be.
-#[derive(Default)]
+/// What a run keeps of how it came to be, where that matters at its end.
 pub(crate) struct Origin {
     /// The session among whose starts it counts.
     pub turn: Option<SessionKey>,
@@ -204,11 +203,13 @@ impl Room {
         self.serving
     }
 
-    /// A run has ended: its slot is free, its session's next may go.
-    pub fn run_ended(&mut self, run: RunId, origin: &Origin, limited: bool, now: Instant) {
-        if limited {
-            self.rate.event(now);
-        }
+    /// A slot is free, of those that are limited.
+    pub fn slot_freed(&mut self, now: Instant) {
+        self.rate.event(now);
+    }
+
+    /// A run has ended: its session's next may go.
+    pub fn run_ended(&mut self, run: RunId, origin: &Origin) {
         if let Some(session) = &origin.turn {
             self.due.extend(self.turns.ended(session, run));
         }
@@ -499,8 +500,10 @@ impl Core {
         if !self.rules.takes_turns() {
             return;
         }
-        if let Some(run) = self.runs.run_mut(number).filter(|run| !run.ended && run.origin.turn.is_none()) {
-            run.origin.turn = Some(session.clone());
+        let Some(run) = self.runs.run_mut(number).filter(|run| !run.ended) else { return };
+        let origin = run.origin.get_or_insert_with(|| Box::new(Origin { turn: None, principal: None }));
+        if origin.turn.is_none() {
+            origin.turn = Some(session.clone());
             self.room.turns.adopt(session, run.id);
         }
     }
@@ -519,7 +522,7 @@ impl Core {
             return;
         }
         if let Some(run) = grant.run.and_then(|run| self.runs.run_mut(run)) {
-            run.origin = Origin { turn, principal };
+            run.origin = Some(Box::new(Origin { turn, principal }));
             if let (Some(principal), false) = (principal, counted) {
                 self.room.count(principal);
             }
@@ -592,7 +595,17 @@ impl Core {
     // Handing on.
 
     /// Hands on what has become free. To be called before the lock is released, after whatever was done under it.
+    #[inline]
     pub fn settle_up(&mut self) -> Vec<Waker> {
+        let room = &self.room;
+        // What nobody waits for is nobody's.
+        if room.queue.is_empty() && room.wakers.is_empty() && room.paces.is_empty() {
+            return Vec::new();
+        }
+        self.hand_on()
+    }
+
+    fn hand_on(&mut self) -> Vec<Waker> {
         let room = &self.room;
         let nothing_changed = room.changed.is_empty() && room.changed_sessions.is_empty() && !room.all_changed;
         if room.freed.is_empty() && room.due.is_empty() && nothing_changed {
