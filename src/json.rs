@@ -10,28 +10,29 @@ const DEPTH_MAX: usize = 64;
 /// A value longer than this, unescaped, counts as absent.
 const VALUE_BYTES_MAX: usize = 1024;
 
-/// Pointers made ready to be looked for, once for many documents.
+/// Pointers made ready to be looked for, once for many documents: the tree that their tokens make.
 #[derive(Debug)]
 pub struct Pointers {
-    list: Vec<Pointer>,
+    /// As RFC 6901 writes them, by number.
+    texts: Vec<Box<str>>,
+    /// The first is the whole document.
+    nodes: Vec<Node>,
     /// Longer keys are none of the wanted ones.
     key_bytes_max: usize,
-    /// Those to the whole document.
-    whole: Vec<usize>,
 }
 
+/// A place that a pointer ends at or goes through.
 #[derive(Debug)]
-struct Pointer {
-    /// As RFC 6901 writes it.
-    text: Box<str>,
-    tokens: Vec<Token>,
-}
-
-#[derive(Debug)]
-struct Token {
+struct Node {
+    /// The token that leads here from the node above.
     name: String,
-    /// As an array index: digits without a leading zero.
+    /// That token as an array index: digits without a leading zero.
     index: Option<u64>,
+    children: Vec<usize>,
+    /// The pointers that end here: several where one was asked for more than once.
+    targets: Vec<usize>,
+    /// How many pointers end here or below.
+    count: usize,
 }
 
 /// A value at a pointer.
@@ -56,13 +57,15 @@ pub enum Found<'a> {
 pub struct Extractor {
     pointers: Arc<Pointers>,
     /// By pointer.
-    wanted: Vec<Wanted>,
-    /// How many of `wanted` are still open.
+    values: Vec<Option<Value>>,
+    /// By node: it has been met, and what comes under its name again does not count.
+    met: Vec<bool>,
+    /// How many pointers are neither found nor known to be absent.
     open: usize,
     stack: Vec<Container>,
     state: State,
-    /// Which of `wanted` the value that comes next, or is being read, is meant for.
-    targets: Vec<usize>,
+    /// Whose value comes next or is being read.
+    target: Option<usize>,
     /// The key or value being read; its length is bounded.
     text: Vec<u8>,
     /// Whether the text being read is of use: still short enough, and wanted.
@@ -82,15 +85,6 @@ pub enum Progress {
     Failed,
 }
 
-#[derive(Debug, Default)]
-struct Wanted {
-    /// How many tokens the way to the innermost open container has matched.
-    matched: usize,
-    /// Found, or can't be found any more.
-    settled: bool,
-    value: Option<Value>,
-}
-
 #[derive(Debug)]
 enum Value {
     Text(String),
@@ -100,10 +94,13 @@ enum Value {
 }
 
 #[derive(Debug)]
-enum Container {
-    Object,
-    /// With the index of the element that is being read or comes next.
-    Array(u64),
+struct Container {
+    /// Of an array: the index of the element that is being read or comes next.
+    array: Option<u64>,
+    /// Where pointers go on.
+    node: Option<usize>,
+    /// How many pointers are open once it is read: none of those that go through it.
+    open_after: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,32 +178,42 @@ impl Pointers {
     }
 
     fn of_tokens(pointers: impl Iterator<Item = Vec<String>>) -> Pointers {
-        let token = |name: String| Token { index: array_index(&name), name };
-        let list: Vec<Pointer> = pointers
-            .map(|tokens| Pointer {
-                text: tokens.iter().map(|name| format!("/{}", name.replace('~', "~0").replace('/', "~1"))).collect(),
-                tokens: tokens.into_iter().map(token).collect(),
-            })
-            .collect();
-        Pointers {
-            key_bytes_max: list
-                .iter()
-                .flat_map(|pointer| &pointer.tokens)
-                .map(|token| token.name.len())
-                .max()
-                .unwrap_or(0),
-            whole: (0..list.len()).filter(|&index| list[index].tokens.is_empty()).collect(),
-            list,
+        let mut all = Pointers { texts: Vec::new(), nodes: vec![Node::new(String::new())], key_bytes_max: 0 };
+        for (number, tokens) in pointers.enumerate() {
+            all.texts
+                .push(tokens.iter().map(|name| format!("/{}", name.replace('~', "~0").replace('/', "~1"))).collect());
+            let mut node = 0;
+            all.nodes[node].count += 1;
+            for name in tokens {
+                all.key_bytes_max = all.key_bytes_max.max(name.len());
+                let known = all.nodes[node].children.iter().copied().find(|&child| all.nodes[child].name == name);
+                let child = known.unwrap_or_else(|| {
+                    all.nodes.push(Node::new(name));
+                    let child = all.nodes.len() - 1;
+                    all.nodes[node].children.push(child);
+                    child
+                });
+                all.nodes[child].count += 1;
+                node = child;
+            }
+            all.nodes[node].targets.push(number);
         }
+        all
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.list.len()
+        self.texts.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.list.is_empty()
+        self.texts.is_empty()
+    }
+}
+
+impl Node {
+    fn new(name: String) -> Node {
+        Node { index: array_index(&name), name, children: Vec::new(), targets: Vec::new(), count: 0 }
     }
 }
 
@@ -220,9 +227,10 @@ impl Extractor {
     pub fn of(pointers: Arc<Pointers>) -> Extractor {
         Extractor {
             open: pointers.len(),
-            targets: pointers.whole.clone(),
+            target: Some(0),
             progress: if pointers.is_empty() { Progress::Done } else { Progress::More },
-            wanted: (0..pointers.len()).map(|_| Wanted::default()).collect(),
+            values: (0..pointers.len()).map(|_| None).collect(),
+            met: vec![false; pointers.nodes.len()],
             pointers,
             stack: Vec::new(),
             state: State::Value,
@@ -280,7 +288,7 @@ impl Extractor {
         if self.progress == Progress::Failed {
             return None;
         }
-        Some(match self.wanted.get(index)?.value.as_ref()? {
+        Some(match self.values.get(index)?.as_ref()? {
             Value::Text(text) => Found::Text(text),
             Value::Word(text) => Found::Word(text),
             Value::Container => Found::Container,
@@ -290,7 +298,7 @@ impl Extractor {
 
     /// What is at the pointer written so, which must be one of the wanted.
     pub fn at(&self, pointer: &str) -> Option<Found<'_>> {
-        let index = self.pointers.list.iter().position(|wanted| *wanted.text == *pointer);
+        let index = self.pointers.texts.iter().position(|text| **text == *pointer);
         debug_assert!(index.is_some(), "{pointer} is not looked for");
         self.found(index?)
     }
@@ -392,20 +400,20 @@ impl Extractor {
             (State::Value | State::FirstElement, _) => self.begin_value(byte)?,
             (State::FirstKey | State::Key, b'"') => {
                 self.text.clear();
-                self.keep = self.is_way(self.stack.len());
+                self.keep = self.place().is_some_and(|node| !node.children.is_empty());
                 self.state = State::String { is_key: true };
             }
             (State::Colon, b':') => self.state = State::Value,
             (State::AfterValue, b',') => match self.stack.last_mut() {
-                Some(Container::Array(index)) => {
+                Some(Container { array: Some(index), .. }) => {
                     *index += 1;
                     self.state = State::Value;
                     self.aim_at_element();
                 }
                 _ => self.state = State::Key,
             },
-            (State::AfterValue, b']') if matches!(self.stack.last(), Some(Container::Array(_))) => self.close(),
-            (State::AfterValue, b'}') if matches!(self.stack.last(), Some(Container::Object)) => self.close(),
+            (State::AfterValue, b']') if self.stack.last().is_some_and(|inner| inner.array.is_some()) => self.close(),
+            (State::AfterValue, b'}') if self.stack.last().is_some_and(|inner| inner.array.is_none()) => self.close(),
             _ => return Err(Invalid),
         }
         Ok(1)
@@ -413,10 +421,10 @@ impl Extractor {
 
     fn begin_value(&mut self, byte: u8) -> Result<(), Invalid> {
         self.text.clear();
-        self.keep = self.targets.iter().any(|&index| self.is_target(index));
+        self.keep = self.target.is_some_and(|node| !self.pointers.nodes[node].targets.is_empty());
         match byte {
-            b'{' => return self.open(Container::Object),
-            b'[' => return self.open(Container::Array(0)),
+            b'{' => return self.open(None),
+            b'[' => return self.open(Some(0)),
             b'"' => self.state = State::String { is_key: false },
             b't' => self.state = State::Literal { word: "true", count: 1 },
             b'f' => self.state = State::Literal { word: "false", count: 1 },
@@ -434,24 +442,23 @@ impl Extractor {
         Ok(())
     }
 
-    fn open(&mut self, container: Container) -> Result<(), Invalid> {
+    fn open(&mut self, array: Option<u64>) -> Result<(), Invalid> {
         if self.stack.len() == DEPTH_MAX {
             return Err(Invalid);
         }
-        for index in std::mem::take(&mut self.targets) {
-            if self.is_target(index) {
-                self.settle(index, Some(Value::Container));
-            } else {
-                // Its first token matched on the way here: this container is the only one that it can go on in.
-                self.wanted[index].matched += 1;
+        let node = self.target.take();
+        let below = node.map_or(0, |node| self.pointers.nodes[node].count);
+        let open_after = self.open - below;
+        if let Some(node) = node {
+            self.met[node] = true;
+            for &pointer in &self.pointers.nodes[node].targets {
+                self.values[pointer] = Some(Value::Container);
+                self.open -= 1;
             }
         }
-        self.state = match container {
-            Container::Object => State::FirstKey,
-            Container::Array(_) => State::FirstElement,
-        };
-        self.stack.push(container);
-        if self.state == State::FirstElement {
+        self.stack.push(Container { array, node, open_after });
+        self.state = if array.is_some() { State::FirstElement } else { State::FirstKey };
+        if array.is_some() {
             self.aim_at_element();
         }
         Ok(())
@@ -459,34 +466,39 @@ impl Extractor {
 
     fn close(&mut self) {
         // What was looked for here did not come. A second container of the same name does not count.
-        for index in 0..self.wanted.len() {
-            if !self.wanted[index].settled && self.is_on_way(index, self.stack.len()) {
-                self.settle(index, None);
-            }
+        if let Some(container) = self.stack.pop() {
+            self.open = container.open_after;
         }
-        self.stack.pop();
-        self.targets.clear();
+        self.target = None;
         self.after_value();
     }
 
     /// Ends a string, number or literal that is a value.
     fn end_scalar(&mut self, kind: fn(String) -> Value) {
-        for index in std::mem::take(&mut self.targets) {
-            let value = self.is_target(index).then(|| {
+        if let Some(node) = self.target.take() {
+            self.settle(node);
+            for &pointer in &self.pointers.nodes[node].targets {
                 let text = self.keep.then(|| std::str::from_utf8(&self.text).ok()).flatten();
-                text.map_or(Value::Unreadable, |text| kind(text.to_owned()))
-            });
-            self.settle(index, value);
+                self.values[pointer] = Some(text.map_or(Value::Unreadable, |text| kind(text.to_owned())));
+            }
         }
         self.after_value();
     }
 
     /// Null is as good as nothing.
     fn end_null(&mut self) {
-        for index in std::mem::take(&mut self.targets) {
-            self.settle(index, None);
+        if let Some(node) = self.target.take() {
+            self.settle(node);
         }
         self.after_value();
+    }
+
+    /// A value that is no container was read: nothing can come below it. (Where it is the whole document, what follows
+    /// must still be shown to be nothing.)
+    fn settle(&mut self, node: usize) {
+        self.met[node] = true;
+        let Node { targets, count, .. } = &self.pointers.nodes[node];
+        self.open -= if self.stack.is_empty() { targets.len() } else { *count };
     }
 
     fn after_value(&mut self) {
@@ -494,55 +506,29 @@ impl Extractor {
     }
 
     fn end_key(&mut self) {
-        self.targets.clear();
+        self.target = None;
         if self.keep {
-            let depth = self.stack.len();
-            for index in 0..self.wanted.len() {
-                if self.is_open_way(index, depth)
-                    && self.pointers.list[index].tokens[depth - 1].name.as_bytes() == self.text
-                {
-                    self.targets.push(index);
-                }
-            }
+            self.target = self.child(|child| child.name.as_bytes() == self.text);
         }
         self.state = State::Colon;
     }
 
-    /// Sets the targets for the element that comes in the innermost array.
+    /// Sets the target for the element that comes in the innermost array.
     fn aim_at_element(&mut self) {
-        self.targets.clear();
-        let Some(&Container::Array(position)) = self.stack.last() else { return };
-        let depth = self.stack.len();
-        for index in 0..self.wanted.len() {
-            if self.is_open_way(index, depth) && self.pointers.list[index].tokens[depth - 1].index == Some(position) {
-                self.targets.push(index);
-            }
-        }
+        let position = self.stack.last().and_then(|inner| inner.array);
+        self.target = self.child(|child| child.index == position);
     }
 
-    /// Whether any pointer may have its next token in the innermost container, which is `depth` deep.
-    fn is_way(&self, depth: usize) -> bool {
-        (0..self.wanted.len()).any(|index| self.is_open_way(index, depth))
+    /// The innermost container, where pointers go on in it.
+    fn place(&self) -> Option<&Node> {
+        self.stack.last()?.node.map(|node| &self.pointers.nodes[node])
     }
 
-    fn is_open_way(&self, index: usize, depth: usize) -> bool {
-        !self.wanted[index].settled && self.is_on_way(index, depth)
-    }
-
-    /// The way to the container at `depth` has `depth - 1` tokens.
-    fn is_on_way(&self, index: usize, depth: usize) -> bool {
-        self.wanted[index].matched + 1 == depth && self.pointers.list[index].tokens.len() >= depth
-    }
-
-    /// Whether the value that comes is the pointer's own, not one on the way to it.
-    fn is_target(&self, index: usize) -> bool {
-        self.pointers.list[index].tokens.len() == self.stack.len()
-    }
-
-    fn settle(&mut self, index: usize, value: Option<Value>) {
-        self.wanted[index].value = value;
-        self.wanted[index].settled = true;
-        self.open -= 1;
+    /// The node of the innermost container that is so and was not met yet.
+    fn child(&self, is_it: impl Fn(&Node) -> bool) -> Option<usize> {
+        let nodes = &self.pointers.nodes;
+        let found = self.place()?.children.iter().copied().find(|&child| is_it(&nodes[child]))?;
+        (!self.met[found]).then_some(found)
     }
 
     /// Adds to the text being read, as long as it is of use.
@@ -660,6 +646,52 @@ impl Number {
     fn may_end(self) -> bool {
         matches!(self, Number::Zero | Number::Integer | Number::Fraction | Number::ExponentDigits)
     }
+}
+
+/// The keys on the way to the key whose opening quote is at `position`, outermost first, written into `keys`.
+///
+/// A quick look at a whole document for who knows already where something stands in it, without keeping anything.
+/// `None`: it can't be told so (an escape in a key, deeper than `keys` is long, no JSON), and must be read.
+pub fn keys_around<'k, 'a>(document: &'a [u8], position: usize, keys: &'k mut [&'a [u8]]) -> Option<&'k [&'a [u8]]> {
+    let mut depth = 0_usize;
+    let mut at = 0;
+    while at < position {
+        match document[at] {
+            b'"' => {
+                let start = at + 1;
+                at = start + memchr::memchr2(b'"', b'\\', document.get(start..)?)?;
+                let is_escaped = document[at] == b'\\';
+                while document[at] == b'\\' {
+                    at += 2;
+                    at += memchr::memchr2(b'"', b'\\', document.get(at..)?)?;
+                }
+                let text = &document[start..at];
+                at += 1;
+                while matches!(document.get(at), Some(b' ' | b'\t' | b'\n' | b'\r')) {
+                    at += 1;
+                }
+                if document.get(at) == Some(&b':') {
+                    if is_escaped {
+                        return None;
+                    }
+                    *keys.get_mut(depth.checked_sub(1)?)? = text;
+                }
+            }
+            // An element of an array stands behind no key.
+            b'{' | b'[' => {
+                *keys.get_mut(depth)? = b"";
+                depth += 1;
+                at += 1;
+            }
+            b'}' | b']' => {
+                depth = depth.checked_sub(1)?;
+                at += 1;
+            }
+            _ => at += 1,
+        }
+    }
+    // Otherwise it stands inside a string. The last key is that of the object that holds the one asked for.
+    if at == position { keys.get(..depth.checked_sub(1)?) } else { None }
 }
 
 /// Checks UTF-8 that may be cut inside a character.
@@ -890,6 +922,33 @@ mod tests {
         assert_eq!(one(&long(1025), "/a"), None);
         assert_eq!(one(&long(1025), "/b").as_deref(), Some("1"));
         assert_eq!(one(&format!(r#"{{"{}":2,"a":1}}"#, "a".repeat(100_000)), "/a").as_deref(), Some("1"));
+    }
+
+    #[test]
+    fn keys_around_a_key() {
+        let around = |document: &str| {
+            let position = document.find("\"x\"").expect("it is there");
+            let mut keys = [&b""[..]; 3];
+            let found = super::keys_around(document.as_bytes(), position, &mut keys)?;
+            Some(found.iter().map(|key| String::from_utf8_lossy(key).into_owned()).collect::<Vec<_>>().join("/"))
+        };
+        for (document, keys) in [
+            (r#"{"x":1}"#, Some("")),
+            (r#"{"a":{"c":{"d":"e"}},"b":{"c": "d","x":1}}"#, Some("b")),
+            (r#"{"a":{"b":[1,2],"c":{"x":1}}}"#, Some("a/c")),
+            (r#"{"a":[{"x":1}]}"#, Some("a/")),
+            (r#"{"a":"\"b\\\\\"","b":{"x":1}}"#, Some("b")),
+            (r#"{"a\"":{"x":1}}"#, None),
+            (r#"{"a": "c" ,"b" :{"x":1}}"#, Some("b")),
+            (r#"{"a":{"b":{"c":{"x":1}}}}"#, None),
+            (r#"{"a":"\"","b":{"x":1}}"#, Some("b")),
+            (r#"{"a":1}}"x":1"#, None),
+        ] {
+            assert_eq!(around(document).as_deref(), keys, "{document}");
+        }
+        let (inside, mut keys) = (br#"{"a":"b","c":"d \"x\" e"}"#, [&b""[..]; 3]);
+        let position = memchr::memmem::find(inside, b"\"x").expect("it is there");
+        assert_eq!(super::keys_around(inside, position, &mut keys), None);
     }
 
     fn document() -> impl Strategy<Value = Value> {

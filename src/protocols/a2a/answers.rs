@@ -4,7 +4,7 @@ use std::sync::{Arc, LazyLock};
 
 use memchr::memmem;
 
-use crate::json::{Extractor, Pointers};
+use crate::json::{Extractor, Pointers, keys_around};
 use crate::message::Fields;
 use crate::protocols::{
     AtEnd, Fact, Look, Standing, Watch, is_event_stream, is_json, is_success, key, outcome_of_status,
@@ -220,7 +220,13 @@ impl Watch for Answer {
             return;
         }
         let learns = self.role == Role::Start && self.run.is_none();
-        if learns || tells_an_end(event.data) || is_error(event.data) {
+        let is_error = is_error(event.data);
+        if !learns
+            && !is_error
+            && let Some(outcome) = plain_end(self.rpc, event.data)
+        {
+            facts.push(Fact::Ended(outcome));
+        } else if learns || is_error || tells_an_end(event.data) {
             self.reply(&Extractor::read(places(self.rpc), event.data), facts);
         }
     }
@@ -252,6 +258,21 @@ fn tells_an_end(data: &[u8]) -> bool {
             _ => false,
         }
     })
+}
+
+/// How the task ended, where an event tells it as agents write it. `None`: it tells no end, or must be read.
+fn plain_end(rpc: bool, data: &[u8]) -> Option<RunOutcome> {
+    let mut places = STATE.find_iter(data);
+    let (place, None) = (places.next()?, places.next()) else { return None };
+    let rest = data[place + STATE.needle().len()..].strip_prefix(b":")?.trim_ascii_start().strip_prefix(b"\"")?;
+    let state = std::str::from_utf8(&rest[..memchr::memchr2(b'"', b'\\', rest)?]).ok()?;
+    let Standing::Ended(outcome) = standing(state) else { return None };
+    let mut keys = [&b""[..]; 12];
+    let mut around = keys_around(data, place, &mut keys)?;
+    if rpc {
+        around = around.strip_prefix(&[&b"result"[..]])?;
+    }
+    matches!(around, [b"status"] | [b"statusUpdate" | b"task", b"status"]).then_some(outcome)
 }
 
 /// What follows the name and its colon, wherever it stands.
