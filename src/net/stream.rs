@@ -1,11 +1,14 @@
 //! Stream: a connected socket, plain or TLS, with the readiness call that the relay needs.
 
 use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
+use rustix::net::{RecvFlags, SendFlags};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::task::coop;
 
 /// A connected socket without TLS.
 pub enum Plain {
@@ -55,6 +58,9 @@ impl Stream {
 
     /// Reads into `buffer`; 0 is the end.
     pub fn poll_read_into(&mut self, context: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        if let Stream::Plain(plain) = self {
+            return plain.poll_receive(context, buffer);
+        }
         let mut target = ReadBuf::new(buffer);
         ready!(Pin::new(self).poll_read(context, &mut target))?;
         Poll::Ready(Ok(target.filled().len()))
@@ -62,10 +68,11 @@ impl Stream {
 
     /// Writes what the slices hold, as far as the socket takes it.
     pub fn poll_write_slices(&mut self, context: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        match slices {
+        match (self, slices) {
             // The system call for one slice is the cheaper one.
-            [slice] => Pin::new(self).poll_write(context, slice),
-            _ => Pin::new(self).poll_write_vectored(context, slices),
+            (Stream::Plain(plain), [slice]) => plain.poll_send(context, slice),
+            (stream, [slice]) => Pin::new(stream).poll_write(context, slice),
+            (stream, _) => Pin::new(stream).poll_write_vectored(context, slices),
         }
     }
 
@@ -111,6 +118,75 @@ impl Plain {
         match self {
             Plain::Tcp(stream) => stream.poll_read_ready(context),
             Plain::Unix(stream) => stream.poll_read_ready(context),
+        }
+    }
+
+    /// As [`AsyncRead::poll_read`]. The system is called without the C library, whose calls may be cancelled by other
+    /// threads and pay for that each time.
+    fn poll_receive(&self, context: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        let budget = ready!(coop::poll_proceed(context));
+        loop {
+            let outcome = self.transfer(Interest::READABLE, buffer.len(), |socket| {
+                Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::empty())?.0)
+            });
+            match outcome {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(self.poll_read_ready(context))?,
+                done => {
+                    budget.made_progress();
+                    return Poll::Ready(done);
+                }
+            }
+        }
+    }
+
+    /// As [`AsyncWrite::poll_write`], by the way of [`Plain::poll_receive`].
+    fn poll_send(&self, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let budget = ready!(coop::poll_proceed(context));
+        loop {
+            let outcome = self.transfer(Interest::WRITABLE, data.len(), |socket| {
+                Ok(rustix::net::send(socket, data, SendFlags::NOSIGNAL)?)
+            });
+            match outcome {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(self.poll_write_ready(context))?,
+                done => {
+                    budget.made_progress();
+                    return Poll::Ready(done);
+                }
+            }
+        }
+    }
+
+    /// Makes `call` if the socket is ready, and notes where it no longer is: after less than was `wanted` the next
+    /// call would only say so.
+    fn transfer(
+        &self,
+        interest: Interest,
+        wanted: usize,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let mut transferred = None;
+        let mut once = |socket: BorrowedFd<'_>| loop {
+            match call(socket) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+                Ok(count) => {
+                    transferred = Some(count);
+                    let is_short = 0 < count && count < wanted;
+                    return if is_short { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(count) };
+                }
+            }
+        };
+        let outcome = match self {
+            Plain::Tcp(stream) => stream.try_io(interest, || once(stream.as_fd())),
+            Plain::Unix(stream) => stream.try_io(interest, || once(stream.as_fd())),
+        };
+        transferred.map_or(outcome, Ok)
+    }
+
+    fn poll_write_ready(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Plain::Tcp(stream) => stream.poll_write_ready(context),
+            Plain::Unix(stream) => stream.poll_write_ready(context),
         }
     }
 
