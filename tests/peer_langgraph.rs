@@ -274,3 +274,119 @@ async fn recognised_failures_inside_a_200_are_failures() {
     transcript(CLIENT, &url(&proxy), &["errors"]).await;
     proxy.metric_becomes("longhaul_runs_total", &["outcome=\"failed\""], 3.0).await;
 }
+
+/// What became of the first run of a thread and of the second message, which came while that run was at work.
+#[derive(Debug, PartialEq)]
+struct SecondMessage {
+    /// As the server has it; 404 where it is gone.
+    first: Value,
+    /// The answer to the second message, and its run as the server has it.
+    status: u16,
+    second: Value,
+    /// What the agent has heard in this thread, as its state has it at the end.
+    heard: Value,
+    /// The second run was created before the first one's end.
+    overlap: bool,
+}
+
+/// Sends a second message into a thread whose run is at work, and waits for the end of both.
+async fn message_mid_run(proxy: &Proxy) -> SecondMessage {
+    let thread = create_thread(proxy).await;
+    let path = format!("/threads/{thread}/runs");
+    let message = |say: &str, steps: u32| {
+        // Left to itself the server would take any number: it is the proxy's strategy that shows.
+        json!({"assistant_id": "agent", "input": {"say": say, "steps": steps, "sleep": 0.1}, "multitask_strategy": "enqueue"})
+    };
+    let run = |answer: &Value| format!("{path}/{}", answer["run_id"].as_str().unwrap_or("none"));
+    let first = run(&post_json(proxy.address, &path, "", &message("first", 20)).await.json());
+    let status_of = async |run: &str| {
+        let answer = get(proxy.address, run, "").await;
+        if answer.status() == 200 { answer.json()["status"].clone() } else { json!(answer.status()) }
+    };
+    let at_rest = async |run: &str| {
+        eventually_async("the run ends", || async {
+            !["pending", "running"].map(Value::from).contains(&status_of(run).await)
+        })
+        .await;
+    };
+    eventually_async("the first run is at work", || async { status_of(&first).await == "running" }).await;
+    let answer = post_json(proxy.address, &path, "", &message("second", 1)).await;
+    let first_then = status_of(&first).await;
+    let overlap = answer.status() == 200 && (first_then == "running" || first_then == "pending");
+    at_rest(&first).await;
+    let second = if answer.status() == 200 {
+        let second = run(&answer.json());
+        at_rest(&second).await;
+        status_of(&second).await
+    } else {
+        answer.json()["code"].clone()
+    };
+    let state = get(proxy.address, &format!("/threads/{thread}/state"), "").await.json();
+    SecondMessage {
+        first: status_of(&first).await,
+        status: answer.status(),
+        second,
+        heard: state["values"]["heard"].clone(),
+        overlap,
+    }
+}
+
+/// Twenty threads at once over three servers, each strategy: what the servers did is what it promises.
+async fn assert_double_texting(policy: &str, more: &str, promised: impl Fn() -> SecondMessage) {
+    let servers = SERVERS.take(3).await;
+    let runs = format!("    runs: {{double_texting: {{policy: {policy}}}{more}}}\n");
+    let proxy = proxy_before(&servers, "langgraph", &runs).await;
+    let threads = futures_util::future::join_all((0..20).map(|_| message_mid_run(&proxy))).await;
+    for thread in threads {
+        assert_eq!(thread, promised(), "{policy}");
+    }
+    proxy.metric_becomes("longhaul_outstanding_runs", &[], 0.0).await;
+}
+
+#[tokio::test]
+async fn a_second_message_is_rejected_before_real_servers() {
+    assert_double_texting("reject", "", || SecondMessage {
+        first: json!("success"),
+        status: 409,
+        second: json!("session_busy"),
+        heard: json!(["first"]),
+        overlap: false,
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_second_message_waits_before_real_servers() {
+    assert_double_texting("enqueue", ", queue: {max: 100}", || SecondMessage {
+        first: json!("success"),
+        status: 200,
+        second: json!("success"),
+        heard: json!(["first", "second"]),
+        overlap: false,
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_second_message_interrupts_before_real_servers() {
+    assert_double_texting("interrupt", "", || SecondMessage {
+        first: json!("interrupted"),
+        status: 200,
+        second: json!("success"),
+        heard: json!(["second"]),
+        overlap: false,
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_second_message_rolls_back_before_real_servers() {
+    assert_double_texting("rollback", "", || SecondMessage {
+        first: json!(404),
+        status: 200,
+        second: json!("success"),
+        heard: json!(["second"]),
+        overlap: false,
+    })
+    .await;
+}

@@ -1,12 +1,12 @@
 //! Endpoints: the live endpoints of a service and who is least loaded.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::balance::Score;
 use crate::config;
 use crate::state::Target;
+use crate::state::ordered::Ordered;
 use crate::state::status::Dealt;
 
 /// Weights are compared in thousandths, so that slow start can take a part of them.
@@ -142,11 +142,11 @@ pub(crate) struct Version {
     /// In the order of the configuration; removed ones after.
     pub endpoints: Vec<u32>,
     /// Ready endpoints with a free slot, least loaded first, least recently picked first among equals.
-    by_load: BTreeSet<ByLoad>,
+    by_load: Ordered<ByLoad>,
     /// Those with a free slot that are in slow start: their weight changes with time, so they are compared at each pick.
     ramping: Vec<u32>,
     /// Ready endpoints, full or not, in the order of their next turn.
-    rotation: BTreeSet<(u128, u32)>,
+    rotation: Ordered<(u128, u32)>,
     /// Where the rotation is; endpoints that join begin here.
     pass: u128,
     pub ejected: u32,
@@ -229,9 +229,9 @@ impl Version {
             dealt: Dealing::default(),
             configured: false,
             endpoints: Vec::new(),
-            by_load: BTreeSet::new(),
+            by_load: Ordered::default(),
             ramping: Vec::new(),
-            rotation: BTreeSet::new(),
+            rotation: Ordered::default(),
             pass: 0,
             ejected: 0,
         }
