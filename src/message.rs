@@ -149,6 +149,10 @@ impl Fields {
 
     /// Removes every field `name`.
     pub fn remove(&mut self, name: &str) {
+        // Nearly always it is not there.
+        if !self.contains(name) {
+            return;
+        }
         let data = &self.data;
         self.entries.retain(|entry| {
             let keep = !entry.is_named(data, name);
@@ -157,9 +161,12 @@ impl Fields {
         });
     }
 
-    /// Keeps the fields for which `keep(name, value)` holds.
-    pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8]) -> bool) {
+    /// Keeps the fields for which `keep(name, value)` holds. It may be asked more than once for one field.
+    pub fn retain(&mut self, keep: impl Fn(&[u8], &[u8]) -> bool) {
         let data = &self.data;
+        if self.entries.iter().all(|entry| keep(entry.name(data), entry.value(data))) {
+            return;
+        }
         self.entries.retain(|entry| {
             let keep = keep(entry.name(data), entry.value(data));
             self.has_gaps |= !keep;

@@ -105,6 +105,10 @@ pub fn apply(fields: &mut Fields, peer: &Peer, is_trusted: bool, scheme: &str, a
         return;
     }
     fields.retain(|name, _| {
+        // By their first letter most are settled.
+        if !matches!(name, [b'x' | b'X' | b'f' | b'F' | b'l' | b'L', ..]) {
+            return true;
+        }
         let is_claim = [FOR, PROTO, HOST, FORWARDED].iter().any(|claim| name.eq_ignore_ascii_case(claim.as_bytes()));
         !is_claim && !edits::is_own(name)
     });
@@ -130,7 +134,8 @@ pub fn add_ids(fields: &mut Fields, ids: &RequestIds) {
     if fields.get(REQUEST_ID).is_none_or(<[u8]>::is_empty) {
         let id = uuid::Builder::from_random_bytes(ids.request_id).into_uuid();
         let mut buffer = uuid::Uuid::encode_buffer();
-        fields.set(REQUEST_ID, id.hyphenated().encode_lower(&mut buffer).as_bytes());
+        fields.remove(REQUEST_ID);
+        fields.append(REQUEST_ID, id.hyphenated().encode_lower(&mut buffer).as_bytes());
     }
     if fields.get(TRACEPARENT).is_none_or(<[u8]>::is_empty) {
         fields.remove(TRACEPARENT);
