@@ -1,5 +1,6 @@
 //! State: the live half of the proxy, keyed by identity and untouched by reloads: endpoints, sessions, runs.
 
+pub mod changes;
 pub mod core;
 pub mod dispatcher;
 mod endpoints;

@@ -14,6 +14,7 @@ use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
 use crate::rollout::{Command, Moment, Refused, Rollout};
+use crate::state::changes::Delta;
 use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant, Restored};
 use crate::state::idempotency::{self, ANSWERS_BYTES_MAX, Start, StartKey, Starts};
 use crate::state::image::{Place, RunsTaken, ServiceImage};
@@ -334,6 +335,27 @@ impl Dispatcher {
         self.with(|core| core.restore(image, settings, now))
     }
 
+    /// From here on what changes is marked for the store; `told` is set with every mark.
+    pub fn keep_changes(&self, told: Arc<AtomicBool>, whole: bool) {
+        self.with(|core| core.keep_changes(told, whole));
+    }
+
+    /// The store is to write everything anew.
+    pub fn change_whole(&self) {
+        self.with(Core::change_whole);
+    }
+
+    /// What has changed since the last time; `None`: nothing. Taken in steps, so that nobody waits for it.
+    pub fn take_changes(&self, now: Instant) -> Option<Delta> {
+        let mut taking = self.with(|core| core.take_changes(now))?;
+        loop {
+            match self.with(|core| core.take_more(taking, SCAN as usize, now)) {
+                Ok(delta) => return Some(delta),
+                Err(more) => taking = more,
+            }
+        }
+    }
+
     /// Where a copy of a start goes: see [`Core::shadow`]. `None`: nowhere, or too many are under way.
     pub fn shadow(&self, version: &str, place: u64) -> Option<Shadowed> {
         let permit = Arc::clone(&self.copies).try_acquire_owned().ok()?;
@@ -362,7 +384,14 @@ impl Dispatcher {
     /// What is due with time; to be called about once a second.
     pub fn tick(&self, now: Instant) {
         self.starts().expire(now);
-        self.with(|core| core.tick(now));
+        let mut busy = self.with(|core| {
+            core.tick(now);
+            core.slots_a_second()
+        });
+        while busy > 0 {
+            self.with(|core| core.mark_busy(busy.min(SCAN), now));
+            busy = busy.saturating_sub(SCAN);
+        }
         // In small steps, so that a million sessions that expire together hold up nobody.
         while self.with(|core| core.expire(SCAN as usize, now)) == SCAN as usize {}
     }

@@ -104,6 +104,11 @@ const BORN: u8 = 16;
 impl Pin {
     /// Appends everything but the key in the compact form: flags, place, times, then the aliases, each after its length.
     pub fn write_value(&self, into: &mut Vec<u8>) {
+        self.write_value_at(self.place, into);
+    }
+
+    /// As [`Pin::write_value`], where places have other numbers.
+    pub fn write_value_at(&self, place: u32, into: &mut Vec<u8>) {
         let flags = [
             (self.confirmed, CONFIRMED),
             (self.settled, SETTLED),
@@ -112,7 +117,7 @@ impl Pin {
             (self.born.is_some(), BORN),
         ];
         into.push(flags.into_iter().filter(|(on, _)| *on).fold(0, |sum, (_, flag)| sum | flag));
-        into.extend_from_slice(&self.place.to_le_bytes());
+        into.extend_from_slice(&place.to_le_bytes());
         into.extend_from_slice(&self.used.0.to_le_bytes());
         into.extend_from_slice(&self.born.unwrap_or_default().0.to_le_bytes());
         for alias in &self.aliases {

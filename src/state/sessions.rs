@@ -162,10 +162,10 @@ impl Sessions {
     }
 
     /// Makes `key` another name of `session`, unless it is known or the table has enough. Of a session with many names
-    /// the oldest is forgotten.
-    pub fn add_alias(&mut self, session: u32, key: &SessionKey, aliases_max: usize) {
+    /// the oldest is forgotten. Whether it is one now that was not.
+    pub fn add_alias(&mut self, session: u32, key: &SessionKey, aliases_max: usize) -> bool {
         if self.aliases >= aliases_max || self.find(key).is_some() {
-            return;
+            return false;
         }
         if self.extra(session).is_some_and(|extra| extra.aliases.len() >= ALIASES_MAX) {
             // A chain of answers names its session anew each time: the newest names are the ones that come back.
@@ -176,6 +176,7 @@ impl Sessions {
         let alias = self.add(key, session, ALIAS);
         self.aliases += 1;
         self.extra_mut(session).aliases.push(alias);
+        true
     }
 
     /// Forgets an idle session and its aliases. Its runs and its credit must have been taken back before.
@@ -303,6 +304,21 @@ impl Sessions {
     pub fn session_key(&self, session: u32) -> SessionKey {
         let parts = Parts::read(&self.record(session).key);
         SessionKey { scope: parts.scope.try_into().ok(), text: parts.text().into() }
+    }
+
+    /// Its key in the compact form.
+    pub fn key_bytes(&self, session: u32) -> &[u8] {
+        &self.record(session).key
+    }
+
+    /// When its last exchange ended; of a busy one what [`Sessions::set_used`] said.
+    pub fn used(&self, session: u32) -> Ticks {
+        self.record(session).used
+    }
+
+    /// Of a busy session, whose last use is now.
+    pub fn set_used(&mut self, session: u32, now: Ticks) {
+        self.record_mut(session).used = now;
     }
 
     /// Whether this is its key or one of its aliases, in any scope.

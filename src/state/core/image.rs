@@ -69,10 +69,17 @@ impl Core {
         })
     }
 
+    /// Of all that are wanted.
     pub(super) fn run_images(&self, taken: RunsTaken, places: &mut Places) -> Vec<RunImage> {
         let runs = self.runs.iter().map(|(_, run)| run);
         let wanted = |run: &&Run| taken == RunsTaken::All || run.lasts();
         runs.filter(wanted).map(|run| self.run_image(run, places)).collect()
+    }
+
+    /// Of a run that is to be stored.
+    pub(super) fn lasting_run_image(&self, number: u32, places: &mut Places) -> Option<RunImage> {
+        let run = self.runs.run(number).filter(|run| !run.ended && run.lasts())?;
+        Some(self.run_image(run, places))
     }
 
     fn run_image(&self, run: &Run, places: &mut Places) -> RunImage {
@@ -159,7 +166,12 @@ impl Core {
             let endpoint = kept.then(|| number(self, pin.place)).flatten();
             match endpoint {
                 Some(endpoint) if self.restore_pin(&pin, endpoint, busy.contains(&pin.key), now) => restored.pins += 1,
-                _ => restored.dropped += 1,
+                _ => {
+                    restored.dropped += 1;
+                    if let Some(changes) = &mut self.changes {
+                        changes.removed(|| pin.key.to_bytes());
+                    }
+                }
             }
         }
         for run in &runs {
@@ -167,6 +179,8 @@ impl Core {
                 && self.restore_run(run, endpoint, now)
             {
                 restored.runs += 1;
+            } else if let (Some(changes), Some(id)) = (&mut self.changes, RunId::parse(&run.id)) {
+                changes.ended(id);
             }
         }
         for drain in &drains {
@@ -229,6 +243,7 @@ impl Core {
             run.first_event = first_event;
             // Nobody could hear of it meanwhile; so it is asked at once, and given up after the whole time only.
             run.seen = now;
+            run.stored = true;
         }
         if let Some(key) = &image.key {
             self.runs.name(number, key);

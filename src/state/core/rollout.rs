@@ -65,6 +65,7 @@ impl Core {
         let now = self.advance(now);
         let moment = self.moment(now);
         let followed = self.rollout.rollout.as_mut()?.command(command, moment);
+        self.rollout_changed();
         self.reweigh();
         let rollout = self.rollout.rollout.as_ref()?;
         Some(followed.map(|_| rollout))
@@ -102,6 +103,7 @@ impl Core {
             let (session, endpoint) = (view.id, view.endpoint);
             if self.endpoints[endpoint].version == version && self.sessions.first_run(session).is_none() {
                 self.sessions.evict(session, true);
+                self.pin_changed(session);
                 evicted += 1;
             }
         }
@@ -118,6 +120,9 @@ impl Core {
         if earlier.is_none() {
             self.rollout.told = 0;
         }
+        if plan.is_some() || earlier.is_some() {
+            self.rollout_changed();
+        }
         self.rollout.rollout = plan.map(|plan| Rollout::load(plan, earlier, moment));
         self.reweigh();
     }
@@ -125,6 +130,7 @@ impl Core {
     pub(super) fn advance_rollout(&mut self, now: Instant) {
         let moment = self.moment(now);
         if self.rollout.rollout.as_mut().is_some_and(|rollout| rollout.advance(moment)) {
+            self.rollout_changed();
             self.reweigh();
         }
     }
@@ -173,6 +179,7 @@ impl Core {
         };
         let moment = self.moment(now);
         let run = EndedRun { side, ending, born, first_event, duration };
+        self.rollout_changed();
         if self.rollout.rollout.as_mut().is_some_and(|rollout| rollout.observe(run, moment)) {
             self.reweigh();
         }
@@ -194,6 +201,7 @@ impl Core {
         let leaves = version.is_some_and(|version| version != self.endpoints[here].version);
         if !leaves {
             self.sessions.evict(session, false);
+            self.pin_changed(session);
         }
         leaves
     }
