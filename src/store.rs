@@ -10,7 +10,7 @@ mod file;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -62,8 +62,8 @@ pub struct Kept {
 /// The open file and its thread. Dropping it without [`Store::close`] closes it, too.
 pub struct Store {
     shared: Arc<Shared>,
-    commands: Sender<Command>,
-    thread: Option<JoinHandle<()>>,
+    commands: SyncSender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -90,13 +90,13 @@ pub fn open(directory: &Path, metrics: StoreMetrics) -> Result<(Store, Kept), Op
     let path = file::path_in(directory);
     let (file, kept) = open_in_time(directory, &path)?;
     let shared = Arc::new(Shared { path: path.clone(), told: Arc::default(), services: Mutex::default(), metrics });
-    let (commands, receiver) = channel();
+    let (commands, receiver) = sync_channel(1);
     let thread = {
         let shared = Arc::clone(&shared);
         let spawned = thread::Builder::new().name("store".to_owned()).spawn(move || write(&shared, file, &receiver));
         spawned.map_err(|failure| OpenError::Unusable { path, failure: failure.to_string() })?
     };
-    Ok((Store { shared, commands, thread: Some(thread) }, kept))
+    Ok((Store { shared, commands, thread: Mutex::new(Some(thread)) }, kept))
 }
 
 fn open_in_time(directory: &Path, path: &Path) -> Result<(StateFile, Kept), OpenError> {
@@ -136,17 +136,13 @@ impl Store {
         dispatcher.keep_changes(Arc::clone(&self.shared.told), !known);
     }
 
-    /// Writes what has changed and closes the file, so that another process may open it.
-    pub fn close(mut self) {
-        self.end();
-    }
-
-    fn end(&mut self) {
+    /// Writes what has changed and closes the file, so that another process may open it. What changes later is not kept.
+    pub fn close(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(thread) = thread else { return };
         // A thread that has ended already said why.
         let _ = self.commands.send(Command::Close);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        if thread.join().is_err() {
             error!("{}: the thread that writes it broke down; the last changes may be missing", self.path().display());
         }
     }
@@ -154,9 +150,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        if self.thread.is_some() {
-            self.end();
-        }
+        self.close();
     }
 }
 
@@ -244,7 +238,7 @@ fn commit(shared: &Shared, file: &mut Option<StateFile>) -> Result<(), String> {
             StateFile::open(directory, &shared.path).map_err(|failure| failure.to_string())?
         }
     };
-    open.write(&taken, Moment::of(ids::wall_clock()))?;
+    open.write(&taken)?;
     *file = Some(open);
     shared.metrics.dirty_keys.set(0);
     shared.metrics.keys_written.inc_by(keys as u64);

@@ -15,7 +15,7 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use crate::ids;
-use crate::rollout::{Moment, Rollout};
+use crate::rollout::Rollout;
 use crate::state::changes::Delta;
 use crate::state::image::{DrainImage, Pin, Place, RunImage, ServiceImage};
 use crate::store::{Kept, OpenError};
@@ -151,7 +151,7 @@ impl StateFile {
     }
 
     /// Writes what has changed in one transaction, which is on the disk when this returns. `None`: a service is no more.
-    pub fn write(&mut self, changed: &[(Arc<str>, Option<Delta>)], _now: Moment) -> Result<(), String> {
+    pub fn write(&mut self, changed: &[(Arc<str>, Option<Delta>)]) -> Result<(), String> {
         let writing = begin_write(&self.database)?;
         for (service, delta) in changed {
             match delta {
