@@ -22,8 +22,8 @@ use crate::metrics::Metrics;
 use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
-use crate::store::{self, Store};
 use crate::snapshot::Running;
+use crate::store::{self, Store};
 
 /// How long the data plane may take to end after everything was cut.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -116,8 +116,8 @@ pub fn build(options: Options) -> Result<App, StartError> {
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
     let opened = opened.map(|(store, kept)| (Arc::new(store), kept));
     let store = opened.as_ref().map(|(store, _)| Arc::clone(store));
-    let (reloader, outlets) =
-        Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload, opened).map_err(StartError::Refused)?;
+    let (reloader, outlets) = Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload, opened)
+        .map_err(StartError::Refused)?;
     let (admin_address, admin_socket) = reload::bind_private(&admin_address).map_err(StartError::Admin)?;
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;

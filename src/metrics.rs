@@ -305,7 +305,8 @@ impl Metrics {
             "Transactions of the state's file, until they are on the disk.",
         );
         let store = StoreMetrics {
-            commit_duration_seconds: Histogram::with_opts(options.buckets(COMMIT_BUCKETS.to_vec())).expect("a valid metric"),
+            commit_duration_seconds: Histogram::with_opts(options.buckets(COMMIT_BUCKETS.to_vec()))
+                .expect("a valid metric"),
             dirty_keys: IntGauge::new("longhaul_store_dirty_keys", "Keys that are being written to the state's file.")
                 .expect("a valid metric"),
             keys_written: IntCounter::new("longhaul_store_keys_written_total", "Keys written to the state's file.")

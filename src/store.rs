@@ -24,8 +24,8 @@ use crate::rollout::Moment;
 use crate::state::changes::{Delta, exactness};
 use crate::state::dispatcher::Dispatcher;
 use crate::state::image::ServiceImage;
-pub use file::Secrets;
 use file::StateFile;
+pub use file::{Secrets, path_in};
 
 /// How often what has changed is committed.
 pub const COMMIT_EVERY: Duration = Duration::from_millis(250);
@@ -87,7 +87,7 @@ enum Command {
 /// Opens the file of a directory, or makes both, and reads all that is kept. Waits for a moment where another process has
 /// it open.
 pub fn open(directory: &Path, metrics: StoreMetrics) -> Result<(Store, Kept), OpenError> {
-    let path = file::path_in(directory);
+    let path = path_in(directory);
     let (file, kept) = open_in_time(directory, &path)?;
     let shared = Arc::new(Shared { path: path.clone(), told: Arc::default(), services: Mutex::default(), metrics });
     let (commands, receiver) = sync_channel(1);

@@ -31,7 +31,8 @@ pub fn file() -> Kind<'static, Config> {
         let log = top.key("log", "Diagnostics (stderr) and the access log (stdout).", log(), "{}");
         top.key("trace", "Distributed tracing.", trace(), "{}");
         let shutdown = top.key("shutdown", "How the proxy drains on SIGTERM.", shutdown(), "{}");
-        let about = "Where sessions, runs and rollouts are kept: `memory`, a file or redis. Can't change while the proxy runs.";
+        let about =
+            "Where sessions, runs and rollouts are kept: `memory`, a file or redis. Can't change while the proxy runs.";
         let state = top.key("state", about, state(), "memory");
         top.key("kubernetes", "Only where Kubernetes is used.", kubernetes(), "{}");
         let services =

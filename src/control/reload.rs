@@ -25,12 +25,12 @@ use crate::metrics::{Metrics, VersionMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::listen::{self, Socket};
 use crate::net::tls::{self, ServerTls};
-use crate::store::{Kept, Secrets, Store};
 use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, Service, Snapshot};
 use crate::state::core::Restored;
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::image::Place;
 use crate::state::{ClientTls, TargetSettings};
+use crate::store::{Kept, Secrets, Store};
 
 /// Between the swap and the drain of a removed service's endpoints.
 const REMOVAL_GRACE: Duration = Duration::from_secs(1);
@@ -345,7 +345,8 @@ impl Reloader {
             ));
         }
         if old.state != new.state {
-            return Err(self.refusal("state", "can't change while the proxy runs; put it back, or restart the proxy".to_owned()));
+            return Err(self
+                .refusal("state", "can't change while the proxy runs; put it back, or restart the proxy".to_owned()));
         }
         Ok(())
     }

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use redb::{
-    Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageError, TableDefinition, TableError,
-    TableHandle, WriteTransaction,
+    Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
+    TableError, TableHandle, WriteTransaction,
 };
 use serde::{Deserialize, Serialize};
 
@@ -61,7 +61,8 @@ pub(super) struct StateFile {
     places: HashMap<String, HashMap<Place, u32>>,
 }
 
-pub(super) fn path_in(directory: &Path) -> PathBuf {
+/// The file in a directory.
+pub fn path_in(directory: &Path) -> PathBuf {
     directory.join(NAME)
 }
 
@@ -183,8 +184,11 @@ fn write_service(
     known: &mut HashMap<Place, u32>,
 ) -> Result<(), String> {
     let (pins, runs, places) = (pins(service), runs(service), places(service));
-    let (pins, runs, places): (TableDefinition<'_, &[u8], &[u8]>, TableDefinition<'_, &[u8], &[u8]>, TableDefinition<'_, &[u8], &[u8]>) =
-        (TableDefinition::new(&pins), TableDefinition::new(&runs), TableDefinition::new(&places));
+    let (pins, runs, places): (
+        TableDefinition<'_, &[u8], &[u8]>,
+        TableDefinition<'_, &[u8], &[u8]>,
+        TableDefinition<'_, &[u8], &[u8]>,
+    ) = (TableDefinition::new(&pins), TableDefinition::new(&runs), TableDefinition::new(&places));
     if delta.whole {
         for table in [pins, runs, places] {
             writing.delete_table(table).map_err(text)?;

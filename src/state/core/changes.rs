@@ -105,7 +105,8 @@ impl Core {
         let now = self.advance(now);
         let Some(changes) = &mut self.changes else { return };
         let ticks = {
-            let since = self.started.map_or(std::time::Duration::ZERO, |started| now.saturating_duration_since(started));
+            let since =
+                self.started.map_or(std::time::Duration::ZERO, |started| now.saturating_duration_since(started));
             (since.as_millis() / crate::state::sessions::TICK.as_millis()) as u32
         };
         let slots = self.sessions.slots();
