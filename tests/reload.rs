@@ -560,7 +560,7 @@ impl Proxy {
         let dropped = Metrics::new().access_log_dropped();
         let access_log = longhaul::logging::AccessLog::to(std::io::sink(), &loaded.config.log, dropped);
         let (reloader, outlets) =
-            Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None).expect("a start");
+            Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None, None).expect("a start");
         let Outlets { running, handle: reload, state, mut accept, probes, probes_address: _, checks } = outlets;
         tokio::spawn(reloader.run());
         tokio::spawn(health::run(checks));

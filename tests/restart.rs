@@ -296,3 +296,87 @@ async fn a_file_that_is_something_else_or_open_elsewhere_is_named() {
     assert_eq!(proxy.say("one").await.1, "hit");
     eventually("it says what it found", || proxy.program.lines().iter().any(|line| line.contains("pins=1"))).await;
 }
+
+/// How many pins the start below goes on from: a million in a release build.
+const PINS: u32 = if cfg!(debug_assertions) { 50_000 } else { 1_000_000 };
+
+/// A start after a crash, with everything that a full table has. A debug build only shows that it works.
+#[tokio::test]
+async fn a_start_with_a_million_pins_takes_less_than_a_second() {
+    let runs = Arc::default();
+    let backend = agent(&runs).await;
+    let services = format!(
+        "services:\n- name: agents\n  agent_protocol: http\n  session: {{key: [header: x-session], idle_timeout: 24h}}\n  \
+         versions: [{{name: stable, endpoints: ['{}']}}]\n",
+        backend.url()
+    );
+    let directory = tempfile::tempdir().expect("a directory");
+    write_config(directory.path(), &services);
+    fill(directory.path(), &backend);
+    let mut proxy = {
+        let (program, address, admin) = launch(directory.path()).await;
+        Restarted { directory, program, address, admin }
+    };
+    for round in 0..3 {
+        proxy.say("one more").await;
+        proxy.stored().await;
+        proxy.kill().await;
+        let began = Instant::now();
+        proxy.start_again().await;
+        let took = began.elapsed();
+        println!("start {round} with {PINS} pins: {took:?}");
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        for n in [0, PINS / 2, PINS - 1] {
+            assert_eq!(proxy.say(&name_of(n)).await.1, "hit");
+        }
+    }
+}
+
+fn name_of(session: u32) -> String {
+    format!("0193b5e0-7c1a-7000-8000-{session:012}")
+}
+
+/// Writes the file as a running program would.
+fn fill(directory: &Path, backend: &Backend) {
+    use longhaul::rollout::Moment;
+    use longhaul::state::dispatcher::{Dispatcher, ServiceSettings};
+    use longhaul::state::image::{Pin, Place, ServiceImage};
+    use longhaul::state::sessions::SessionKey;
+    let loaded = longhaul::config::load(&directory.join("longhaul.yaml")).expect("a good file");
+    let metrics = longhaul::metrics::Metrics::new();
+    let service = loaded.config.services[0].clone();
+    let version = service.versions[0].clone();
+    let target = longhaul::state::TargetSettings {
+        service: service.name.as_str().into(),
+        version: version.name.as_str().into(),
+        url: version.endpoints[0].url.clone(),
+        http: version.http,
+        host: version.host,
+        headers: version.headers,
+        pool: service.pool.clone(),
+        tls: None,
+        metrics: metrics.version("agents", "stable"),
+    };
+    let dispatcher = Dispatcher::new("agents", metrics.service("agents"));
+    let now = longhaul::ids::now();
+    dispatcher.apply(ServiceSettings { config: service, targets: vec![vec![target]] }, now);
+    let used = Moment::of(longhaul::ids::wall_clock());
+    let pin = |n| Pin {
+        key: SessionKey { scope: None, text: name_of(n).into() },
+        aliases: Vec::new(),
+        place: 0,
+        confirmed: true,
+        settled: true,
+        matched: false,
+        evicted: false,
+        born: Some(used),
+        used,
+    };
+    let place = Place { version: "stable".to_owned(), endpoint: backend.url().to_owned() };
+    let pins = (0..PINS).map(pin).collect();
+    let image = ServiceImage { name: "agents".to_owned(), places: vec![place], pins, ..ServiceImage::default() };
+    dispatcher.restore(image, &|_| None, now);
+    let (store, _) = longhaul::store::open(&directory.join("state"), metrics.store()).expect("a new file");
+    store.keep(&dispatcher, false);
+    store.close();
+}

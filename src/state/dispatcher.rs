@@ -349,9 +349,8 @@ impl Dispatcher {
     pub fn take_changes(&self, now: Instant) -> Option<Delta> {
         let mut taking = self.with(|core| core.take_changes(now))?;
         loop {
-            match self.with(|core| core.take_more(taking, SCAN as usize, now)) {
-                Ok(delta) => return Some(delta),
-                Err(more) => taking = more,
+            if let Some(delta) = self.with(|core| core.take_more(&mut taking, SCAN as usize, now)) {
+                return Some(delta);
             }
         }
     }

@@ -163,7 +163,7 @@ impl StateFile {
                 None => {
                     self.places.remove(&**service);
                     for table in [pins(service), runs(service), places(service)] {
-                        writing.delete_table(TableDefinition::<&[u8], &[u8]>::new(&table)).map_err(text)?;
+                        writing.delete_table(BytesDefinition::new(&table)).map_err(text)?;
                     }
                     writing.open_table(SERVICES).map_err(text)?.remove(&**service).map_err(text)?;
                 }
@@ -184,11 +184,7 @@ fn write_service(
     known: &mut HashMap<Place, u32>,
 ) -> Result<(), String> {
     let (pins, runs, places) = (pins(service), runs(service), places(service));
-    let (pins, runs, places): (
-        TableDefinition<'_, &[u8], &[u8]>,
-        TableDefinition<'_, &[u8], &[u8]>,
-        TableDefinition<'_, &[u8], &[u8]>,
-    ) = (TableDefinition::new(&pins), TableDefinition::new(&runs), TableDefinition::new(&places));
+    let [pins, runs, places] = [&pins, &runs, &places].map(|name| BytesDefinition::new(name));
     if delta.whole {
         for table in [pins, runs, places] {
             writing.delete_table(table).map_err(text)?;
@@ -302,11 +298,12 @@ fn read_places(reading: &ReadTransaction) -> Result<HashMap<String, HashMap<Plac
     Ok(all)
 }
 
+type BytesDefinition<'n> = TableDefinition<'n, &'static [u8], &'static [u8]>;
 type BytesTable = redb::ReadOnlyTable<&'static [u8], &'static [u8]>;
 
 /// `None`: there is no such table.
 fn table(reading: &ReadTransaction, name: &str) -> Result<Option<BytesTable>, String> {
-    match reading.open_table(TableDefinition::<&'static [u8], &'static [u8]>::new(name)) {
+    match reading.open_table(BytesDefinition::new(name)) {
         Ok(table) => Ok(Some(table)),
         Err(TableError::TableDoesNotExist(_)) => Ok(None),
         Err(failure) => Err(text(failure)),
@@ -351,7 +348,6 @@ fn json(value: &impl Serialize) -> Result<Vec<u8>, String> {
     serde_json::to_vec(value).map_err(text)
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn text(failure: impl std::fmt::Display) -> String {
     failure.to_string()
 }

@@ -63,11 +63,11 @@ impl Core {
         Some(Taking { delta, places, pins, runs })
     }
 
-    /// Takes `count` more. `None`: there is more to take.
-    pub fn take_more(&mut self, mut taking: Taking, count: usize, now: Instant) -> Result<Delta, Taking> {
+    /// Takes `count` more. `None`: there is more to take still.
+    pub fn take_more(&mut self, taking: &mut Taking, count: usize, now: Instant) -> Option<Delta> {
         let now = self.advance(now);
         let slots = self.sessions.slots();
-        let Taking { delta, places, pins, runs } = &mut taking;
+        let Taking { delta, places, pins, runs } = taking;
         let (looked_at, more): (Vec<u32>, bool) = match pins {
             Pending::Slots(list) => {
                 let rest = list.split_off(list.len().min(count));
@@ -92,11 +92,10 @@ impl Core {
             delta.runs.extend(self.lasting_run_image(number, places));
         }
         if more || !runs.is_empty() {
-            return Err(taking);
+            return None;
         }
-        let Taking { mut delta, places, .. } = taking;
-        delta.places = places.list;
-        Ok(delta)
+        delta.places = std::mem::take(&mut places.list);
+        Some(std::mem::take(delta))
     }
 
     /// Marks those that have been busy for long as used now. To be called about once a second; looks at `count` slots
