@@ -13,7 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info};
 
 use crate::admin;
-use crate::config::{Address, Loaded, Problems};
+use crate::config::{Address, Loaded, Problems, State};
 use crate::control::reload::{self, AfterReload, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, runs, watch};
@@ -23,6 +23,7 @@ use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
 use crate::snapshot::Running;
+use crate::store::{self, Store};
 
 /// How long the data plane may take to end after everything was cut.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -59,6 +60,9 @@ pub enum StartError {
     Refused(Problems),
     #[error("admin.address: {0}")]
     Admin(String),
+    /// What `state.file` names can't be used.
+    #[error(transparent)]
+    Store(#[from] store::OpenError),
     /// The system gave no thread, runtime or signal.
     #[error("can't start: {0}")]
     System(#[from] std::io::Error),
@@ -85,6 +89,8 @@ pub struct App {
     pub drain: DrainHandle,
     pub reload: ReloadHandle,
     pub reload_state: Arc<ReloadState>,
+    /// `None`: the state is in memory alone.
+    store: Option<Arc<Store>>,
     /// Taken by `wait`.
     threads: Option<Threads>,
 }
@@ -103,9 +109,15 @@ pub fn build(options: Options) -> Result<App, StartError> {
     reload::log_warnings(&config_path.display().to_string(), &loaded);
     let admin_address = loaded.config.admin.address.clone();
     let metrics = Metrics::new();
+    let opened = match &loaded.config.state {
+        State::Memory => None,
+        State::File(directory) => Some(store::open(directory, metrics.store())?),
+    };
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
-    let (reloader, outlets) =
-        Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload).map_err(StartError::Refused)?;
+    let opened = opened.map(|(store, kept)| (Arc::new(store), kept));
+    let store = opened.as_ref().map(|(store, _)| Arc::clone(store));
+    let (reloader, outlets) = Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload, opened)
+        .map_err(StartError::Refused)?;
     let (admin_address, admin_socket) = reload::bind_private(&admin_address).map_err(StartError::Admin)?;
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
@@ -145,7 +157,7 @@ pub fn build(options: Options) -> Result<App, StartError> {
         }
     };
     announce(&bound);
-    Ok(App { bound, running, drain, reload, reload_state, threads: Some(Threads { control, data }) })
+    Ok(App { bound, running, drain, reload, reload_state, store, threads: Some(Threads { control, data }) })
 }
 
 impl App {
@@ -164,6 +176,9 @@ impl App {
         });
         self.running.drain.advance(crate::drain::Phase::Forced);
         join_in_time(data);
+        if let Some(store) = self.store.take() {
+            store.close();
+        }
         ended
     }
 }

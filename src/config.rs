@@ -94,6 +94,7 @@ pub struct Config {
     pub debug_from: Vec<IpNet>,
     pub log: Log,
     pub shutdown: Shutdown,
+    pub state: State,
     /// First match wins. Never empty: a file without routes gets one that matches everything.
     pub routes: Vec<Route>,
     pub services: Vec<Service>,
@@ -105,6 +106,16 @@ impl Config {
     pub fn same_meaning(&self, other: &Config) -> bool {
         self == other
     }
+}
+
+/// Where sessions, runs and rollouts are kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// A restart forgets them.
+    #[default]
+    Memory,
+    /// In this directory.
+    File(PathBuf),
 }
 
 /// Where a socket listens or connects.
@@ -628,6 +639,14 @@ impl EndpointUrl {
                 format!("{}://{}", if *https { "https" } else { "http" }, self.address())
             }
             EndpointUrl::Unix(path) => format!("unix:{}", path.display()),
+        }
+    }
+
+    /// Reads [`EndpointUrl::identity`]. `None`: it is something else.
+    pub fn of_identity(identity: &str) -> Option<EndpointUrl> {
+        match identity.strip_prefix("unix:") {
+            Some(path) => Some(EndpointUrl::Unix(path.into())),
+            None => values::parse_endpoint_url(identity).ok(),
         }
     }
 

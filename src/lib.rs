@@ -28,4 +28,5 @@ pub mod run;
 pub mod snapshot;
 pub mod sse;
 pub mod state;
+pub mod store;
 pub mod websocket;

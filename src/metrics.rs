@@ -66,6 +66,15 @@ pub struct ServiceMetrics {
     pub queue_wait_seconds: Histogram,
 }
 
+/// The series of the file that keeps the state.
+pub struct StoreMetrics {
+    pub commit_duration_seconds: Histogram,
+    /// Keys that are being written.
+    pub dirty_keys: IntGauge,
+    pub keys_written: IntCounter,
+    pub errors: IntCounter,
+}
+
 /// The series of one listener.
 pub struct ListenerMetrics {
     /// Connections that are open now.
@@ -287,6 +296,35 @@ impl Metrics {
             })
         });
         Arc::clone(handle)
+    }
+
+    /// The series of the state's file; to be asked for once, where there is one.
+    pub fn store(&self) -> StoreMetrics {
+        let options = HistogramOpts::new(
+            "longhaul_store_commit_duration_seconds",
+            "Transactions of the state's file, until they are on the disk.",
+        );
+        let store = StoreMetrics {
+            commit_duration_seconds: Histogram::with_opts(options.buckets(COMMIT_BUCKETS.to_vec()))
+                .expect("a valid metric"),
+            dirty_keys: IntGauge::new("longhaul_store_dirty_keys", "Keys that are being written to the state's file.")
+                .expect("a valid metric"),
+            keys_written: IntCounter::new("longhaul_store_keys_written_total", "Keys written to the state's file.")
+                .expect("a valid metric"),
+            errors: IntCounter::new("longhaul_store_errors_total", "Transactions of the state's file that failed.")
+                .expect("a valid metric"),
+        };
+        let collectors: [Box<dyn Collector>; 4] = [
+            Box::new(store.commit_duration_seconds.clone()),
+            Box::new(store.dirty_keys.clone()),
+            Box::new(store.keys_written.clone()),
+            Box::new(store.errors.clone()),
+        ];
+        for collector in collectors {
+            // A second store of this process counts in series that nobody sees.
+            let _ = self.registry.register(collector);
+        }
+        store
     }
 
     /// `longhaul_access_log_dropped_total`.
@@ -627,6 +665,9 @@ const CODES: usize = Code::ALL.len() + 1;
 /// Seconds. Agents answer in a blink or work for an hour.
 const RUN_BUCKETS: &[f64] =
     &[0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+
+/// Seconds.
+const COMMIT_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// Seconds.
 const WAIT_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];

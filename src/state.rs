@@ -1,11 +1,13 @@
 //! State: the live half of the proxy, keyed by identity and untouched by reloads: endpoints, sessions, runs.
 
+pub mod changes;
 pub mod core;
 pub mod dispatcher;
 mod endpoints;
 pub mod handover;
 pub mod idempotency;
 mod ordered;
+pub mod image;
 pub mod pace;
 pub mod queue;
 pub mod rate;

@@ -460,7 +460,8 @@ snapshot_of_mistakes!(
     not_available_yet_at_the_top,
     at_top,
     [
-        "state: {file: /var/lib/longhaul}",
+        "state: {}",
+        "state: {file: 7, redis: {url: redis://h}}",
         "state: {redis: {url: redis://h}}",
         "state: {redis: {}}",
         "state: disk",

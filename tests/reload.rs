@@ -77,6 +77,16 @@ async fn a_new_admin_address_is_refused() {
 }
 
 #[tokio::test]
+async fn another_place_for_the_state_is_refused() {
+    let proxy = Proxy::start(PLAIN);
+    proxy.write(&format!("{PLAIN}\nstate: {{file: state}}\n"));
+    let problems = proxy.reload.reload().await.expect_err("the state stays where it is");
+    assert_eq!(problems.list.iter().map(|problem| problem.path.as_str()).collect::<Vec<_>>(), ["state"]);
+    assert!(problems.list[0].message.contains("restart the proxy"), "{}", problems.list[0].message);
+    assert_eq!(proxy.status().generation, 1);
+}
+
+#[tokio::test]
 async fn listeners_come_and_go_and_keep_their_sockets() {
     let proxy = Proxy::start(PLAIN);
     let [first] = &proxy.listeners()[..] else { panic!("one listener") };
@@ -560,7 +570,7 @@ impl Proxy {
         let dropped = Metrics::new().access_log_dropped();
         let access_log = longhaul::logging::AccessLog::to(std::io::sink(), &loaded.config.log, dropped);
         let (reloader, outlets) =
-            Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None).expect("a start");
+            Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None, None).expect("a start");
         let Outlets { running, handle: reload, state, mut accept, probes, probes_address: _, checks } = outlets;
         tokio::spawn(reloader.run());
         tokio::spawn(health::run(checks));

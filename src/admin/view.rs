@@ -9,10 +9,12 @@ use serde_json::{Map, Value, json};
 
 use crate::admin::guard::Reader;
 use crate::admin::{Context, draining};
+use crate::config::State;
 use crate::logging;
 use crate::metrics::{Scrape, ScrapedEndpoint, ScrapedService, ScrapedVersion};
 use crate::state::dispatcher::Dispatcher;
 use crate::state::status::{RunInfo, ServiceStatus, SessionInfo};
+use crate::store;
 
 /// Those of the configuration, then those that left it and still have exchanges: their runs count until they end.
 pub fn dispatchers(context: &Context) -> Vec<Arc<Dispatcher>> {
@@ -63,6 +65,10 @@ pub fn status(context: &Context, now: Instant) -> Value {
             "last_error": reload.last_error.map(|problems| problems.to_string()),
         },
         "draining": draining(context),
+        "state": match &snapshot.loaded.config.state {
+            State::Memory => json!("memory"),
+            State::File(directory) => json!({ "file": store::path_in(directory) }),
+        },
         "open_exchanges": context.running.open_exchanges.load(Ordering::Relaxed),
         "listeners": listeners,
         "services": services(context, now),

@@ -72,6 +72,9 @@ fn status_text(status: &Value) -> String {
         cell(&config["loaded_at"]),
         if status["draining"] == true { ", draining" } else { "" },
     );
+    if let Some(file) = status["state"]["file"].as_str() {
+        text.push_str(&format!("state kept in {file}\n"));
+    }
     for listener in list(&status["listeners"]) {
         let [name, address, connections] = ["name", "address", "connections"].map(|field| cell(&listener[field]));
         // A listener without a name of its own is called by its address.

@@ -14,7 +14,7 @@ use super::values::{
 };
 use super::{
     Address, Admin, CertificateFiles, Config, Limits, Listener, ListenerTls, Log, LogFormat, LogLevel, SessionIds,
-    Shutdown, TlsVersion,
+    Shutdown, State, TlsVersion,
 };
 
 /// The whole file.
@@ -31,8 +31,9 @@ pub fn file() -> Kind<'static, Config> {
         let log = top.key("log", "Diagnostics (stderr) and the access log (stdout).", log(), "{}");
         top.key("trace", "Distributed tracing.", trace(), "{}");
         let shutdown = top.key("shutdown", "How the proxy drains on SIGTERM.", shutdown(), "{}");
-        let memory =
-            top.key("state", "Where sessions and runs are kept: `memory`, a file or redis.", state(), "memory");
+        let about =
+            "Where sessions, runs and rollouts are kept: `memory`, a file or redis. Can't change while the proxy runs.";
+        let state = top.key("state", about, state(), "memory");
         top.key("kubernetes", "Only where Kubernetes is used.", kubernetes(), "{}");
         let services =
             top.key("services", "One for each agent, whatever versions of it are deployed.", services(), "[]");
@@ -47,7 +48,7 @@ pub fn file() -> Kind<'static, Config> {
             }
             check_addresses(top, listeners, &admin);
         }
-        for service in services.iter().filter(|service| memory && service.value.rollout.is_some()) {
+        for service in services.iter().filter(|service| state == State::Memory && service.value.rollout.is_some()) {
             let message = "with `state: memory` a restart of the proxy forgets how far the rollout is and starts it again; \
                            keep it with `state: {file: ..}`";
             service.warning(top.context(), "rollout", message);
@@ -73,6 +74,7 @@ pub fn file() -> Kind<'static, Config> {
             debug_from,
             log,
             shutdown,
+            state,
             routes: routes.into_iter().map(RouteTarget::into_route).collect(),
             services: services.into_iter().map(|service| service.value).collect(),
         })
@@ -331,19 +333,21 @@ fn shutdown() -> Kind<'static, Shutdown> {
     })
 }
 
-/// Whether it is `memory`.
-fn state() -> Kind<'static, bool> {
+fn state() -> Kind<'static, State> {
     let elsewhere = block("{file: /var/lib/longhaul} or {redis: {url: ..}}", |block| {
-        block.variant("file", "A directory of this machine.", path());
+        let file = block.variant("file", "A directory of this machine; it is made where it is not there.", path());
         let about = "A Redis or Valkey that several replicas share.";
         block.variant(
             "redis",
             about,
             super::read::block("{url: redis://..}", |block| block.required("url", "Its URL.", text())),
         );
-        Some(false)
+        if !block.has("file") && !block.has("redis") {
+            block.problem("", "it is open where the state is kept; write `memory` or `{file: /var/lib/longhaul}`");
+        }
+        file.map(State::File)
     });
-    choice(&[("memory", true)]).or_block(elsewhere)
+    choice(&[("memory", ())]).map(|()| State::Memory).or_block(elsewhere)
 }
 
 fn kubernetes() -> Kind<'static, ()> {

@@ -737,7 +737,7 @@ pub fn endpoint_url<'k>() -> Kind<'k, EndpointUrl> {
     )
 }
 
-fn parse_endpoint_url(text: &str) -> Result<EndpointUrl, String> {
+pub fn parse_endpoint_url(text: &str) -> Result<EndpointUrl, String> {
     let Some((scheme, rest)) = text.split_once("://") else {
         return Err(format!(
             "an endpoint needs a scheme: {}, https://.. or unix:/path",

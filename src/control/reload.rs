@@ -26,8 +26,11 @@ use crate::net::cookie::Sealer;
 use crate::net::listen::{self, Socket};
 use crate::net::tls::{self, ServerTls};
 use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, Service, Snapshot};
+use crate::state::core::Restored;
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
+use crate::state::image::Place;
 use crate::state::{ClientTls, TargetSettings};
+use crate::store::{Kept, Secrets, Store};
 
 /// Between the swap and the drain of a removed service's endpoints.
 const REMOVAL_GRACE: Duration = Duration::from_secs(1);
@@ -187,22 +190,27 @@ pub struct Reloader {
     /// What the first configuration has to tell, until [`Reloader::run`] does.
     first: Announcements,
     listeners_closed: bool,
+    store: Option<Arc<Store>>,
 }
 
 impl Reloader {
-    /// Binds and builds the first generation. Nothing is served before [`Reloader::run`].
+    /// Binds and builds the first generation, which goes on from what was kept in the store, if there is one. Nothing is
+    /// served before [`Reloader::run`].
     pub fn new(
         path: PathBuf,
         loaded: Loaded,
         metrics: Arc<Metrics>,
         access_log: AccessLog,
         after_reload: Option<AfterReload>,
+        store: Option<(Arc<Store>, Kept)>,
     ) -> Result<(Reloader, Outlets), Problems> {
         let file: Arc<str> = path.display().to_string().into();
+        let (store, mut kept) = store.unzip();
+        let secrets = kept.as_ref().map_or_else(Secrets::generate, |kept| kept.secrets.clone());
         let mut builder = Builder {
             file: Arc::clone(&file),
             metrics: Arc::clone(&metrics),
-            cookie_secret: ids::random_bytes(),
+            cookie_secret: secrets.cookie,
             client_tls: Vec::new(),
             version_metrics: HashMap::new(),
             probes: None,
@@ -215,7 +223,10 @@ impl Reloader {
 
         let now = ids::now();
         for (dispatcher, settings) in prepared.dispatchers {
-            dispatcher.apply(settings, now);
+            match (&store, &mut kept) {
+                (Some(store), Some(kept)) => builder.go_on(&dispatcher, settings, store, kept, now),
+                _ => dispatcher.apply(settings, now),
+            }
         }
         builder.client_tls = prepared.client_tls;
         builder.version_metrics = prepared.version_metrics;
@@ -237,7 +248,7 @@ impl Reloader {
             drain: Drain::new(),
             open_exchanges: Contended::default(),
             access_log,
-            scope_secret: ids::random_bytes(),
+            scope_secret: secrets.scope,
         });
         let outlets = Outlets {
             running: Arc::clone(&running),
@@ -262,6 +273,7 @@ impl Reloader {
             after_reload,
             first,
             listeners_closed,
+            store,
         };
         Ok((reloader, outlets))
     }
@@ -332,6 +344,10 @@ impl Reloader {
                 format!("can't change while the proxy runs; put {was} back, or restart the proxy"),
             ));
         }
+        if old.state != new.state {
+            return Err(self
+                .refusal("state", "can't change while the proxy runs; put it back, or restart the proxy".to_owned()));
+        }
         Ok(())
     }
 
@@ -357,6 +373,9 @@ impl Reloader {
         // Dispatchers first: the new snapshot must never route to a service whose endpoints are not known yet. Those of
         // removed services come last (by the clock): the old snapshot must not route into an emptied one.
         for (dispatcher, settings) in prepared.dispatchers {
+            if let Some(store) = &self.store {
+                store.keep(&dispatcher, false);
+            }
             dispatcher.apply(settings, now);
         }
         let snapshot = Arc::new(prepared.snapshot);
@@ -631,6 +650,52 @@ impl Builder {
             cookie,
             recognition,
         }));
+    }
+
+    /// Lets a service of the first generation go on from what was kept of it.
+    fn go_on(
+        &self,
+        dispatcher: &Arc<Dispatcher>,
+        settings: ServiceSettings,
+        store: &Store,
+        kept: &mut Kept,
+        now: Instant,
+    ) {
+        let image = kept.take(&settings.config);
+        store.keep(dispatcher, image.is_some());
+        let Some(mut image) = image else { return dispatcher.apply(settings, now) };
+        if let Some(rollout) = image.rollout.take() {
+            dispatcher.restore_rollout(rollout, now);
+        }
+        let config = settings.config.clone();
+        dispatcher.apply(settings, now);
+        let restored = dispatcher.restore(image, &|place| self.unnamed_target(&config, place), now);
+        let Restored { pins, dropped, runs } = restored;
+        info!(service = config.name, pins, expired = dropped, runs, "goes on from the state that was kept");
+    }
+
+    /// How an endpoint is reached that the configuration no longer names: as its version's others, if that is still there.
+    /// `None`: nobody can tell.
+    fn unnamed_target(&self, service: &config::Service, place: &Place) -> Option<TargetSettings> {
+        let url = EndpointUrl::of_identity(&place.endpoint)?;
+        let version = service.versions.iter().find(|version| version.name == place.version);
+        let tls = match version {
+            Some(version) => self.endpoint_tls(version, &url, &mut Vec::new()).ok()?,
+            // What its certificate is to be checked by is not known.
+            None if is_https(&url) => return None,
+            None => None,
+        };
+        Some(TargetSettings {
+            service: service.name.as_str().into(),
+            version: place.version.as_str().into(),
+            url,
+            http: version.map_or(config::HttpVersion::Auto, |version| version.http),
+            host: version.map_or(config::HostPolicy::Preserve, |version| version.host.clone()),
+            headers: version.map(|version| version.headers.clone()).unwrap_or_default(),
+            pool: service.pool.clone(),
+            tls,
+            metrics: self.version_metrics(&service.name, &place.version),
+        })
     }
 
     fn version_metrics(&self, service: &str, version: &str) -> Arc<VersionMetrics> {

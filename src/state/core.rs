@@ -4,6 +4,8 @@
 //! at the top of an ordered set; nothing is ever scanned to place a run.
 
 mod apply;
+mod changes;
+mod image;
 mod outstanding;
 mod report;
 mod rollout;
@@ -18,6 +20,7 @@ use crate::balance::{self, Candidate};
 use crate::config;
 use crate::ids::RunId;
 use crate::orca::Report;
+use crate::state::changes::Changes;
 use crate::state::core::waiting::Room;
 use crate::state::dispatcher::{Ask, PinHint};
 use crate::state::endpoints::{Choice, Endpoint, Endpoints, HealthStanding, Version};
@@ -25,6 +28,8 @@ use crate::state::runs::{About, NewRun, Runs, Stop};
 use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
 use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
 
+pub use changes::Taking;
+pub use image::Restored;
 pub use outstanding::{CancelAnswer, Finish};
 pub(crate) use waiting::Origin;
 pub use waiting::{Arrived, Given};
@@ -43,6 +48,9 @@ const RUNS_MAX: usize = 1_000_000;
 
 /// Sessions that one pick evicts at most where the table is full.
 const EVICTED_PER_PICK: usize = 16;
+
+/// Ages of sessions reach back so far before the service's start: they may be older than this process.
+const BORN_BEFORE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// One service's live state.
 pub struct Core {
@@ -69,6 +77,10 @@ pub struct Core {
     started: Option<Instant>,
     /// The latest `now` that was seen: time never goes back, whoever read the clock first.
     clock: Option<Instant>,
+    /// What the store does not know yet; `None`: there is none.
+    changes: Option<Changes>,
+    /// The slot of the table from which [`Core::mark_busy`] goes on.
+    scanned: u32,
 }
 
 /// What of the configuration decides here.
@@ -194,6 +206,8 @@ impl Core {
             applied: false,
             started: None,
             clock: None,
+            changes: None,
+            scanned: 0,
         }
     }
 
@@ -236,6 +250,7 @@ impl Core {
                 run.about = ask.about.cloned().unwrap_or_default();
                 run.deadline = self.rules.max_duration.map(|max| now + max);
             }
+            self.run_changed(run);
         }
         Ok(grant)
     }
@@ -264,7 +279,12 @@ impl Core {
     pub fn confirm(&mut self, grant: &Grant, now: Instant) {
         self.advance(now);
         if let Some(session) = grant.session {
-            self.sessions.confirm(session, self.sessions.endpoint(session) == grant.endpoint);
+            let settled = self.sessions.endpoint(session) == grant.endpoint;
+            let known = self.sessions.confirmed(session) && (!settled || self.sessions.settled(session));
+            self.sessions.confirm(session, settled);
+            if !known {
+                self.pin_changed(session);
+            }
         }
     }
 
@@ -275,7 +295,9 @@ impl Core {
             return;
         }
         if let Some(session) = grant.session {
-            self.sessions.add_alias(session, key, self.rules.max_sessions);
+            if self.sessions.add_alias(session, key, self.rules.max_sessions) {
+                self.pin_changed(session);
+            }
             return;
         }
         // What the table knows already stays as it is: the name may be another exchange's.
@@ -287,6 +309,7 @@ impl Core {
         self.count_session(grant.endpoint, grant.matched);
         self.sessions.open(session);
         self.sessions.confirm(session, true);
+        self.pin_changed(session);
         grant.session = Some(session);
         match grant.run.filter(|run| self.runs.run(*run).is_some_and(|run| !run.ended)) {
             Some(number) => {
@@ -422,6 +445,7 @@ impl Core {
                     endpoint.drain_deadline = None;
                 }
                 found = true;
+                self.drains_changed();
                 self.refresh(number, now);
             }
         }
@@ -457,8 +481,11 @@ impl Core {
             let endpoint = &mut self.endpoints[number];
             // Settling brings the order by load up to date.
             endpoint.reported.take_if(|(_, until)| now >= *until);
-            if endpoint.drain_deadline.take_if(|deadline| now >= *deadline).is_some() && !endpoint.idle() {
-                endpoint.target.cut.now();
+            if endpoint.drain_deadline.take_if(|deadline| now >= *deadline).is_some() {
+                if !endpoint.idle() {
+                    endpoint.target.cut.now();
+                }
+                self.drains_changed();
             }
             self.settle(number, now);
         }
@@ -550,6 +577,7 @@ impl Core {
                 self.sessions.carry(session);
                 // The cookie was issued on success.
                 self.sessions.confirm(session, true);
+                self.pin_changed(session);
             }
             return Ok(self.reserve(here, session, false, AffinityOutcome::Hit, &request));
         }
@@ -811,6 +839,9 @@ impl Core {
             run.endpoint = to;
             run.target = endpoint.target.clone();
         }
+        if let Some(run) = grant.run {
+            self.run_changed(run);
+        }
         grant.tried.push(from);
         grant.endpoint = to;
         if let Some(session) = grant.session
@@ -845,8 +876,8 @@ impl Core {
             let oldest = self.sessions.oldest()?;
             self.unpin(oldest);
         }
-        let born = self.started.map_or(0, |started| now.saturating_duration_since(started).as_secs());
-        let session = self.sessions.insert(key, endpoint, matched, born as u32);
+        let born = BORN_BEFORE + self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
+        let session = self.sessions.insert(key, endpoint, matched, born.as_secs() as u32);
         self.endpoints[endpoint].sessions += 1;
         Some(session)
     }
@@ -854,6 +885,7 @@ impl Core {
     /// Forgets a session that is not busy.
     fn unpin(&mut self, session: u32) {
         self.take_credit(session);
+        self.pin_ends(session);
         let endpoint = self.sessions.endpoint(session);
         self.room.changed_for_session(|| self.sessions.session_key(session));
         self.sessions.remove(session);
@@ -870,6 +902,9 @@ impl Core {
         self.endpoints[from].sessions -= 1;
         self.endpoints[to].sessions += 1;
         self.sessions.set_endpoint(session, to);
+        if self.sessions.confirmed(session) {
+            self.pin_changed(session);
+        }
         self.room.changed_for_session(|| self.sessions.session_key(session));
         self.reindex(from);
         self.reindex(to);
@@ -1028,9 +1063,12 @@ impl Core {
         }
         if !endpoint.gone && (endpoint.idle() || endpoint.drain_deadline.is_none_or(|deadline| now >= deadline)) {
             endpoint.gone = true;
-            endpoint.drained = false;
+            let drained = std::mem::take(&mut endpoint.drained);
             endpoint.target.retire();
             self.room.changed_for(number);
+            if drained {
+                self.drains_changed();
+            }
         }
         self.release(number);
     }

@@ -14,8 +14,10 @@ use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
 use crate::rollout::{Command, Moment, Refused, Rollout};
-use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::changes::Delta;
+use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant, Restored};
 use crate::state::idempotency::{self, ANSWERS_BYTES_MAX, Start, StartKey, Starts};
+use crate::state::image::{Place, RunsTaken, ServiceImage};
 use crate::state::queue::{Class, Principal};
 use crate::state::recording::Budget;
 use crate::state::runs::{About, Stop};
@@ -312,6 +314,47 @@ impl Dispatcher {
         self.with(|core| Some(core.steer_rollout(command, now)?.cloned()))
     }
 
+    /// A picture of everything that is to outlive this process, or of all.
+    pub fn image(&self, taken: RunsTaken, now: Instant) -> ServiceImage {
+        self.with(|core| core.image(taken, now))
+    }
+
+    /// Goes on with a rollout from a picture. To be called before the first [`Dispatcher::apply`], so that its block is
+    /// not taken for new.
+    pub fn restore_rollout(&self, rollout: Rollout, now: Instant) {
+        self.with(|core| core.restore_rollout(rollout, now));
+    }
+
+    /// Goes on from a picture, after the first [`Dispatcher::apply`]: see [`Core::restore`].
+    pub fn restore(
+        &self,
+        image: ServiceImage,
+        settings: &dyn Fn(&Place) -> Option<TargetSettings>,
+        now: Instant,
+    ) -> Restored {
+        self.with(|core| core.restore(image, settings, now))
+    }
+
+    /// From here on what changes is marked for the store; `told` is set with every mark.
+    pub fn keep_changes(&self, told: Arc<AtomicBool>, whole: bool) {
+        self.with(|core| core.keep_changes(told, whole));
+    }
+
+    /// The store is to write everything anew.
+    pub fn change_whole(&self) {
+        self.with(Core::change_whole);
+    }
+
+    /// What has changed since the last time; `None`: nothing. Taken in steps, so that nobody waits for it.
+    pub fn take_changes(&self, now: Instant) -> Option<Delta> {
+        let mut taking = self.with(|core| core.take_changes(now))?;
+        loop {
+            if let Some(delta) = self.with(|core| core.take_more(&mut taking, SCAN as usize, now)) {
+                return Some(delta);
+            }
+        }
+    }
+
     /// Where a copy of a start goes: see [`Core::shadow`]. `None`: nowhere, or too many are under way.
     pub fn shadow(&self, version: &str, place: u64) -> Option<Shadowed> {
         let permit = Arc::clone(&self.copies).try_acquire_owned().ok()?;
@@ -340,7 +383,14 @@ impl Dispatcher {
     /// What is due with time; to be called about once a second.
     pub fn tick(&self, now: Instant) {
         self.starts().expire(now);
-        self.with(|core| core.tick(now));
+        let mut busy = self.with(|core| {
+            core.tick(now);
+            core.slots_a_second()
+        });
+        while busy > 0 {
+            self.with(|core| core.mark_busy(busy.min(SCAN), now));
+            busy = busy.saturating_sub(SCAN);
+        }
         // In small steps, so that a million sessions that expire together hold up nobody.
         while self.with(|core| core.expire(SCAN as usize, now)) == SCAN as usize {}
     }

@@ -48,6 +48,8 @@ pub(crate) struct Run {
     pub unreachable: u32,
     /// A call about it is under way.
     pub asking: bool,
+    /// The store knows of it, or is about to.
+    pub stored: bool,
     wake: Option<Instant>,
     /// Its neighbours among the runs of its session.
     previous: Option<u32>,
@@ -152,6 +154,7 @@ impl Runs {
             cancel: None,
             unreachable: 0,
             asking: false,
+            stored: false,
             wake: None,
             previous: None,
             next: None,

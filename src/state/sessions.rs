@@ -8,13 +8,31 @@ use std::time::Duration;
 
 use foldhash::quality::RandomState;
 use hashbrown::HashTable;
+use serde::{Deserialize, Serialize};
 
 /// The key of a session: what the client calls its conversation, within its principal's scope.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SessionKey {
     /// A keyed digest of the `session.scope` value, where scope is configured (the value itself is never kept).
     pub scope: Option<[u8; 16]>,
     pub text: Box<str>,
+}
+
+impl SessionKey {
+    /// The compact form, by which it can be told from every other.
+    pub fn to_bytes(&self) -> Box<[u8]> {
+        Parts::of(self).write()
+    }
+
+    /// Reads [`SessionKey::to_bytes`]. `None`: it is something else.
+    pub fn from_bytes(bytes: &[u8]) -> Option<SessionKey> {
+        let (scope, text) = match bytes.split_first()? {
+            (0, text) => (None, text),
+            (1, rest) => rest.split_first_chunk().map(|(scope, text)| (Some(*scope), text))?,
+            _ => return None,
+        };
+        Some(SessionKey { scope, text: str::from_utf8(text).ok()?.into() })
+    }
 }
 
 /// No record.
@@ -144,10 +162,10 @@ impl Sessions {
     }
 
     /// Makes `key` another name of `session`, unless it is known or the table has enough. Of a session with many names
-    /// the oldest is forgotten.
-    pub fn add_alias(&mut self, session: u32, key: &SessionKey, aliases_max: usize) {
+    /// the oldest is forgotten. Whether it is one now that was not.
+    pub fn add_alias(&mut self, session: u32, key: &SessionKey, aliases_max: usize) -> bool {
         if self.aliases >= aliases_max || self.find(key).is_some() {
-            return;
+            return false;
         }
         if self.extra(session).is_some_and(|extra| extra.aliases.len() >= ALIASES_MAX) {
             // A chain of answers names its session anew each time: the newest names are the ones that come back.
@@ -158,6 +176,7 @@ impl Sessions {
         let alias = self.add(key, session, ALIAS);
         self.aliases += 1;
         self.extra_mut(session).aliases.push(alias);
+        true
     }
 
     /// Forgets an idle session and its aliases. Its runs and its credit must have been taken back before.
@@ -287,10 +306,36 @@ impl Sessions {
         SessionKey { scope: parts.scope.try_into().ok(), text: parts.text().into() }
     }
 
+    /// Its key in the compact form.
+    pub fn key_bytes(&self, session: u32) -> &[u8] {
+        &self.record(session).key
+    }
+
+    /// When its last exchange ended; of a busy one what [`Sessions::set_used`] said.
+    pub fn used(&self, session: u32) -> Ticks {
+        self.record(session).used
+    }
+
+    /// Of a busy session, whose last use is now.
+    pub fn set_used(&mut self, session: u32, now: Ticks) {
+        self.record_mut(session).used = now;
+    }
+
     /// Whether this is its key or one of its aliases, in any scope.
     pub fn answers_to(&self, session: u32, text: &str) -> bool {
         let aliases = self.extra(session).map(|extra| extra.aliases.as_slice()).unwrap_or_default();
         self.key(session) == text || aliases.iter().any(|alias| self.key(*alias) == text)
+    }
+
+    /// Its other names.
+    pub fn aliases(&self, session: u32) -> Vec<SessionKey> {
+        let aliases = self.extra(session).map(|extra| extra.aliases.as_slice()).unwrap_or_default();
+        aliases.iter().map(|alias| self.session_key(*alias)).collect()
+    }
+
+    /// Takes an idle session out of the list of those, because a run of it goes on that nothing carries.
+    pub fn hold(&mut self, session: u32) {
+        self.unlink(session);
     }
 
     pub fn first_run(&self, session: u32) -> Option<u32> {

@@ -15,6 +15,9 @@ impl Core {
         let now = self.advance(now);
         let ServiceSettings { config, targets } = settings;
         let old = std::mem::replace(&mut self.rules, Rules::of(&config));
+        if let Some(changes) = &mut self.changes {
+            changes.set_idle_timeout(self.rules.idle_timeout);
+        }
         let (was_checked, took_turns) = (old.checked, old.takes_turns());
         self.take_versions(&config.versions);
         self.take_rollout(config.rollout.as_ref(), now);

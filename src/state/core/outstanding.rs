@@ -82,6 +82,7 @@ impl Core {
                 Finish::Ended(outcome) => self.end_run(number, outcome, now),
                 Finish::Left => {
                     self.watch(number);
+                    self.run_changed(number);
                     None
                 }
             }
@@ -96,6 +97,7 @@ impl Core {
         let (endpoint, session, carriers) = (run.endpoint, run.session, run.carriers);
         let ended = Ended { target: run.target.clone(), outcome, duration: run.age(now) };
         self.judge_run(number, outcome, now);
+        self.run_ends(number);
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
         if self.rules.any_limit {
@@ -145,6 +147,7 @@ impl Core {
                 Fact::Run(key) => {
                     if let Some(run) = grant.run {
                         self.runs.name(run, &key);
+                        self.run_changed(run);
                     }
                 }
                 Fact::Ended(outcome) => ended.extend(grant.run.and_then(|run| self.end_run(run, outcome, now))),
@@ -164,6 +167,7 @@ impl Core {
                 }
                 Fact::SessionLost => {
                     if let Some(session) = grant.session {
+                        self.pin_ends(session);
                         self.sessions.doubt(session);
                     }
                 }
@@ -227,6 +231,7 @@ impl Core {
             self.session_of_run_known(number, &session);
         }
         self.runs.name(number, key);
+        self.run_changed(number);
         self.reindex(grant.endpoint);
         self.watch(number);
     }
@@ -440,6 +445,7 @@ impl Core {
     pub(super) fn rest_or_unpin(&mut self, session: u32, now: Instant) {
         if self.sessions.confirmed(session) {
             let ticks = self.ticks(now);
+            self.pin_rests(session, ticks);
             self.sessions.rest(session, ticks);
         } else {
             self.unpin(session);

@@ -218,7 +218,7 @@ impl Room {
         }
     }
 
-    fn count(&mut self, principal: [u8; 16]) {
+    pub fn count(&mut self, principal: [u8; 16]) {
         *self.principals.entry(principal).or_insert(0) += 1;
     }
 
