@@ -96,6 +96,7 @@ impl Core {
         let (endpoint, session, carriers) = (run.endpoint, run.session, run.carriers);
         let ended = Ended { target: run.target.clone(), outcome, duration: run.age(now) };
         self.judge_run(number, outcome, now);
+        self.learn_duration(ended.duration, outcome, now);
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
         if self.rules.any_limit {
