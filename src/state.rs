@@ -254,6 +254,8 @@ pub enum Refusal {
     Busy(RunId),
     /// Its principal has as many runs as it may.
     PrincipalLimit,
+    /// The proxy ends, and nothing more will be placed.
+    Ending,
 }
 
 impl Refusal {
@@ -265,6 +267,7 @@ impl Refusal {
             Refusal::QueueTimeout => Code::QueueTimeout,
             Refusal::Busy(_) => Code::SessionBusy,
             Refusal::PrincipalLimit => Code::PrincipalLimit,
+            Refusal::Ending => Code::Draining,
         }
     }
 
@@ -274,9 +277,11 @@ impl Refusal {
             Refusal::SessionLost => AffinityOutcome::Lost,
             Refusal::SessionGone(affinity) => affinity,
             Refusal::PinnedFull | Refusal::Busy(_) => AffinityOutcome::Hit,
-            Refusal::NoEndpoint | Refusal::QueueFull | Refusal::QueueTimeout | Refusal::PrincipalLimit => {
-                AffinityOutcome::None
-            }
+            Refusal::NoEndpoint
+            | Refusal::QueueFull
+            | Refusal::QueueTimeout
+            | Refusal::PrincipalLimit
+            | Refusal::Ending => AffinityOutcome::None,
         }
     }
 }

@@ -4,11 +4,12 @@ mod support;
 
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use longhaul::app::App;
 use longhaul::control::shutdown::Ended;
 use longhaul::drain::Phase;
+use longhaul::ids;
 use support::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -227,7 +228,7 @@ async fn what_the_proxy_cuts_at_its_end_is_spread_and_a_second_word_ends_it_at_o
         refuses(proxy.address).await;
         if forced {
             proxy.app.drain.force();
-            let began = Instant::now();
+            let began = ids::now();
             assert_eq!(ended(proxy.app).await, Ended { cut: 20, forced: true });
             for (client, ..) in &mut streams {
                 assert_eq!(client.closed().await, b"");
@@ -235,7 +236,7 @@ async fn what_the_proxy_cuts_at_its_end_is_spread_and_a_second_word_ends_it_at_o
             assert!(began.elapsed() < Duration::from_secs(10), "at once");
             continue;
         }
-        let began = Instant::now();
+        let began = ids::now();
         let mut cuts = JoinSet::new();
         for (mut client, _, drip) in streams {
             cuts.spawn(async move {
@@ -249,6 +250,27 @@ async fn what_the_proxy_cuts_at_its_end_is_spread_and_a_second_word_ends_it_at_o
         assert!(cuts[19] - cuts[0] >= Duration::from_millis(50), "all at once: {cuts:?}");
         assert_eq!(ended(proxy.app).await, Ended { cut: 20, forced: false });
     }
+}
+
+#[tokio::test]
+async fn whoever_waits_at_the_end_is_told_so() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let text = config(backend.url(), "{delay: 0s, timeout: 1s}");
+    let queue = "    runs: {max_per_endpoint: 1, queue: {max: 5, timeout: 60s}}\n    versions:";
+    let proxy = start_proxy(&text.replace("    versions:", queue)).await;
+    let run = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
+    let mut first = proxy.connect().await;
+    first.send(run).await;
+    let drip = backend.drip().await;
+    let mut waiting = proxy.connect().await;
+    waiting.send(run).await;
+    proxy.metric_becomes("longhaul_queued_runs", &[], 1.0).await;
+    proxy.app.drain.drain();
+    let answer = waiting.read_response().await;
+    assert_eq!((answer.status(), answer.code().as_deref()), (503, Some("draining")));
+    assert!(ended(proxy.app).await.cut >= 1);
+    drip.until_gone().await;
 }
 
 #[tokio::test]

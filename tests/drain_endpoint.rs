@@ -5,9 +5,10 @@ mod support;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
+use longhaul::ids;
 use serde_json::Value;
 use support::*;
 use tokio::net::TcpListener;
@@ -88,6 +89,13 @@ async fn a_health_answer_drains_the_endpoint_until_another_ends_that() {
     becomes(&proxy, &draining, "draining", &["health"]).await;
     health.store(200, Ordering::SeqCst);
     becomes(&proxy, &draining, "ready", &[]).await;
+    // The same by a field of the answer, without any status for it.
+    let checked = "    health: {path: /health, interval: 100ms, unhealthy_after: 1}\n";
+    assert_eq!(proxy.reload(&config(&[&draining, &other], checked)).await.status(), 200);
+    draining.each(|_| Script::answer(200, &[("longhaul-drain", "1")], "ok"));
+    becomes(&proxy, &draining, "draining", &["health"]).await;
+    answers(&draining, &health, &[]);
+    becomes(&proxy, &draining, "ready", &[]).await;
     // Neither status: unhealthy, as ever.
     health.store(500, Ordering::SeqCst);
     becomes(&proxy, &draining, "unhealthy", &[]).await;
@@ -148,7 +156,7 @@ async fn what_is_left_at_the_deadline_is_cut_one_after_another_with_a_last_word(
     let (_, mut body) = stream.head().await;
 
     assert_eq!(proxy.drain("support", &backend.name(), false).await.status(), 200);
-    let began = Instant::now();
+    let began = ids::now();
     let mut reading = tokio::task::JoinSet::new();
     for (mut client, drip) in streams {
         reading.spawn(async move {

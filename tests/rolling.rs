@@ -13,8 +13,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use longhaul::ids;
 use support::*;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader as AsyncBufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -195,13 +196,13 @@ impl Served {
 
     /// Polled gently: a drain takes as long as its longest stream.
     async fn drained(&self, address: SocketAddr) {
-        let end = Instant::now() + Duration::from_secs(30) + Duration::from_secs(90).mul_f64(scale());
+        let end = ids::now() + Duration::from_secs(30) + Duration::from_secs(90).mul_f64(scale());
         loop {
             let endpoint = self.endpoint(address).await;
             if endpoint["outstanding_runs"] == 0 && endpoint["open_exchanges"] == 0 {
                 return;
             }
-            assert!(Instant::now() < end, "not drained: {endpoint}");
+            assert!(ids::now() < end, "not drained: {endpoint}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -333,10 +334,10 @@ async fn a_rolling_restart_of_endpoints_cuts_nothing() {
     })
     .await;
 
-    let began = Instant::now();
+    let began = ids::now();
     let mut longest = Duration::ZERO;
     for agent in &mut agents {
-        let drained = Instant::now();
+        let drained = ids::now();
         proxy.steer(agent.address, "drain").await;
         proxy.drained(agent.address).await;
         longest = longest.max(drained.elapsed());
@@ -379,10 +380,10 @@ async fn one_proxy_takes_over_from_another_on_the_same_port() {
         assert_eq!(next.address, port);
         proxy.program.signal("TERM");
         let patience = Duration::from_secs(20) + Duration::from_secs(70).mul_f64(scale());
-        let end = Instant::now() + patience;
+        let end = ids::now() + patience;
         let left = proxy.program.id();
         while Path::new(&format!("/proc/{left}/fd")).read_dir().is_ok_and(|mut open| open.next().is_some()) {
-            assert!(Instant::now() < end, "the old proxy did not end");
+            assert!(ids::now() < end, "the old proxy did not end");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         assert_eq!(proxy.program.ended().await.code(), Some(0), "{:?}", proxy.program.lines());
@@ -435,7 +436,7 @@ async fn only_its_own_runs_fail(
     })
     .await;
 
-    let died = Instant::now();
+    let died = ids::now();
     let body = die(first);
     eventually_async("it is taken out", || async { proxy.endpoint(dying).await["state"] != "ready" }).await;
     let out_after = died.elapsed();
@@ -580,10 +581,10 @@ async fn memory_and_descriptors_stay_flat_over_reloads_and_runs() {
     reload_under_runs(&proxy, &texts, reloads, runs).await;
     // What drains, and the pools of what is gone, are let go by the clock.
     let bound = (before.0 + before.0 / 10 + (4 << 20), before.1 + 8);
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = ids::now() + Duration::from_secs(10);
     let mut after = footprint(proxy.program.id());
     while after.0 > bound.0 || after.1 > bound.1 {
-        assert!(Instant::now() < end, "bytes and descriptors: {before:?} before, {after:?} after");
+        assert!(ids::now() < end, "bytes and descriptors: {before:?} before, {after:?} after");
         tokio::time::sleep(Duration::from_millis(100)).await;
         after = footprint(proxy.program.id());
     }

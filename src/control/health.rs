@@ -61,8 +61,10 @@ impl OwnLoad {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Healthy,
-    /// It works, and takes no new sessions (`health.draining_status`).
+    /// It works, and takes no new sessions (`health.draining_status`, or `longhaul-drain: 1`).
     Draining,
+    /// Healthy, and it says that it does not drain (`longhaul-drain: 0`).
+    NotDraining,
     /// And why.
     Unhealthy(String),
     /// 401 or 403: the endpoint answers, but not to us. Nothing changes.
@@ -173,7 +175,8 @@ async fn keep_checking(check: &Check, slots: &Semaphore) {
         let (verdict, body) = probe(&check.probe).await;
         match &verdict {
             Verdict::Healthy => check.dispatcher.probe_result(&check.identity, true, ids::now()),
-            Verdict::Draining => check.dispatcher.probe_drains(&check.identity, ids::now()),
+            Verdict::Draining => check.dispatcher.probe_drains(&check.identity, true, ids::now()),
+            Verdict::NotDraining => check.dispatcher.probe_drains(&check.identity, false, ids::now()),
             Verdict::Unhealthy(_) => check.dispatcher.probe_result(&check.identity, false, ids::now()),
             Verdict::NoEvidence(_) => {}
         }
@@ -210,7 +213,7 @@ fn expiry(health: &config::Health) -> Duration {
 fn tell(check: &Check, verdict: &Verdict) {
     let (service, endpoint) = (&check.service, check.probe.way.url.address());
     match verdict {
-        Verdict::Healthy => info!(%service, endpoint, "health check passed"),
+        Verdict::Healthy | Verdict::NotDraining => info!(%service, endpoint, "health check passed"),
         Verdict::Draining => info!(%service, endpoint, "health check: the endpoint drains"),
         Verdict::Unhealthy(reason) => warn!(%service, endpoint, reason, "health check failed"),
         Verdict::NoEvidence(status) => warn!(
@@ -233,7 +236,14 @@ fn jittered(interval: Duration, random: u64) -> Duration {
 pub async fn probe(probe: &Probe) -> (Verdict, Option<Body>) {
     match tokio::time::timeout(probe.health.timeout, ask(probe)).await {
         Ok(Ok(None)) => (Verdict::Healthy, None),
-        Ok(Ok(Some(call::Answer { status, body }))) => (judge(status, &probe.health), Some(body)),
+        Ok(Ok(Some(call::Answer { status, drains, body }))) => {
+            let verdict = match (judge(status, &probe.health), drains) {
+                (Verdict::Healthy, Some(true)) => Verdict::Draining,
+                (Verdict::Healthy, Some(false)) => Verdict::NotDraining,
+                (verdict, _) => verdict,
+            };
+            (verdict, Some(body))
+        }
         Ok(Err(reason)) => (Verdict::Unhealthy(reason), None),
         Err(_) => (Verdict::Unhealthy(format!("no answer within {:?}", probe.health.timeout)), None),
     }

@@ -256,9 +256,9 @@ impl Dispatcher {
         self.with(|core| core.probe_result(identity, healthy, now));
     }
 
-    /// Such a check was answered with `health.draining_status`.
-    pub fn probe_drains(&self, identity: &str, now: Instant) {
-        self.with(|core| core.probe_drains(identity, now));
+    /// Such a check was answered well, and with a word on whether the endpoint drains.
+    pub fn probe_drains(&self, identity: &str, drains: bool, now: Instant) {
+        self.with(|core| core.probe_drains(identity, drains, now));
     }
 
     /// What an endpoint says of its own load, for so long: it may have runs that no request of ours started.

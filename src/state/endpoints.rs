@@ -66,7 +66,7 @@ pub(crate) struct Endpoint {
 /// How an endpoint tells that it drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Says {
-    /// It answers its check with `health.draining_status`.
+    /// By the answer to its check: `health.draining_status`, or the field there.
     ByHealth,
     /// An answer of it carried `longhaul-drain: 1`.
     ByAnswer,

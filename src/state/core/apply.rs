@@ -33,8 +33,6 @@ impl Core {
             // What a check said that is no more must not be held against anybody when there is one again.
             if !self.rules.checked {
                 endpoint.health = Health::default();
-            }
-            if !self.rules.asks_draining {
                 endpoint.says.take_if(|says| *says == Says::ByHealth);
             }
             if self.rules.outlier.consecutive_failures == 0 {

@@ -14,18 +14,19 @@ use crate::state::status::{DrainEstimate, DrainStatus, RollEndpoint, RollReport}
 pub const SPREAD_PART: u32 = 10;
 
 impl Core {
-    /// A health check was answered with `health.draining_status`: the endpoint works, and takes no new sessions.
-    pub fn probe_drains(&mut self, identity: &str, now: Instant) {
+    /// A health check was answered well, and with a word on whether the endpoint takes new sessions.
+    pub fn probe_drains(&mut self, identity: &str, drains: bool, now: Instant) {
         let now = self.advance(now);
         if let Some((number, _)) = self.take_health(identity, true, now) {
-            self.endpoint_says(number, Some(Says::ByHealth), now);
+            self.endpoint_says(number, drains.then_some(Says::ByHealth), now);
         }
     }
 
-    /// A health check was answered well. Where the check asks for it, that ends a drain that the endpoint has told of
+    /// A health check was answered well. Where checks can tell of a drain, that ends one that the endpoint has told of
     /// itself, by whatever means; else only if it had been unhealthy, and so has been another process since.
     pub(super) fn probe_was_good(&mut self, number: u32, recovered: bool, now: Instant) {
-        if self.rules.asks_draining || recovered {
+        let told_by_checks = self.rules.asks_draining || self.endpoints[number].says == Some(Says::ByHealth);
+        if told_by_checks || recovered {
             self.endpoint_says(number, None, now);
         }
     }
@@ -89,7 +90,9 @@ impl Core {
     }
 
     /// The proxy ends: cuts every exchange up to this share of them, the first time beginning with those there are then.
+    /// Whoever waits is sent away.
     pub fn cut_all(&mut self, begins: bool, share: f64) {
+        self.refuse_all();
         for number in self.endpoints.numbers() {
             let endpoint = &mut self.endpoints[number];
             endpoint.cutting = None;
