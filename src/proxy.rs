@@ -117,6 +117,8 @@ pub struct Caller {
     /// It wants no body (HEAD).
     pub head_only: bool,
     pub keep_alive: bool,
+    /// It asks though it was told that the proxy ends: no run starts for it.
+    pub knew_better: bool,
 }
 
 /// One exchange: from its head to the last byte of its answer. The head is boxed and errors are, so that a silent stream
@@ -133,6 +135,7 @@ pub async fn exchange(
         version: request.version,
         head_only: request.method == http::Method::HEAD,
         keep_alive: request.keep_alive,
+        knew_better: connection.refuses_starts(),
     };
     // Boxed, so that a stream that lasts minutes does not keep the room that its beginning needed.
     let begun = Box::pin(begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
@@ -144,7 +147,7 @@ pub async fn exchange(
         Err(error) => return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await,
     };
     let end = whose(relay::stream(client, &mut flow, timer).await, &connection.worker.running);
-    let last_word = flow.last_word(end, crate::ids::random_u64());
+    let last_word = flow.last_word(end);
     if detached::goes_on(&flow, end) {
         detached::spawn(connection, flow, record);
         reset(client, h2::Reason::CANCEL);
@@ -237,6 +240,17 @@ pub(crate) fn whose(end: End, running: &Running) -> End {
         return End::ProxyOver;
     }
     end
+}
+
+/// As [`whose`], of an exchange that had no answer yet.
+pub(crate) fn whose_error(error: ProxyError, running: &Running) -> ProxyError {
+    match whose(End::DrainOver, running) {
+        End::ProxyOver => ProxyError::new(
+            Code::Draining,
+            "the proxy's drain has reached shutdown.timeout before the endpoint answered",
+        ),
+        _ => error,
+    }
 }
 
 /// Writes a last word, as far as it goes without waiting; whether it went out whole.

@@ -29,7 +29,7 @@ use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
-use crate::proxy::{Caller, edits, may_keep_alive, respond, shadow, websocket};
+use crate::proxy::{Caller, edits, may_keep_alive, respond, shadow, websocket, whose_error};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Lease, Placed};
@@ -112,7 +112,7 @@ pub async fn forward(
         }
     };
 
-    if identity.kind == Kind::Start && connection.refuses_starts() {
+    if identity.kind == Kind::Start && caller.knew_better {
         service.dispatcher.rejected();
         record.outcome = Some(RunOutcome::Rejected);
         let detail = "the proxy is ending, and has told this connection to close: start the run on another connection";
@@ -236,7 +236,8 @@ pub async fn forward(
         let outcome = if timed_out { RunOutcome::TimedOut } else { RunOutcome::Failed };
         lease.outcome(outcome);
         record.ended(Finish::Ended(outcome));
-        return Err(unanswered.error);
+        let error = unanswered.error;
+        return Err(if drain_over { whose_error(error, &connection.worker.running) } else { error });
     };
 
     let outside = Outside { scheme: asked.scheme, authority: &request.authority, prefix };

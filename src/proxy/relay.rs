@@ -527,7 +527,7 @@ impl Flow {
 
     /// The last word to a client whose answer is about to be cut at the end of a drain, where the answer leaves room for
     /// one: an event stream's reader is told when to come again, a WebSocket's that the server goes away.
-    pub fn last_word(&self, end: End, random: u64) -> Option<Vec<u8>> {
+    pub fn last_word(&self, end: End) -> Option<Vec<u8>> {
         if !matches!(end, End::DrainOver | End::ProxyOver) || self.response.blocked {
             return None;
         }
@@ -541,7 +541,8 @@ impl Flow {
             && self.timed.as_deref().is_none_or(is_at_rest)
             && is_between_events(&self.response, source);
         may.then(|| {
-            let retry = RETRY_MILLISECONDS_MIN + random % (RETRY_MILLISECONDS_MAX - RETRY_MILLISECONDS_MIN);
+            let retry =
+                RETRY_MILLISECONDS_MIN + crate::ids::random_u64() % (RETRY_MILLISECONDS_MAX - RETRY_MILLISECONDS_MIN);
             // A block without data is no event; it only sets the time (WHATWG HTML section 9.2.6).
             let block = format!("retry: {retry}\n\n");
             if self.response.raw { format!("{:x}\r\n{block}\r\n", block.len()) } else { block }.into_bytes()
