@@ -213,37 +213,37 @@ fn at_one_instant_a_poll<F: Future>(mut exchange: Pin<Box<F>>) -> impl Future<Ou
     poll_fn(move |context| crate::ids::at_one_instant(|| exchange.as_mut().poll(context)))
 }
 
-/// Waits for the next request head: as long as keep-alive allows for its first byte, then the header time-out.
-async fn next_head(
+/// Waits for the next request head: as long as keep-alive allows for its first byte, then the header time-out. A closure, so
+/// that what it holds is held once: an idle connection is to be small.
+fn next_head(
     http1: &mut Http1,
     timer: &mut Timer,
     limits: HeadLimits,
     listener: &Listener,
     worker: &Rc<Worker>,
     first: bool,
-) -> Result<usize, HeadFault> {
+) -> impl Future<Output = Result<usize, HeadFault>> {
     let began = crate::ids::now();
-    let header_deadline = began + listener.config.limits.header_timeout;
-    let keepalive_deadline = began + listener.config.keepalive_timeout;
     let mut partial_deadline = None;
     // A request of which a part has come holds the drain: it is on its way.
     let mut coming = None;
-    poll_fn(|context| {
+    poll_fn(move |context| {
         if let Poll::Ready(result) = http1.poll_head(context, limits) {
             return Poll::Ready(result);
         }
+        let header_timeout = listener.config.limits.header_timeout;
+        let keepalive_deadline = began + listener.config.keepalive_timeout;
         let deadline = match http1.head_begun() {
             HeadWait::Begun => {
                 coming.get_or_insert_with(|| OpenExchange::new(worker));
-                *partial_deadline.get_or_insert_with(|| crate::ids::now() + listener.config.limits.header_timeout)
+                *partial_deadline.get_or_insert_with(|| crate::ids::now() + header_timeout)
             }
             // A client that connects and says nothing is given no longer than a slow head.
-            HeadWait::Nothing if first => header_deadline.max(began).min(keepalive_deadline),
+            HeadWait::Nothing if first => (began + header_timeout).min(keepalive_deadline),
             HeadWait::Nothing => keepalive_deadline,
         };
         timer.poll_passed(context, deadline).map(|()| Err(HeadFault::Closed { clean: true, error: None }))
     })
-    .await
 }
 
 /// Answers a head that can't be read, and closes.
