@@ -199,7 +199,8 @@ async fn a_websocket_is_told_that_the_server_goes_away() {
                            Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n";
     let backend = Backend::start().await;
     backend.each(|_| Script::tunnel("websocket"));
-    let proxy = start_proxy(&config(&[&backend], "    drain: {timeout: 1s}\n")).await;
+    let limits = "    drain: {timeout: 1s}\n";
+    let proxy = start_proxy(&format!("shutdown: {{delay: 0s, timeout: 1s}}\n{}", config(&[&backend], limits))).await;
     // What the tunnel sends back is what the server says: a whole frame, and a part of one.
     let (mut whole, mut part) = (proxy.connect().await, proxy.connect().await);
     for (client, says) in [(&mut whole, &b"\x81\x02hi"[..]), (&mut part, &b"\x81\x05hi"[..])] {
@@ -211,6 +212,14 @@ async fn a_websocket_is_told_that_the_server_goes_away() {
     assert_eq!(proxy.drain("support", &backend.name(), false).await.status(), 200);
     assert_eq!(whole.closed().await, [0x88, 2, 0x03, 0xe9]);
     assert_eq!(part.closed().await, b"", "nothing is put into a frame");
+
+    // The same at the proxy's own end.
+    assert_eq!(proxy.drain("support", &backend.name(), true).await.status(), 200);
+    let mut last = proxy.connect().await;
+    last.send(OPENING).await;
+    assert_eq!(last.read_head().await.status, 101);
+    proxy.app.drain.drain();
+    assert_eq!(last.closed().await, [0x88, 2, 0x03, 0xe9]);
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ const COUNT_EVERY: Duration = Duration::from_millis(10);
 const QUIET: Duration = Duration::from_millis(100);
 /// Between two steps of cutting what is left.
 const CUT_EVERY: Duration = Duration::from_millis(100);
-/// How long after the last cut its exchange may take to say its last word.
+/// How long after the last cut its exchange may take to say its last word, and its client to read it.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long the accept loop may take to hear that listeners close; the drain goes on without it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -150,8 +150,11 @@ async fn cut_what_is_left(running: &Running, reload_state: &ReloadState, over: D
         if passed >= over + LAST_WORDS {
             return;
         }
-        // Whoever is cut last is not waited for longer than it takes.
         tokio::time::sleep(if share < 1.0 { CUT_EVERY } else { COUNT_EVERY }).await;
+    }
+    if !begins {
+        // A connection that is closed with bytes of its client unread is reset, and the reset overtakes what was said.
+        tokio::time::sleep(LAST_WORDS).await;
     }
 }
 
