@@ -42,6 +42,8 @@ fn render(bencher: Bencher) {
                 address: format!("10.0.{service}.{index}:8000"),
                 state: "ready",
                 outstanding_runs: 3,
+                sessions: 0,
+                empty_in_seconds: [None; 2],
             })
             .collect(),
         ..ScrapedVersion::default()

@@ -26,7 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tracing::{debug, error};
 
-use crate::config::Address;
+use crate::config::{Address, parse_duration};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, runs};
 use crate::drain::Phase;
 use crate::ids::{self, RunId};
@@ -140,6 +140,7 @@ fn router(context: Arc<Context>, access: guard::Access) -> Router {
             .route("/api/v1/runs/{id}", delete(end_run))
             .route("/api/v1/services/{service}/endpoints/{address}/drain", post(drain_endpoint))
             .route("/api/v1/services/{service}/endpoints/{address}/undrain", post(undrain_endpoint))
+            .route("/api/v1/services/{service}/safe-to-roll", get(safe_to_roll))
             .route("/api/v1/services/{service}/rollout", get(rollout::status))
             .route("/api/v1/services/{service}/rollout/{action}", post(rollout::steer))
             .route("/api/v1/services/{service}/versions/{version}/evict", post(rollout::evict))
@@ -285,13 +286,44 @@ async fn undrain_endpoint(
     endpoint_answer(&dispatcher, &address, found, "undrained")
 }
 
+/// What a rollout now would cut.
+async fn safe_to_roll(
+    State(context): Shared,
+    Path(service): Path<String>,
+    Query(parameters): Parameters,
+) -> Result<Response, Problem> {
+    let parameters = Known::of(parameters, &["grace", "endpoint", "confidence"])?;
+    let dispatcher = dispatcher(&context, &service)?;
+    let grace = match parameters.text("grace").map(parse_duration) {
+        None => None,
+        Some(Ok(grace)) => Some(grace),
+        Some(Err(_)) => return Err(Problem::bad_request("grace is a duration such as 30s, 10m or 1h")),
+    };
+    let confidence = match parameters.text("confidence") {
+        None => CONFIDENCE_DEFAULT,
+        Some(text) => match text.parse() {
+            Ok(confidence) if (0.0..=1.0).contains(&confidence) => confidence,
+            _ => return Err(Problem::bad_request("confidence is a probability between 0 and 1, such as 0.95")),
+        },
+    };
+    let endpoint = parameters.text("endpoint");
+    match dispatcher.safe_to_roll(endpoint, grace, confidence, ids::now()) {
+        Some(report) => Ok(Json(report).into_response()),
+        None => Err(no_endpoint(&dispatcher, endpoint.unwrap_or_default())),
+    }
+}
+
+fn no_endpoint(dispatcher: &Dispatcher, address: &str) -> Problem {
+    let service = dispatcher.name();
+    let known = dispatcher.status(ids::now()).versions.into_iter().flat_map(|version| version.endpoints);
+    let known: Vec<String> = known.map(|endpoint| endpoint.address).take(NAMES_MAX).collect();
+    let known = if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
+    Problem::not_found(&format!("{service} has no endpoint {address}; {known}"))
+}
+
 fn endpoint_answer(dispatcher: &Dispatcher, address: &str, found: bool, done: &str) -> Result<Response, Problem> {
     if !found {
-        let service = dispatcher.name();
-        let known = dispatcher.status(ids::now()).versions.into_iter().flat_map(|version| version.endpoints);
-        let known: Vec<String> = known.map(|endpoint| endpoint.address).take(NAMES_MAX).collect();
-        let known = if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
-        return Err(Problem::not_found(&format!("{service} has no endpoint {address}; {known}")));
+        return Err(no_endpoint(dispatcher, address));
     }
     let service = dispatcher.name();
     Ok(Json(json!({ "service": **service, "endpoint": address, "result": done })).into_response())
@@ -354,6 +386,9 @@ const ROWS_DEFAULT: usize = 1000;
 const ROWS_MAX: usize = 100_000;
 /// How many names an error lists of those that would be right.
 const NAMES_MAX: usize = 20;
+
+/// So probable it must be that a rollout cuts nothing to be called safe.
+const CONFIDENCE_DEFAULT: f64 = 0.95;
 
 const CONNECTIONS_MAX: usize = 256;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);

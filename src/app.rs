@@ -116,9 +116,11 @@ pub fn build(options: Options) -> Result<App, StartError> {
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
     let opened = opened.map(|(store, kept)| (Arc::new(store), kept));
     let store = opened.as_ref().map(|(store, _)| Arc::clone(store));
+    // Before the listeners, whose ports may be shared: a proxy that was started twice must end before it is given a
+    // connection that it would lose.
+    let (admin_address, admin_socket) = reload::bind_private(&admin_address).map_err(StartError::Admin)?;
     let (reloader, outlets) = Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload, opened)
         .map_err(StartError::Refused)?;
-    let (admin_address, admin_socket) = reload::bind_private(&admin_address).map_err(StartError::Admin)?;
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
     let bound = Bound { listeners: listeners(&running), admin: admin_address, probes: probes_address };
@@ -277,7 +279,7 @@ impl Control {
         }
         tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full));
         tokio::spawn(serve_probes(Arc::clone(&context), probes));
-        shutdown::run(Arc::clone(running), drain.clone(), reload.clone()).await
+        shutdown::run(Arc::clone(running), drain.clone(), reload.clone(), Arc::clone(state)).await
     }
 }
 

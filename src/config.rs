@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 pub use schema::schema;
+pub use values::parse_duration;
 
 /// A configuration is written by people; a larger file is surely not meant.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -484,6 +485,8 @@ pub struct Health {
     pub port: Option<u16>,
     /// Inclusive ranges.
     pub expect_status: Vec<(u16, u16)>,
+    /// As those; an endpoint that answers so works and takes no new sessions.
+    pub draining_status: Vec<(u16, u16)>,
     pub interval: Duration,
     pub timeout: Duration,
     pub unhealthy_after: u32,

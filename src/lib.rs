@@ -13,6 +13,7 @@ pub mod control;
 pub mod demo;
 pub mod drain;
 pub mod error;
+pub mod estimate;
 pub mod http1;
 pub mod ids;
 pub mod json;

@@ -161,17 +161,21 @@ impl Fields {
         });
     }
 
-    /// Keeps the fields for which `keep(name, value)` holds. It may be asked more than once for one field.
-    pub fn retain(&mut self, keep: impl Fn(&[u8], &[u8]) -> bool) {
-        let data = &self.data;
-        if self.entries.iter().all(|entry| keep(entry.name(data), entry.value(data))) {
-            return;
+    /// Keeps the fields for which `keep(name, value)` holds.
+    pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8]) -> bool) {
+        let Fields { data, entries, has_gaps } = self;
+        let mut keeps = |entry: &Entry| keep(entry.name(data), entry.value(data));
+        // Nearly always all are kept, and none is moved.
+        let Some(first) = entries.iter().position(|entry| !keeps(entry)) else { return };
+        *has_gaps = true;
+        let mut kept = first;
+        for index in first + 1..entries.len() {
+            if keeps(&entries[index]) {
+                entries[kept] = entries[index];
+                kept += 1;
+            }
         }
-        self.entries.retain(|entry| {
-            let keep = keep(entry.name(data), entry.value(data));
-            self.has_gaps |= !keep;
-            keep
-        });
+        entries.truncate(kept);
     }
 }
 

@@ -30,6 +30,9 @@ pub const AFFINITY_OUTCOMES: [&str; 5] = ["new", "hit", "moved", "lost", "none"]
 /// The label `state` of `longhaul_endpoint_state`.
 pub const ENDPOINT_STATES: [&str; 5] = ["ready", "draining", "unhealthy", "ejected", "gone"];
 
+/// The label `quantile` of `longhaul_drain_estimate_seconds`, in the order of [`ScrapedEndpoint::empty_in_seconds`].
+pub const QUANTILES: [&str; 2] = ["0.5", "0.95"];
+
 /// The registry and the families behind the handles.
 pub struct Metrics {
     registry: Registry,
@@ -139,6 +142,10 @@ pub struct ScrapedEndpoint {
     /// One of [`ENDPOINT_STATES`].
     pub state: &'static str,
     pub outstanding_runs: u64,
+    pub sessions: u64,
+    /// Where it drains: in how many seconds it will be empty, by the probability of that ([`QUANTILES`]); those that can't
+    /// be told are missing.
+    pub empty_in_seconds: [Option<f64>; 2],
 }
 
 impl RouteMetrics {
@@ -497,6 +504,16 @@ fn families(scrape: &Scrape) -> Vec<Family> {
         "Outstanding runs that a draining endpoint still has to finish.",
         &["service", "endpoint"],
     );
+    let mut remaining_sessions = Family::new(
+        "longhaul_drain_remaining_sessions",
+        "Sessions that are pinned to a draining endpoint.",
+        &["service", "endpoint"],
+    );
+    let mut estimate = Family::new(
+        "longhaul_drain_estimate_seconds",
+        "In how many seconds a draining endpoint will have no run any more, with the probability of the quantile.",
+        &["service", "endpoint", "quantile"],
+    );
     let mut weight = Family::new("longhaul_version_weight", "The version's effective weight.", &["service", "version"]);
     let mut sessions_begun = Family::new(
         "longhaul_version_sessions_total",
@@ -562,6 +579,12 @@ fn families(scrape: &Scrape) -> Vec<Family> {
                 }
                 if endpoint.leaving() {
                     remaining.add(&[name, &endpoint.address], endpoint.outstanding_runs as f64);
+                    remaining_sessions.add(&[name, &endpoint.address], endpoint.sessions as f64);
+                    for (quantile, seconds) in QUANTILES.into_iter().zip(endpoint.empty_in_seconds) {
+                        if let Some(seconds) = seconds {
+                            estimate.set(&[name, &endpoint.address, quantile], seconds);
+                        }
+                    }
                 }
             }
         }
@@ -577,6 +600,8 @@ fn families(scrape: &Scrape) -> Vec<Family> {
         sessions,
         state,
         remaining,
+        remaining_sessions,
+        estimate,
         weight,
         sessions_begun,
         runs_ended,
@@ -609,7 +634,7 @@ impl Family {
         *self.at(values) += value;
     }
 
-    /// Sets a series that can only be 0 or 1; of equal ones the 1 stays.
+    /// Sets a series of which equal ones are not to be added up: the largest stays.
     fn set(&mut self, values: &[&str], value: f64) {
         let series = self.at(values);
         *series = series.max(value);
@@ -679,7 +704,8 @@ mod tests {
     use super::*;
 
     fn endpoint(address: &str, state: &'static str, outstanding_runs: u64) -> ScrapedEndpoint {
-        ScrapedEndpoint { address: address.to_owned(), state, outstanding_runs }
+        let empty_in_seconds = [Some(2.5), None];
+        ScrapedEndpoint { address: address.to_owned(), state, outstanding_runs, sessions: 3, empty_in_seconds }
     }
 
     fn support(endpoints: Vec<ScrapedEndpoint>, run_capacity: Option<u64>) -> Scrape {
@@ -863,6 +889,14 @@ mod tests {
         let scrape = support(vec![endpoint("a:1", "ready", 2), endpoint("b:1", "draining", 5)], None);
         let samples = parse(&metrics.render(&scrape));
         assert_eq!(samples["longhaul_drain_remaining_runs{service=\"support\",endpoint=\"b:1\"}"], 5.0);
+        assert_eq!(samples["longhaul_drain_remaining_sessions{service=\"support\",endpoint=\"b:1\"}"], 3.0);
+        let estimate = |address: &str, quantile: &str| {
+            samples.get(&format!(
+                "longhaul_drain_estimate_seconds{{service=\"support\",endpoint=\"{address}\",quantile=\"{quantile}\"}}"
+            ))
+        };
+        assert_eq!((estimate("b:1", "0.5"), estimate("b:1", "0.95")), (Some(&2.5), None));
+        assert_eq!(estimate("a:1", "0.5"), None);
         assert!(!samples.contains_key("longhaul_drain_remaining_runs{service=\"support\",endpoint=\"a:1\"}"));
         let state = |address: &str, state: &str| {
             samples[&format!(

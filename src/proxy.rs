@@ -117,6 +117,8 @@ pub struct Caller {
     /// It wants no body (HEAD).
     pub head_only: bool,
     pub keep_alive: bool,
+    /// It asks though it was told that the proxy ends: no run starts for it.
+    pub knew_better: bool,
 }
 
 /// One exchange: from its head to the last byte of its answer. The head is boxed and errors are, so that a silent stream
@@ -133,6 +135,7 @@ pub async fn exchange(
         version: request.version,
         head_only: request.method == http::Method::HEAD,
         keep_alive: request.keep_alive,
+        knew_better: connection.refuses_starts(),
     };
     // Boxed, so that a stream that lasts minutes does not keep the room that its beginning needed.
     let begun = Box::pin(begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
@@ -143,7 +146,8 @@ pub async fn exchange(
         Ok(Begun::Replayed(replayed)) => return after_replay(client, replayed, &mut record),
         Err(error) => return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await,
     };
-    let end = relay::stream(client, &mut flow, timer).await;
+    let end = whose(relay::stream(client, &mut flow, timer).await, &connection.worker.running);
+    let last_word = flow.last_word(end);
     if detached::goes_on(&flow, end) {
         detached::spawn(connection, flow, record);
         reset(client, h2::Reason::CANCEL);
@@ -163,6 +167,10 @@ pub async fn exchange(
         drop(flow);
         return Box::pin(answer_error(connection, client, &caller, error, timer, &mut record)).await;
     }
+    let said = match last_word {
+        Some(word) => say(client, &word).await,
+        None => false,
+    };
     if !matches!(end, End::Whole | End::ClientGone) {
         cut(client, &flow).await;
     }
@@ -180,7 +188,12 @@ pub async fn exchange(
         End::ClientGone => After::Close,
         End::Truncated | End::DrainOver => {
             record.code = Some(Code::UpstreamReset);
-            After::Close
+            // A close frame is worth nothing to whom a reset overtakes it.
+            if said && flow.tunnel { After::Linger } else { After::Close }
+        }
+        End::ProxyOver => {
+            record.code = Some(Code::Draining);
+            if said && flow.tunnel { After::Linger } else { After::Close }
         }
         End::Stopped(outcome) => {
             record.code = Some(watch::code_of_stop(outcome));
@@ -214,9 +227,51 @@ fn cut_short(end: End) -> Option<ProxyError> {
             "the endpoint broke its answer off, or sent a malformed body, right behind its head",
         )),
         End::DrainOver => Some(ProxyError::new(Code::UpstreamReset, "the endpoint's drain has reached drain.timeout")),
+        End::ProxyOver => Some(ProxyError::new(Code::Draining, "the proxy's drain has reached shutdown.timeout")),
         End::Stopped(outcome) => Some(ProxyError::new(watch::code_of_stop(outcome), "the run was ended")),
         End::TimedOut(code) | End::Refused(code) => Some(ProxyError::new(code, code.title())),
     }
+}
+
+/// At the end of the proxy's own drain exchanges are cut by the same word as at the end of an endpoint's.
+pub(crate) fn whose(end: End, running: &Running) -> End {
+    if end == End::DrainOver && running.drain.phase() >= crate::drain::Phase::Draining {
+        running.cut_exchanges.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+        return End::ProxyOver;
+    }
+    end
+}
+
+/// As [`whose`], of an exchange that had no answer yet.
+pub(crate) fn whose_error(error: ProxyError, running: &Running) -> ProxyError {
+    match whose(End::DrainOver, running) {
+        End::ProxyOver => ProxyError::new(
+            Code::Draining,
+            "the proxy's drain has reached shutdown.timeout before the endpoint answered",
+        ),
+        _ => error,
+    }
+}
+
+/// Writes a last word, as far as it goes without waiting; whether it went out whole.
+async fn say(client: &mut Peer, word: &[u8]) -> bool {
+    let mut left = word;
+    std::future::poll_fn(|context| {
+        while !left.is_empty() {
+            match client.poll_write(context, left) {
+                std::task::Poll::Ready(Ok(count)) => left = &left[count..],
+                std::task::Poll::Ready(Err(_)) | std::task::Poll::Pending => break,
+            }
+        }
+        std::task::Poll::Ready(())
+    })
+    .await;
+    if !client.is_http1() {
+        // The connection's own task is to send it before the reset, which would overtake it.
+        tokio::task::yield_now().await;
+        tokio::task::yield_now().await;
+    }
+    left.is_empty()
 }
 
 /// Sees to it that the client can tell the cut from an end.

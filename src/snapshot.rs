@@ -84,6 +84,8 @@ pub struct Running {
     pub drain: Drain,
     /// Exchanges between their first and last byte, upgrades included.
     pub open_exchanges: Contended,
+    /// Those that were cut because the proxy's own drain took as long as it may.
+    pub cut_exchanges: AtomicUsize,
     pub access_log: AccessLog,
     /// Keys the digests of `session.scope` values; random for each process.
     pub scope_secret: [u8; 16],

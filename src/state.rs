@@ -6,8 +6,8 @@ pub mod dispatcher;
 mod endpoints;
 pub mod handover;
 pub mod idempotency;
-mod ordered;
 pub mod image;
+mod ordered;
 pub mod pace;
 pub mod queue;
 pub mod rate;
@@ -20,7 +20,7 @@ pub mod turn;
 pub mod waiting;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
@@ -64,10 +64,13 @@ pub struct Target {
     failing: AtomicBool,
 }
 
-/// Tells the exchanges with an endpoint that its drain has taken as long as it may, and that what is left is cut.
+/// Tells the exchanges with an endpoint that its drain has taken as long as it may, and that what is left is cut: one after
+/// another, so that their clients do not return at once.
 #[derive(Default)]
 pub struct Cut {
-    count: AtomicU32,
+    /// How often it came to that (the high half), and how far the last time has gone: each exchange has a place of its own
+    /// between 1 and `u32::MAX`, and is cut when the low half has come so far.
+    wave: AtomicU64,
     /// One for each worker, as far as they reach: every request waits here for a moment, and what workers share goes to
     /// and fro between their cores.
     told: [Told; TOLD_PLACES],
@@ -92,16 +95,36 @@ fn told_place() -> usize {
 impl Cut {
     /// How often it came to that. An exchange compares with what it was when its endpoint was picked.
     pub fn count(&self) -> u32 {
-        self.count.load(Ordering::Acquire)
+        self.wave().0
     }
 
-    /// Is woken by the next one.
+    /// [`Cut::count`], and how far the last time has gone.
+    pub fn wave(&self) -> (u32, u32) {
+        let wave = self.wave.load(Ordering::Acquire);
+        ((wave >> 32) as u32, wave as u32)
+    }
+
+    /// Is woken by the next step.
     pub fn told(&self) -> Notified<'_> {
         self.told[told_place()].0.notified()
     }
 
-    pub fn now(&self) {
-        self.count.fetch_add(1, Ordering::Release);
+    /// Begins to cut what there is now. Only to be called by whoever holds the service's lock, as [`Cut::reach`].
+    pub fn begin(&self) {
+        let (count, _) = self.wave();
+        self.wave.store(u64::from(count.wrapping_add(1)) << 32, Ordering::Release);
+        self.tell();
+    }
+
+    /// Cuts on, up to this share of it: 1.0 is all.
+    pub fn reach(&self, share: f64) {
+        let (count, _) = self.wave();
+        let place = (share.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32;
+        self.wave.store(u64::from(count) << 32 | u64::from(place), Ordering::Release);
+        self.tell();
+    }
+
+    fn tell(&self) {
         for told in &self.told {
             told.0.notify_waiters();
         }
@@ -234,6 +257,8 @@ pub enum Refusal {
     Busy(RunId),
     /// Its principal has as many runs as it may.
     PrincipalLimit,
+    /// The proxy ends, and nothing more will be placed.
+    Ending,
 }
 
 impl Refusal {
@@ -245,6 +270,7 @@ impl Refusal {
             Refusal::QueueTimeout => Code::QueueTimeout,
             Refusal::Busy(_) => Code::SessionBusy,
             Refusal::PrincipalLimit => Code::PrincipalLimit,
+            Refusal::Ending => Code::Draining,
         }
     }
 
@@ -254,9 +280,11 @@ impl Refusal {
             Refusal::SessionLost => AffinityOutcome::Lost,
             Refusal::SessionGone(affinity) => affinity,
             Refusal::PinnedFull | Refusal::Busy(_) => AffinityOutcome::Hit,
-            Refusal::NoEndpoint | Refusal::QueueFull | Refusal::QueueTimeout | Refusal::PrincipalLimit => {
-                AffinityOutcome::None
-            }
+            Refusal::NoEndpoint
+            | Refusal::QueueFull
+            | Refusal::QueueTimeout
+            | Refusal::PrincipalLimit
+            | Refusal::Ending => AffinityOutcome::None,
         }
     }
 }

@@ -1,6 +1,10 @@
 //! WebSocket: a reader of the text messages that pass in one direction (RFC 6455). It only looks on: what it can't read
 //! passes all the same.
 
+mod frames;
+
+pub use frames::{Frames, GOING_AWAY};
+
 /// How much of a message is kept to be looked at. What lies behind passes unseen.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 

@@ -339,6 +339,7 @@ snapshot_of_mistakes!(
         "health: {path: '/a b'}",
         "health: {path: /, expect_status: [200-399, 399-200, 20, ok]}",
         "health: {path: /, expect_status: []}",
+        "health: {tcp: true, draining_status: 503}",
         "outlier: {consecutive_failures: -1, max_ejected: 50}",
         "balance: least-conn",
         "balance: roundrobin",
@@ -450,11 +451,7 @@ snapshot_of_mistakes!(
     ]
 );
 
-snapshot_of_mistakes!(
-    not_available_yet_in_services,
-    in_service,
-    ["runs: {resume: {buffer: 1MiB}}", "health: {path: /, draining_status: 503}",]
-);
+snapshot_of_mistakes!(not_available_yet_in_services, in_service, ["runs: {resume: {buffer: 1MiB}}",]);
 
 snapshot_of_mistakes!(
     not_available_yet_at_the_top,

@@ -3,13 +3,17 @@
 mod support;
 
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use longhaul::app::App;
 use longhaul::control::shutdown::Ended;
 use longhaul::drain::Phase;
+use longhaul::ids;
 use support::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
 
@@ -197,8 +201,169 @@ async fn the_time_out_cuts_visibly() {
     let end = ended(proxy.app).await;
     // Two exchanges, and the HTTP/2 connection that was to outlive its streams.
     assert!(end.cut >= 2 && !end.forced, "{end:?}");
+    let word = String::from_utf8(http1.read_chunk().await.expect("a last word")).expect("text");
+    assert!(word.starts_with("retry: ") && word.ends_with("\n\n"), "{word:?}");
     assert_eq!(http1.closed().await, b"", "no last chunk");
-    assert!(next_data(&mut body).await.is_some_and(|data| data.is_err()), "an end as if complete");
+    let end = loop {
+        match next_data(&mut body).await {
+            Some(Ok(data)) => assert!(data.starts_with(b"retry: "), "{data:?}"),
+            end => break end,
+        }
+    };
+    assert!(end.is_some_and(|end| end.is_err()), "an end as if complete");
+}
+
+#[tokio::test]
+async fn what_the_proxy_cuts_at_its_end_is_spread_and_a_second_word_ends_it_at_once() {
+    for forced in [false, true] {
+        let backend = Backend::start().await;
+        backend.drip_each();
+        let timeout = if forced { "20s" } else { "2s" };
+        let proxy = start_proxy(&config(backend.url(), &format!("{{delay: 0s, timeout: {timeout}}}"))).await;
+        let mut streams = Vec::new();
+        for _ in 0..20 {
+            streams.push(open_stream(proxy.address, &backend).await);
+        }
+        proxy.app.drain.drain();
+        refuses(proxy.address).await;
+        if forced {
+            proxy.app.drain.force();
+            let began = ids::now();
+            assert_eq!(ended(proxy.app).await, Ended { cut: 20, forced: true });
+            for (client, ..) in &mut streams {
+                assert_eq!(client.closed().await, b"");
+            }
+            assert!(began.elapsed() < Duration::from_secs(10), "at once");
+            continue;
+        }
+        let began = ids::now();
+        let mut cuts = JoinSet::new();
+        for (mut client, _, drip) in streams {
+            cuts.spawn(async move {
+                client.read_to_end_of_body().await;
+                drop(drip);
+                began.elapsed()
+            });
+        }
+        let mut cuts = cuts.join_all().await;
+        cuts.sort_unstable();
+        assert!(cuts[19] - cuts[0] >= Duration::from_millis(50), "all at once: {cuts:?}");
+        assert_eq!(ended(proxy.app).await, Ended { cut: 20, forced: false });
+    }
+}
+
+#[tokio::test]
+async fn whoever_has_no_answer_at_the_end_is_told_so() {
+    let backend = Backend::start().await;
+    backend.next(Script::ok("too late").after(&Gate::new()));
+    let text = config(backend.url(), "{delay: 0s, timeout: 1s}");
+    let queue = "    runs: {max_per_endpoint: 1, queue: {max: 5, timeout: 60s}}\n    versions:";
+    let proxy = start_proxy(&text.replace("    versions:", queue)).await;
+    let run = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
+    let mut first = proxy.connect().await;
+    first.send(run).await;
+    backend.request(1).await;
+    let mut waiting = proxy.connect().await;
+    waiting.send(run).await;
+    proxy.metric_becomes("longhaul_queued_runs", &[], 1.0).await;
+    proxy.app.drain.drain();
+    for client in [&mut waiting, &mut first] {
+        let answer = client.read_response().await;
+        assert_eq!((answer.status(), answer.code().as_deref()), (503, Some("draining")));
+    }
+    // The one that was dispatched.
+    assert_eq!(ended(proxy.app).await, Ended { cut: 1, forced: false });
+    assert_eq!(backend.request_count(), 1);
+}
+
+#[tokio::test]
+async fn a_request_of_which_a_part_has_come_is_served() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&config(backend.url(), "{delay: 0s, timeout: 20s}")).await;
+    let (mut first, mut second) = (proxy.connect().await, proxy.connect().await);
+    first.send("GET / HTTP/1.1\r\nHo").await;
+    // Behind an answer as well as at the start of a connection.
+    second.send(GET).await;
+    assert_eq!(second.read_response().await.text(), "ok");
+    second.send("GET / HTTP/1.1\r\nHo").await;
+    eventually("both heads have begun", || proxy.app.running.open_exchanges.load(Ordering::SeqCst) == 2).await;
+    proxy.app.drain.drain();
+    refuses(proxy.address).await;
+    let waiting = tokio::spawn(ended(proxy.app));
+    for client in [&mut first, &mut second] {
+        assert!(!waiting.is_finished(), "the drain did not wait");
+        client.send("st: a\r\n\r\n").await;
+        let answer = client.read_response().await;
+        assert_eq!((answer.text().as_str(), answer.header("connection")), ("ok", Some("close")));
+    }
+    assert_eq!(waiting.await.expect("no panic"), Ended { cut: 0, forced: false });
+}
+
+/// A client that does not answer the ping behind a GOAWAY, so that the proxy can't know that it was read.
+#[tokio::test]
+async fn a_start_long_after_the_goaway_is_refused_and_a_read_is_not() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let proxy = start_proxy(&config(backend.url(), "{delay: 0s, timeout: 20s}")).await;
+    let mut connection = TcpStream::connect(proxy.address).await.expect("open");
+    connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("open");
+    // What keeps the connection open: a GET, which is no run.
+    send_head(&mut connection, 1, 0x82).await;
+    let drip = backend.drip().await;
+    drip.event("first").await;
+    until_frame(&mut connection, |kind, id, _| (kind, id) == (0, 1)).await;
+
+    proxy.app.drain.drain();
+    // GOAWAY is frame 7.
+    until_frame(&mut connection, |kind, _, _| kind == 7).await;
+    backend.each(|_| Script::ok("raced"));
+    // A start that was on its way is served.
+    send_head(&mut connection, 3, 0x83).await;
+    until_frame(&mut connection, |kind, id, payload| (kind, id) == (0, 3) && payload == b"raced").await;
+    let mut id = 5;
+    loop {
+        send_head(&mut connection, id, 0x83).await;
+        let payload = until_frame(&mut connection, |kind, stream, _| (kind, stream) == (0, id)).await;
+        if payload != b"raced" {
+            let text = String::from_utf8(payload).expect("text");
+            assert!(text.contains(r#""status":503"#) && text.contains(r#""code":"draining""#), "{text}");
+            break;
+        }
+        assert!(id < 4_001, "no start was refused");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        id += 2;
+    }
+    // What is no start goes on.
+    send_head(&mut connection, id + 2, 0x82).await;
+    until_frame(&mut connection, |kind, stream, payload| (kind, stream) == (0, id + 2) && payload == b"raced").await;
+    assert_eq!(proxy.metric("longhaul_runs_total", &["outcome=\"rejected\""]).await, Some(1.0));
+    drip.finish().await;
+    drop(connection);
+    assert_eq!(ended(proxy.app).await, Ended { cut: 0, forced: false });
+}
+
+/// The head of a request without a body, by the static table: `method` is 0x82 (GET) or 0x83 (POST).
+async fn send_head(connection: &mut TcpStream, id: u32, method: u8) {
+    // Frame HEADERS with END_STREAM and END_HEADERS; then the method, `:scheme: http`, `:path: /`, `:authority: a`.
+    let fields = [method, 0x86, 0x84, 0x01, 1, b'a'];
+    let frame = [&[0, 0, fields.len() as u8, 1, 5][..], &id.to_be_bytes(), &fields].concat();
+    connection.write_all(&frame).await.expect("open");
+}
+
+/// Reads frames (their kind, stream and payload) until one is it; its payload.
+async fn until_frame(connection: &mut TcpStream, is_it: impl Fn(u8, u32, &[u8]) -> bool) -> Vec<u8> {
+    within("the frame", async {
+        loop {
+            let mut head = [0; 9];
+            connection.read_exact(&mut head).await.expect("a frame");
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            connection.read_exact(&mut payload).await.expect("a whole frame");
+            if is_it(head[3], u32::from_be_bytes([head[5], head[6], head[7], head[8]]), &payload) {
+                return payload;
+            }
+        }
+    })
+    .await
 }
 
 #[tokio::test]

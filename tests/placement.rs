@@ -662,6 +662,21 @@ fn a_drain_past_its_time_cuts_what_is_left_once() {
             world.finish(grant);
         }
     }
+    // One after another, within a tenth of the time-out.
+    let mut world = World::new(&fleet(1..=2));
+    let grant = world.core_start();
+    let target = world.core.target(&grant);
+    let port = world.port(&grant);
+    world.drain(port);
+    world.wait(Duration::from_secs(600));
+    for (wait, share) in [(0, 0.0), (15, 0.25), (30, 0.75), (15, 1.0)] {
+        world.wait(Duration::from_secs(wait));
+        world.core.tick(world.now);
+        let (count, place) = target.cut.wave();
+        assert_eq!((count, place), (1, (share * f64::from(u32::MAX)) as u32));
+    }
+    assert!(!world.core.is_cutting());
+
     let mut world = World::new(&fleet(1..=2));
     let grant = world.core_start();
     let port = world.port(&grant);

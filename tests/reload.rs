@@ -432,6 +432,7 @@ fn probe_of(url: &str, path: &str) -> Probe {
             tcp: false,
             port: None,
             expect_status: vec![(200, 399)],
+            draining_status: Vec::new(),
             interval: Duration::from_secs(5),
             timeout: PATIENCE,
             unhealthy_after: 3,

@@ -121,6 +121,11 @@ fn scraped(service: ServiceStatus) -> ScrapedService {
                 address: endpoint.address,
                 state: endpoint.state.as_str(),
                 outstanding_runs: u64::from(endpoint.outstanding_runs),
+                sessions: u64::from(endpoint.sessions),
+                empty_in_seconds: endpoint.drain.as_ref().map_or([None; 2], |drain| {
+                    let seconds = |milliseconds: u64| milliseconds as f64 / 1000.0;
+                    [drain.empty_in.p50_ms.map(seconds), drain.empty_in.p95_ms.map(seconds)]
+                }),
             })
             .collect(),
     });

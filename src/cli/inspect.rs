@@ -101,10 +101,31 @@ fn status_text(status: &Value) -> String {
     }
     text.push('\n');
     text.push_str(&aligned(&head, &rows));
+    text.push_str(&drains(status));
     let queued = list(&status["services"]).iter().filter(|service| service["queue"]["length"] != 0);
     for service in queued {
         let [length, oldest] = [cell(&service["queue"]["length"]), duration(&service["queue"]["oldest_ms"])];
         text.push_str(&format!("{}: {length} runs wait, the oldest for {oldest}\n", cell(&service["name"])));
+    }
+    text
+}
+
+/// A line for each endpoint that drains: why, and when it will be empty.
+fn drains(status: &Value) -> String {
+    let mut text = String::new();
+    for service in list(&status["services"]) {
+        let endpoints = list(&service["versions"]).iter().flat_map(|version| list(&version["endpoints"]));
+        for endpoint in endpoints.filter(|endpoint| endpoint["drain"].is_object()) {
+            let drain = &endpoint["drain"];
+            let by: Vec<String> = list(&drain["by"]).iter().map(cell).collect();
+            let [p50, p95] = ["p50_ms", "p95_ms"].map(|quantile| duration(&drain["empty_in"][quantile]));
+            let [service, address] = [cell(&service["name"]), cell(&endpoint["address"])];
+            text.push_str(&format!("{address} of {service} drains ({}): empty in {p50} (p95 {p95})", by.join(", ")));
+            if drain["cut_in_ms"].is_u64() {
+                text.push_str(&format!(", cut in {}", duration(&drain["cut_in_ms"])));
+            }
+            text.push('\n');
+        }
     }
     text
 }

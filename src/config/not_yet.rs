@@ -25,7 +25,6 @@ const NOT_YET: &[NotYet] = &[
     not_yet("kubernetes.pod_deletion_cost", "leave it out"),
     not_yet("kubernetes.leader_election", "leave it out"),
     not_yet("services[].runs.resume", "leave it out"),
-    not_yet("services[].health.draining_status", "leave it out; a draining endpoint can fail its check instead"),
     not_yet(
         "services[].versions[].endpoints[].dns",
         "list the endpoints, or give a name in the url: it is resolved at each connect",

@@ -449,7 +449,8 @@ fn health() -> Kind<'static, Health> {
         let port = block.optional("port", "Another port than the endpoint's.", port());
         let expect_status =
             block.key("expect_status", "Status codes of a healthy endpoint.", status_ranges(), "200-399");
-        block.optional("draining_status", "A status code that means: draining.", status_ranges());
+        let about = "Status codes of an endpoint that works and takes no new sessions.";
+        let draining_status = block.optional("draining_status", about, status_ranges()).unwrap_or_default();
         let about = "A JSON pointer into the answer of the HTTP check, to the number of runs that the endpoint has.";
         let load = block.optional("load", about, json_pointer());
         let interval = block.key("interval", "Between two checks.", positive_duration(), "5s");
@@ -462,10 +463,24 @@ fn health() -> Kind<'static, Health> {
         if path.is_none() && !block.has("path") && !tcp && port.is_some() {
             block.warning("port", "this has no effect without `path` or `tcp: true`");
         }
+        if !draining_status.is_empty() && path.is_none() && !block.has("path") {
+            block.problem("draining_status", "the status is that of the HTTP check's answer: set `path`");
+        }
         if load.is_some() && path.is_none() && !block.has("path") {
             block.problem("load", "the load is read from the answer of the HTTP check: set `path`");
         }
-        Some(Health { path, tcp, port, expect_status, interval, timeout, unhealthy_after, healthy_after, load })
+        Some(Health {
+            path,
+            tcp,
+            port,
+            expect_status,
+            draining_status,
+            interval,
+            timeout,
+            unhealthy_after,
+            healthy_after,
+            load,
+        })
     })
 }
 

@@ -47,6 +47,8 @@ pub struct Question<'a> {
 /// The head of an answer, and the way to its body.
 pub struct Answer {
     pub status: StatusCode,
+    /// Whether the endpoint drains, where it says so (`longhaul-drain`).
+    pub drains: Option<bool>,
     pub body: Body,
 }
 
@@ -145,7 +147,7 @@ async fn ask_http1(
     set_headers(request.headers_mut(), way, question)?;
     request.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     let response = sender.send_request(request).await.map_err(|failure| format!("no answer: {failure}"))?;
-    let status = response.status();
+    let (status, drains) = (response.status(), drains(response.headers()));
     let body = async move {
         let mut body = response.into_body();
         let mut read = Vec::new();
@@ -158,7 +160,7 @@ async fn ask_http1(
         drop((sender, connection));
         read
     };
-    Ok(Answer { status, body: Body(Box::pin(body)) })
+    Ok(Answer { status, drains, body: Body(Box::pin(body)) })
 }
 
 async fn ask_http2(
@@ -188,7 +190,7 @@ async fn ask_http2(
         sending.send_data(Bytes::copy_from_slice(question.body), true).map_err(no_answer)?;
     }
     let response = response.await.map_err(no_answer)?;
-    let status = response.status();
+    let (status, drains) = (response.status(), drains(response.headers()));
     let body = async move {
         let mut body = response.into_body();
         let mut read = Vec::new();
@@ -203,7 +205,7 @@ async fn ask_http2(
         drop((sender, connection));
         read
     };
-    Ok(Answer { status, body: Body(Box::pin(body)) })
+    Ok(Answer { status, drains, body: Body(Box::pin(body)) })
 }
 
 /// A call has no client whose Host could be kept, so `preserve` is the endpoint's own.
@@ -212,6 +214,14 @@ fn host(way: &Way) -> String {
         (HostPolicy::Literal(host), _) => host.clone(),
         (HostPolicy::Preserve | HostPolicy::Endpoint, EndpointUrl::Unix(_)) => "localhost".to_owned(),
         (HostPolicy::Preserve | HostPolicy::Endpoint, url @ EndpointUrl::Tcp { .. }) => url.address(),
+    }
+}
+
+fn drains(headers: &HeaderMap) -> Option<bool> {
+    match headers.get("longhaul-drain")?.as_bytes() {
+        b"1" => Some(true),
+        b"0" => Some(false),
+        _ => None,
     }
 }
 

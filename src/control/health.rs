@@ -61,6 +61,10 @@ impl OwnLoad {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Healthy,
+    /// It works, and takes no new sessions (`health.draining_status`, or `longhaul-drain: 1`).
+    Draining,
+    /// Healthy, and it says that it does not drain (`longhaul-drain: 0`).
+    NotDraining,
     /// And why.
     Unhealthy(String),
     /// 401 or 403: the endpoint answers, but not to us. Nothing changes.
@@ -171,6 +175,8 @@ async fn keep_checking(check: &Check, slots: &Semaphore) {
         let (verdict, body) = probe(&check.probe).await;
         match &verdict {
             Verdict::Healthy => check.dispatcher.probe_result(&check.identity, true, ids::now()),
+            Verdict::Draining => check.dispatcher.probe_drains(&check.identity, true, ids::now()),
+            Verdict::NotDraining => check.dispatcher.probe_drains(&check.identity, false, ids::now()),
             Verdict::Unhealthy(_) => check.dispatcher.probe_result(&check.identity, false, ids::now()),
             Verdict::NoEvidence(_) => {}
         }
@@ -207,7 +213,8 @@ fn expiry(health: &config::Health) -> Duration {
 fn tell(check: &Check, verdict: &Verdict) {
     let (service, endpoint) = (&check.service, check.probe.way.url.address());
     match verdict {
-        Verdict::Healthy => info!(%service, endpoint, "health check passed"),
+        Verdict::Healthy | Verdict::NotDraining => info!(%service, endpoint, "health check passed"),
+        Verdict::Draining => info!(%service, endpoint, "health check: the endpoint drains"),
         Verdict::Unhealthy(reason) => warn!(%service, endpoint, reason, "health check failed"),
         Verdict::NoEvidence(status) => warn!(
             %service,
@@ -229,21 +236,31 @@ fn jittered(interval: Duration, random: u64) -> Duration {
 pub async fn probe(probe: &Probe) -> (Verdict, Option<Body>) {
     match tokio::time::timeout(probe.health.timeout, ask(probe)).await {
         Ok(Ok(None)) => (Verdict::Healthy, None),
-        Ok(Ok(Some(call::Answer { status, body }))) => (judge(status, &probe.health.expect_status), Some(body)),
+        Ok(Ok(Some(call::Answer { status, drains, body }))) => {
+            let verdict = match (judge(status, &probe.health), drains) {
+                (Verdict::Healthy, Some(true)) => Verdict::Draining,
+                (Verdict::Healthy, Some(false)) => Verdict::NotDraining,
+                (verdict, _) => verdict,
+            };
+            (verdict, Some(body))
+        }
         Ok(Err(reason)) => (Verdict::Unhealthy(reason), None),
         Err(_) => (Verdict::Unhealthy(format!("no answer within {:?}", probe.health.timeout)), None),
     }
 }
 
-fn judge(status: StatusCode, expected: &[(u16, u16)]) -> Verdict {
+fn judge(status: StatusCode, health: &config::Health) -> Verdict {
+    let is_among = |ranges: &[(u16, u16)]| ranges.iter().any(|(low, high)| (*low..=*high).contains(&status.as_u16()));
+    if is_among(&health.draining_status) {
+        return Verdict::Draining;
+    }
     if status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN {
         return Verdict::NoEvidence(status);
     }
-    let code = status.as_u16();
-    if expected.iter().any(|(low, high)| (*low..=*high).contains(&code)) {
+    if is_among(&health.expect_status) {
         Verdict::Healthy
     } else {
-        Verdict::Unhealthy(format!("answered {code}"))
+        Verdict::Unhealthy(format!("answered {}", status.as_u16()))
     }
 }
 
@@ -260,8 +277,21 @@ mod tests {
 
     #[test]
     fn status_decides_but_401_and_403_are_no_evidence() {
-        let expected = [(200, 299), (404, 404)];
-        let judged = |code: u16| judge(StatusCode::from_u16(code).unwrap(), &expected);
+        let health = config::Health {
+            path: Some("/health".to_owned()),
+            tcp: false,
+            port: None,
+            expect_status: vec![(200, 299), (404, 404), (429, 429)],
+            draining_status: vec![(429, 429), (503, 503)],
+            interval: Duration::from_secs(5),
+            timeout: Duration::from_secs(2),
+            unhealthy_after: 3,
+            healthy_after: 2,
+            load: None,
+        };
+        let judged = |code: u16| judge(StatusCode::from_u16(code).unwrap(), &health);
+        assert_eq!(judged(503), Verdict::Draining);
+        assert_eq!(judged(429), Verdict::Draining, "the narrower word wins");
         assert_eq!(judged(200), Verdict::Healthy);
         assert_eq!(judged(299), Verdict::Healthy);
         assert_eq!(judged(404), Verdict::Healthy);

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -131,8 +132,9 @@ impl ReloadState {
         self.lock_removed().iter().map(|gone| (gone.config.name.clone(), Arc::clone(&gone.dispatcher))).collect()
     }
 
-    /// Drains the endpoints of removed services, and lets go of those that nobody uses.
-    pub(super) fn tick_removed(&self, now: Instant) {
+    /// Drains the endpoints of removed services, and lets go of those that nobody uses. True as [`Dispatcher::tick`].
+    pub(super) fn tick_removed(&self, now: Instant) -> bool {
+        let mut is_cutting = false;
         self.lock_removed().retain_mut(|gone| {
             // Not at once: a request that was routed by the snapshot before may be about to pick.
             if !gone.emptied && now.saturating_duration_since(gone.at) >= REMOVAL_GRACE {
@@ -140,10 +142,11 @@ impl ReloadState {
                 gone.dispatcher.apply(ServiceSettings { config, targets: Vec::new() }, now);
                 gone.emptied = true;
             }
-            gone.dispatcher.tick(now);
+            is_cutting |= gone.dispatcher.tick(now);
             // Every lease holds its dispatcher, so the last reference means: no exchange left.
             !(gone.emptied && Arc::strong_count(&gone.dispatcher) == 1)
         });
+        is_cutting
     }
 
     fn lock_removed(&self) -> MutexGuard<'_, Vec<Removed>> {
@@ -247,6 +250,7 @@ impl Reloader {
             metrics,
             drain: Drain::new(),
             open_exchanges: Contended::default(),
+            cut_exchanges: AtomicUsize::new(0),
             access_log,
             scope_secret: secrets.scope,
         });
@@ -774,7 +778,7 @@ impl Builder {
             });
             let local_address = match kept {
                 Some(kept) => kept.local_address.clone(),
-                None => match bind(&listener.address) {
+                None => match bind_by(listen::bind_shared, &listener.address) {
                     Ok((local_address, socket)) => {
                         announcements.starts.push((local_address.clone(), socket));
                         local_address

@@ -9,15 +9,20 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
-use crate::control::ReloadHandle;
+use crate::control::{ReloadHandle, ReloadState};
 use crate::drain::Phase;
 use crate::ids;
 use crate::snapshot::Running;
+use crate::state::core::SPREAD_PART;
 
 /// How often open exchanges are counted while draining.
 const COUNT_EVERY: Duration = Duration::from_millis(10);
 /// For how long there must be no open exchange: a request may be on its way on a connection that was not yet told.
 const QUIET: Duration = Duration::from_millis(100);
+/// Between two steps of cutting what is left.
+const CUT_EVERY: Duration = Duration::from_millis(100);
+/// How long after the last cut its exchange may take to say its last word, and its client to read it.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long the accept loop may take to hear that listeners close; the drain goes on without it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -81,14 +86,19 @@ pub struct Ended {
 }
 
 /// Waits until a drain is asked for and carries it out.
-pub async fn run(running: Arc<Running>, handle: DrainHandle, reload: ReloadHandle) -> Ended {
+pub async fn run(
+    running: Arc<Running>,
+    handle: DrainHandle,
+    reload: ReloadHandle,
+    reload_state: Arc<ReloadState>,
+) -> Ended {
     handle.asked(Asked::Drain).await;
     let forced = tokio::select! {
         biased;
         () = handle.asked(Asked::Force) => true,
-        () = drain(&running, &reload) => false,
+        () = drain(&running, &reload, &reload_state) => false,
     };
-    let cut = running.open_exchanges.load(Ordering::Acquire);
+    let cut = running.open_exchanges.load(Ordering::Acquire) + running.cut_exchanges.load(Ordering::Acquire);
     running.drain.advance(Phase::Forced);
     if cut > 0 {
         warn!(cut, "the end: open exchanges are cut");
@@ -98,7 +108,7 @@ pub async fn run(running: Arc<Running>, handle: DrainHandle, reload: ReloadHandl
     Ended { cut, forced }
 }
 
-async fn drain(running: &Running, reload: &ReloadHandle) {
+async fn drain(running: &Running, reload: &ReloadHandle, reload_state: &ReloadState) {
     let shutdown = running.snapshot.load().loaded.config.shutdown.clone();
     running.drain.advance(Phase::Announced);
     info!(delay = ?shutdown.delay, "draining: not ready any more, still serving everything");
@@ -116,7 +126,35 @@ async fn drain(running: &Running, reload: &ReloadHandle) {
         all_finished(running).await;
     };
     if tokio::time::timeout(timeout, finish).await.is_err() {
-        warn!(?timeout, "shutdown.timeout has passed");
+        let left = running.open_exchanges.load(Ordering::Acquire);
+        let over = timeout / SPREAD_PART;
+        warn!(?timeout, left, ?over, "shutdown.timeout has passed: what is left is cut, one after another");
+        cut_what_is_left(running, reload_state, over).await;
+    }
+}
+
+/// Cuts what runs at an endpoint, spread over this time, so that clients don't all come back at once.
+async fn cut_what_is_left(running: &Running, reload_state: &ReloadState, over: Duration) {
+    let began = ids::now();
+    let mut begins = true;
+    while running.open_exchanges.load(Ordering::Acquire) > 0 {
+        let passed = ids::now().saturating_duration_since(began);
+        let share = if passed >= over { 1.0 } else { passed.as_secs_f64() / over.as_secs_f64() };
+        for service in &running.snapshot.load().services {
+            service.dispatcher.cut_all(begins, share);
+        }
+        for (_, dispatcher) in reload_state.removed_services() {
+            dispatcher.cut_all(begins, share);
+        }
+        begins = false;
+        if passed >= over + LAST_WORDS {
+            return;
+        }
+        tokio::time::sleep(if share < 1.0 { CUT_EVERY } else { COUNT_EVERY }).await;
+    }
+    if !begins {
+        // A connection that is closed with bytes of its client unread is reset, and the reset overtakes what was said.
+        tokio::time::sleep(LAST_WORDS).await;
     }
 }
 

@@ -46,12 +46,18 @@ pub struct SocketFile {
 /// Binds and listens. A `[::]` address takes IPv4 too. Of a unix socket, a file that nothing listens on any more is
 /// replaced. The error says which address it was.
 pub fn bind(address: &Address) -> io::Result<Socket> {
-    bind_with_mode(address, None)
+    bind_with_mode(address, None, false)
+}
+
+/// As [`bind`], but another process of the same user that does the same may listen on the same TCP port beside us
+/// (SO_REUSEPORT): the next proxy begins to serve before this one ends.
+pub fn bind_shared(address: &Address) -> io::Result<Socket> {
+    bind_with_mode(address, None, true)
 }
 
 /// As [`bind`], but a unix socket is its owner's alone (mode 0600), from its first moment.
 pub fn bind_private(address: &Address) -> io::Result<Socket> {
-    bind_with_mode(address, Some(0o600))
+    bind_with_mode(address, Some(0o600), false)
 }
 
 /// True for the errors of `accept` that say that this process or machine has run out of something: accepting again at
@@ -120,19 +126,20 @@ impl Drop for SocketFile {
 /// How many connections may wait to be accepted; the system's own limit (net.core.somaxconn) may be lower.
 const BACKLOG: i32 = 4096;
 
-fn bind_with_mode(address: &Address, mode: Option<u32>) -> io::Result<Socket> {
+fn bind_with_mode(address: &Address, mode: Option<u32>, shared: bool) -> io::Result<Socket> {
     match address {
-        Address::Tcp(address) => bind_tcp(*address).map_err(|error| explain(error, &address.to_string())),
+        Address::Tcp(address) => bind_tcp(*address, shared).map_err(|error| explain(error, &address.to_string())),
         Address::Unix(path) => {
             bind_unix(path, mode).map_err(|error| explain(error, &format!("unix:{}", path.display())))
         }
     }
 }
 
-fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
+fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     // A restart must not wait for the old process's connections to leave TIME_WAIT.
     socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
     if let SocketAddr::V6(address) = address {
         socket.set_only_v6(*address.ip() != Ipv6Addr::UNSPECIFIED)?;
     }
@@ -269,6 +276,15 @@ mod tests {
         let error = bind(&address).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::AddrInUse);
         assert!(error.to_string().contains(&format!("127.0.0.1:{}", bound_port(&socket))), "{error}");
+    }
+
+    #[test]
+    fn a_port_is_shared_only_by_those_who_all_share_it() {
+        let socket = bind_shared(&tcp("127.0.0.1:0")).unwrap();
+        let address = socket.local_address().unwrap();
+        let second = bind_shared(&address).unwrap();
+        assert_eq!(second.local_address().unwrap(), address);
+        assert_eq!(bind(&address).unwrap_err().kind(), ErrorKind::AddrInUse);
     }
 
     #[test]

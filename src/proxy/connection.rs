@@ -20,6 +20,7 @@ use crate::message::Version;
 use crate::net::listen::Accepted;
 use crate::net::proxy_protocol;
 use crate::net::stream::{Plain, Stream};
+use crate::proxy::account::OpenExchange;
 use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
 use crate::proxy::timer::Timer;
 use crate::proxy::worker::{Handed, Local, Worker};
@@ -45,6 +46,8 @@ pub struct Connection {
     generation: Cell<u32>,
     /// A reload has removed the listener.
     orphaned: Cell<bool>,
+    /// The client was told that the proxy ends, and has had the time to hear it.
+    warned: Cell<bool>,
 }
 
 impl Connection {
@@ -70,6 +73,16 @@ impl Connection {
     /// No further request is wanted on this connection: the proxy drains, or its listener is gone.
     pub fn told_to_close(&self) -> bool {
         self.orphaned.get() || self.worker.running.drain.phase() >= Phase::Draining
+    }
+
+    /// What arrives from here on was sent by a client that knew better.
+    pub fn warn(&self) {
+        self.warned.set(true);
+    }
+
+    /// No run may start here any more: the proxy drains, and the client was told so before it asked.
+    pub fn refuses_starts(&self) -> bool {
+        self.warned.get() && self.worker.running.drain.phase() >= Phase::Draining
     }
 
     /// The peer is one of `trusted_proxies`.
@@ -134,6 +147,7 @@ async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -
         // That of no snapshot.
         generation: Cell::new(0),
         orphaned: Cell::new(false),
+        warned: Cell::new(false),
     };
     Ok((connection, stream))
 }
@@ -165,7 +179,7 @@ async fn serve_http1(connection: Connection, stream: Stream) {
             max_bytes: listener.config.limits.max_header_bytes,
             max_fields: listener.config.limits.max_headers,
         };
-        let length = match next_head(http1, &mut timer, limits, &listener, first).await {
+        let length = match next_head(http1, &mut timer, limits, &listener, &connection.worker, first).await {
             Ok(length) => length,
             Err(HeadFault::Head(error)) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
             Err(HeadFault::Closed { .. }) => return,
@@ -199,33 +213,37 @@ fn at_one_instant_a_poll<F: Future>(mut exchange: Pin<Box<F>>) -> impl Future<Ou
     poll_fn(move |context| crate::ids::at_one_instant(|| exchange.as_mut().poll(context)))
 }
 
-/// Waits for the next request head: as long as keep-alive allows for its first byte, then the header time-out.
-async fn next_head(
+/// Waits for the next request head: as long as keep-alive allows for its first byte, then the header time-out. A closure, so
+/// that what it holds is held once: an idle connection is to be small.
+fn next_head(
     http1: &mut Http1,
     timer: &mut Timer,
     limits: HeadLimits,
     listener: &Listener,
+    worker: &Rc<Worker>,
     first: bool,
-) -> Result<usize, HeadFault> {
+) -> impl Future<Output = Result<usize, HeadFault>> {
     let began = crate::ids::now();
-    let header_deadline = began + listener.config.limits.header_timeout;
-    let keepalive_deadline = began + listener.config.keepalive_timeout;
     let mut partial_deadline = None;
-    poll_fn(|context| {
+    // A request of which a part has come holds the drain: it is on its way.
+    let mut coming = None;
+    poll_fn(move |context| {
         if let Poll::Ready(result) = http1.poll_head(context, limits) {
             return Poll::Ready(result);
         }
+        let header_timeout = listener.config.limits.header_timeout;
+        let keepalive_deadline = began + listener.config.keepalive_timeout;
         let deadline = match http1.head_begun() {
             HeadWait::Begun => {
-                *partial_deadline.get_or_insert_with(|| crate::ids::now() + listener.config.limits.header_timeout)
+                coming.get_or_insert_with(|| OpenExchange::new(worker));
+                *partial_deadline.get_or_insert_with(|| crate::ids::now() + header_timeout)
             }
             // A client that connects and says nothing is given no longer than a slow head.
-            HeadWait::Nothing if first => header_deadline.max(began).min(keepalive_deadline),
+            HeadWait::Nothing if first => (began + header_timeout).min(keepalive_deadline),
             HeadWait::Nothing => keepalive_deadline,
         };
         timer.poll_passed(context, deadline).map(|()| Err(HeadFault::Closed { clean: true, error: None }))
     })
-    .await
 }
 
 /// Answers a head that can't be read, and closes.

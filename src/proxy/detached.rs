@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::config::OnDisconnect;
+use crate::proxy;
 use crate::proxy::account::Record;
 use crate::proxy::connection::Connection;
 use crate::proxy::peer::Peer;
@@ -45,6 +46,7 @@ async fn go_on(worker: Rc<Worker>, mut flow: Box<Flow>, mut record: Record) {
         Some(most) => tokio::time::timeout(most, relaying).await.unwrap_or(End::ClientGone),
         None => relaying.await,
     };
+    let end = proxy::whose(end, &worker.running);
     flow.tell(&mut record);
     if end == End::ClientGone {
         flow.cancels = true;

@@ -23,9 +23,24 @@ pub fn is_own(name: &[u8]) -> bool {
     name.get(..OWN_PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(OWN_PREFIX))
 }
 
-/// Removes the `longhaul-*` fields of an endpoint's answer, so that clients can believe ours.
-pub fn remove_own(fields: &mut Fields) {
-    fields.retain(|name, _| !is_own(name));
+/// By which an endpoint says, with any answer, that it drains (`1`) or does not any more (`0`).
+const DRAIN_HEADER: &[u8] = b"longhaul-drain";
+
+/// Removes the `longhaul-*` fields of an endpoint's answer, so that clients can believe ours; what it said of its own
+/// drain, if it did.
+pub fn remove_own(fields: &mut Fields) -> Option<bool> {
+    let mut drains = None;
+    fields.retain(|name, value| {
+        if is_own(name) && name.eq_ignore_ascii_case(DRAIN_HEADER) {
+            drains = match value {
+                b"1" => Some(true),
+                b"0" => Some(false),
+                _ => drains,
+            };
+        }
+        !is_own(name)
+    });
+    drains
 }
 
 /// The path below `prefix`, beginning with `/`; `None` if the path is not below it. Only whole segments count:
@@ -259,8 +274,15 @@ mod tests {
         for name in ["Longhaul-Affinity", "longhaul-", "longhaul", "x-longhaul-a"] {
             fields.append(name, b"");
         }
-        remove_own(&mut fields);
+        assert_eq!(remove_own(&mut fields), None);
         assert_eq!(fields.iter().map(|(name, _)| name).collect::<Vec<_>>(), [&b"longhaul"[..], b"x-longhaul-a"]);
+
+        for (value, drains) in [("1", Some(true)), ("0", Some(false)), ("yes", None)] {
+            let mut fields = Fields::default();
+            fields.append("Longhaul-Drain", value.as_bytes());
+            assert_eq!(remove_own(&mut fields), drains, "{value}");
+            assert_eq!(fields.len(), 0);
+        }
     }
 
     #[test]

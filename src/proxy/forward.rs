@@ -17,7 +17,6 @@ use crate::net::cookie::CookieSession;
 use crate::orca::Report;
 use crate::proxy::account::{CallerForm, Record};
 use crate::proxy::connection::Connection;
-use crate::proxy::cut::Since;
 use crate::proxy::heartbeat::Heartbeat;
 use crate::proxy::identify::{self, Identity};
 use crate::proxy::learn::Learn;
@@ -30,7 +29,7 @@ use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
-use crate::proxy::{Caller, edits, may_keep_alive, respond, shadow, websocket};
+use crate::proxy::{Caller, edits, may_keep_alive, respond, shadow, websocket, whose_error};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Lease, Placed};
@@ -112,6 +111,13 @@ pub async fn forward(
             return Err(error);
         }
     };
+
+    if identity.kind == Kind::Start && caller.knew_better {
+        service.dispatcher.rejected();
+        record.outcome = Some(RunOutcome::Rejected);
+        let detail = "the proxy is ending, and has told this connection to close: start the run on another connection";
+        return Err(ProxyError::new(Code::Draining, detail));
+    }
 
     // 6 turn, 7 pick
     let id = kept.as_ref().map(|kept| kept.run());
@@ -230,7 +236,8 @@ pub async fn forward(
         let outcome = if timed_out { RunOutcome::TimedOut } else { RunOutcome::Failed };
         lease.outcome(outcome);
         record.ended(Finish::Ended(outcome));
-        return Err(unanswered.error);
+        let error = unanswered.error;
+        return Err(if drain_over { whose_error(error, &connection.worker.running) } else { error });
     };
 
     let outside = Outside { scheme: asked.scheme, authority: &request.authority, prefix };
@@ -399,12 +406,11 @@ async fn try_once(
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
-    let drain = Since { cut: &target.cut, count: cuts };
     match relay::until_answer(
         client,
         &mut upstream,
         direction,
-        (deadlines, drain, stop),
+        (deadlines, &target.cut, cuts, stop),
         interim_passes,
         goes_on,
         timer,
@@ -539,7 +545,9 @@ fn begin_answer(
     }
 
     // The answer's head as the client is to see it.
-    edits::remove_own(&mut answer.fields);
+    if let Some(drains) = edits::remove_own(&mut answer.fields) {
+        lease.endpoint_drains(drains, now);
+    }
     if let Some(prefix) = &route.strip_prefix {
         let sent_host = edits::host_for(&target.host, &request.authority, &target.url);
         edits::rewrite_answer(
@@ -591,11 +599,10 @@ fn begin_answer(
     // The head of a stream that was begun in the queue has said that the connection closes.
     let client_keep_alive = client_keep_alive && !eof_framed && !record.begun;
     let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
-    let heartbeat = service.config.runs.heartbeat.filter(|_| {
-        is_event_stream(&answer)
-            && matches!(answer.framing, Framing::Chunked | Framing::Eof)
-            && !answer.fields.contains("content-encoding")
-    });
+    let takes_comments = is_event_stream(&answer)
+        && matches!(answer.framing, Framing::Chunked | Framing::Eof)
+        && !answer.fields.contains("content-encoding");
+    let heartbeat = service.config.runs.heartbeat.filter(|_| takes_comments);
     let heartbeat = heartbeat.map(|after| Heartbeat::new(after, raw, now));
     let run_deadline = deadlines.run;
     let is_timed = run_deadline.is_some() || heartbeat.is_some();
@@ -616,6 +623,9 @@ fn begin_answer(
     }
     request_direction.replay = None;
     if tunnel {
+        if request.upgrade.as_deref().is_some_and(|protocol| protocol.trim().eq_ignore_ascii_case("websocket")) {
+            response_observer.expect_frames();
+        }
         client.become_tunnel();
         upstream.peer.become_tunnel();
         request_direction.restart(client);
@@ -630,6 +640,7 @@ fn begin_answer(
         cuts,
         request: request_direction,
         response: Direction::new(raw, response_observer),
+        takes_comments,
         tunnel,
         // Whoever asks for more than 49 days gets those.
         idle_milliseconds: u32::try_from(idle.as_millis()).unwrap_or(u32::MAX),

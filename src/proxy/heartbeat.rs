@@ -42,6 +42,11 @@ impl Heartbeat {
         self.silent_since = now;
     }
 
+    /// None is half written.
+    pub fn is_at_rest(&self) -> bool {
+        self.left.is_empty()
+    }
+
     /// Writes what is left of one; nothing else may be written before.
     pub fn poll_write(&mut self, client: &mut Peer, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.left.is_empty() {

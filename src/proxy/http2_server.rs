@@ -5,7 +5,7 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use h2::RecvStream;
@@ -37,6 +37,10 @@ const SEND_BUFFER_BYTES_MAX: usize = 64 * 1024;
 /// heard of it, and the last bytes may still be on their way.
 const GOODBYE: Duration = Duration::from_secs(2);
 
+/// How long after GOAWAY a request may arrive that its client sent before it had read that (RFC 9113 section 6.8). A start
+/// that comes later is refused.
+const HEARD: Duration = Duration::from_secs(1);
+
 /// Serves HTTP/2 until the client leaves, nothing happens for the keep-alive time-out, or the proxy drains.
 pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) {
     let listener = connection.listener();
@@ -60,7 +64,7 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
     let mut quiet_since = None;
     // Told to close (GOAWAY). The drain waits for the connection's own end, which comes when the client has heard of it
     // and its last stream has gone out: the exchange's end is only where its bytes were handed to this task.
-    let mut told: Option<OpenExchange> = None;
+    let mut told: Option<(OpenExchange, Instant)> = None;
     loop {
         let patience = if told.is_some() { GOODBYE } else { connection.listener().config.keepalive_timeout };
         let accepted = poll_fn(|context| {
@@ -80,6 +84,9 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
         .await;
         let tell = match accepted {
             Some(Some(Ok((request, respond)))) => {
+                if told.as_ref().is_some_and(|(_, at)| crate::ids::now().saturating_duration_since(*at) >= HEARD) {
+                    connection.warn();
+                }
                 let of_stream = connection.clone();
                 tokio::task::spawn_local(async move {
                     Box::pin(serve_stream(&of_stream, request, respond)).await;
@@ -91,7 +98,7 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
             None => true,
         };
         if tell && told.is_none() {
-            told = Some(OpenExchange::new(&connection.worker));
+            told = Some((OpenExchange::new(&connection.worker), crate::ids::now()));
             quiet_since = None;
             http2.graceful_shutdown();
         }

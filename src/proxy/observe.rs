@@ -10,6 +10,7 @@ use crate::proxy::watch::Watching;
 use crate::sse::Scanner;
 use crate::state::core::Finish;
 use crate::state::dispatcher::Lease;
+use crate::websocket::Frames;
 
 /// Counts one direction of an exchange. Sees payload bytes once each, in order, whatever the framing.
 #[derive(Default)]
@@ -27,6 +28,7 @@ pub struct Observer {
 }
 
 /// What an answer tells besides its length.
+#[derive(Default)]
 struct Reading {
     learn: Option<Learn>,
     watching: Option<Box<Watching>>,
@@ -34,6 +36,8 @@ struct Reading {
     kept: Option<Rc<Kept>>,
     /// Of a request whose answer is.
     asked: Option<Asked>,
+    /// Of a WebSocket: where a frame has ended.
+    frames: Option<Frames>,
 }
 
 impl Observer {
@@ -45,13 +49,13 @@ impl Observer {
     /// For an answer's body.
     pub fn of_answer(learn: Option<Learn>, watching: Option<Box<Watching>>, kept: Option<Rc<Kept>>) -> Observer {
         let is_read = learn.is_some() || watching.is_some() || kept.is_some();
-        let reading = is_read.then(|| Box::new(Reading { learn, watching, kept, asked: None }));
+        let reading = is_read.then(|| Box::new(Reading { learn, watching, kept, asked: None, frames: None }));
         Observer { reading, ..Observer::default() }
     }
 
     /// The request is compared with later ones of the same key.
     pub fn compare(&mut self, asked: Asked) {
-        self.reading = Some(Box::new(Reading { learn: None, watching: None, kept: None, asked: Some(asked) }));
+        self.reading = Some(Box::new(Reading { asked: Some(asked), ..Reading::default() }));
     }
 
     /// The request has come whole.
@@ -64,6 +68,16 @@ impl Observer {
     /// The answer is recorded, so that it is wanted whoever reads it now.
     pub fn is_recorded(&self) -> bool {
         self.reading.as_ref().is_some_and(|reading| reading.kept.is_some())
+    }
+
+    /// The body is what an endpoint sends over a WebSocket.
+    pub fn expect_frames(&mut self) {
+        self.reading.get_or_insert_default().frames = Some(Frames::default());
+    }
+
+    /// The body is that of a WebSocket, and a frame may begin here.
+    pub fn between_frames(&self) -> bool {
+        self.reading.as_ref().and_then(|reading| reading.frames.as_ref()).is_some_and(Frames::is_between)
     }
 
     /// Counts events from now on.
@@ -93,6 +107,9 @@ impl Observer {
             }
             if let Some(learn) = &mut reading.learn {
                 learn.observe(payload);
+            }
+            if let Some(frames) = &mut reading.frames {
+                frames.feed(payload);
             }
             if let Some(watching) = &mut reading.watching {
                 let reads_events = watching.reads_events();

@@ -255,6 +255,7 @@ fn refused(refusal: Refusal, service: &Service) -> ProxyError {
         Refusal::SessionLost => "the session's endpoint is gone (session.when_lost: reject)".to_owned(),
         Refusal::SessionGone(_) => "session not found: its endpoint is gone or drains; begin a new one".to_owned(),
         Refusal::NoEndpoint => format!("no endpoint of service {name} is ready"),
+        Refusal::Ending => "the proxy ends, and the run still waited for an endpoint".to_owned(),
         Refusal::QueueTimeout => {
             let timeout = service.config.runs.queue.timeout;
             format!("no endpoint of service {name} became free within {timeout:?} (runs.queue.timeout)")

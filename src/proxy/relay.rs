@@ -27,10 +27,16 @@ use crate::snapshot::Service;
 use crate::state::core::Finish;
 use crate::state::dispatcher::Lease;
 use crate::state::runs::Stop;
-use crate::state::{RunOutcome, Target};
+use crate::state::{Cut, RunOutcome, Target};
+use crate::websocket;
 
 /// Interim answers (1xx) of one exchange; more are an endpoint gone mad.
 const INTERIM_ANSWERS_MAX: u32 = 64;
+
+/// When readers of event streams that a drain has cut are to come again, in milliseconds: not all at once, and not before
+/// there is somebody to take them.
+const RETRY_MILLISECONDS_MIN: u64 = 1_000;
+const RETRY_MILLISECONDS_MAX: u64 = 5_000;
 
 /// What an idempotent request keeps of its body, so that it can be sent again.
 const REPLAY_BYTES_MAX: usize = 64 * 1024;
@@ -215,14 +221,14 @@ pub async fn until_answer(
     client: &mut Peer,
     upstream: &mut Upstream,
     request: &mut Direction,
-    (deadlines, drain, stop): (Deadlines, Since<'_>, Option<&Arc<Stop>>),
+    (deadlines, cut, cuts, stop): (Deadlines, &Cut, u32, Option<&Arc<Stop>>),
     interim_passes: bool,
     goes_on: bool,
     timer: &mut Timer,
 ) -> Answer {
     let mut interim_answers = 0;
-    let mut told = pin!(drain.cut.told());
-    let mut cut = Hearing::new(drain, stop);
+    let mut told = pin!(cut.told());
+    let mut cut = Hearing::new(Since::new(cut, cuts), stop);
     poll_fn(|context| {
         // An answer that is recorded is wanted though its client is gone, which is seen once it has begun.
         let is_gone = |client: &mut Peer, context: &mut Context<'_>| !goes_on && client.poll_gone(context).is_ready();
@@ -323,6 +329,8 @@ pub struct Flow {
     pub request: Direction,
     pub response: Direction,
     pub tunnel: bool,
+    /// The answer is an event stream into which something can be put between events.
+    pub takes_comments: bool,
     pub idle_milliseconds: u32,
     pub service: Arc<Service>,
     /// Where anything is to happen at its time; most streams have nothing of it.
@@ -358,6 +366,8 @@ pub enum End {
     Truncated,
     /// The endpoint's drain took as long as it may.
     DrainOver,
+    /// The proxy's own did.
+    ProxyOver,
     /// The run was ended from elsewhere.
     Stopped(RunOutcome),
     /// It took longer than it may.
@@ -375,7 +385,7 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
     let mut last_moved = crate::ids::now();
     let target = flow.target.clone();
     let mut told = pin!(target.cut.told());
-    let since = Since { cut: &target.cut, count: flow.cuts };
+    let since = Since::new(&target.cut, flow.cuts);
     let mut cut = Hearing::new(since, flow.lease.as_ref().and_then(Lease::stop));
     poll_fn(|context| {
         let end = poll_both(client, flow, context);
@@ -507,17 +517,36 @@ impl Flow {
         let Some(heartbeat) = self.timed.as_mut().and_then(|timed| timed.heartbeat.as_mut()) else {
             return Poll::Ready(Ok(()));
         };
-        let source = &self.upstream.peer;
-        let may = !self.response.blocked
-            && source.held().is_empty()
-            && (!self.response.raw || source.is_between_chunks())
-            && self.response.observer.between_events();
-        if !may {
+        if !is_between_events(&self.response, &self.upstream.peer) {
             heartbeat.put_off(crate::ids::now());
             return Poll::Ready(Ok(()));
         }
         heartbeat.begin(crate::ids::now());
         heartbeat.poll_write(client, context)
+    }
+
+    /// The last word to a client whose answer is about to be cut at the end of a drain, where the answer leaves room for
+    /// one: an event stream's reader is told when to come again, a WebSocket's that the server goes away.
+    pub fn last_word(&self, end: End) -> Option<Vec<u8>> {
+        if !matches!(end, End::DrainOver | End::ProxyOver) || self.response.blocked {
+            return None;
+        }
+        let source = &self.upstream.peer;
+        if self.tunnel {
+            let may = source.held().is_empty() && self.response.observer.between_frames();
+            return may.then(|| websocket::GOING_AWAY.to_vec());
+        }
+        let is_at_rest = |timed: &Timed| timed.heartbeat.as_ref().is_none_or(Heartbeat::is_at_rest);
+        let may = self.takes_comments
+            && self.timed.as_deref().is_none_or(is_at_rest)
+            && is_between_events(&self.response, source);
+        may.then(|| {
+            let retry =
+                RETRY_MILLISECONDS_MIN + crate::ids::random_u64() % (RETRY_MILLISECONDS_MAX - RETRY_MILLISECONDS_MIN);
+            // A block without data is no event; it only sets the time (WHATWG HTML section 9.2.6).
+            let block = format!("retry: {retry}\n\n");
+            if self.response.raw { format!("{:x}\r\n{block}\r\n", block.len()) } else { block }.into_bytes()
+        })
     }
 
     /// Puts what was counted into the exchange's record.
@@ -529,6 +558,14 @@ impl Flow {
     }
 }
 
+/// Nothing of an event has passed, nor, where chunks pass as they are, of a chunk.
+fn is_between_events(response: &Direction, source: &Peer) -> bool {
+    !response.blocked
+        && source.held().is_empty()
+        && (!response.raw || source.is_between_chunks())
+        && response.observer.between_events()
+}
+
 fn give_back(lease: &mut Option<Lease>, finish: Finish) {
     if let Some(mut lease) = lease.take() {
         lease.finish(finish);
@@ -537,13 +574,13 @@ fn give_back(lease: &mut Option<Lease>, finish: Finish) {
 
 /// What becomes of a run whose exchange has ended before the endpoint's last byte.
 fn judge(end: End, cancels: bool, watching: Option<&mut Watching>, lease: &mut Lease) -> Finish {
-    if matches!(end, End::DrainOver) {
+    if matches!(end, End::DrainOver | End::ProxyOver) {
         lease.keep_from_judge();
     }
     let outcome = match end {
         End::ClientGone | End::Refused(_) => RunOutcome::Cancelled,
         End::TimedOut(_) => RunOutcome::TimedOut,
-        End::Whole | End::Truncated | End::DrainOver => RunOutcome::Truncated,
+        End::Whole | End::Truncated | End::DrainOver | End::ProxyOver => RunOutcome::Truncated,
         // Whoever ended it has seen to the rest.
         End::Stopped(_) => return Finish::Left,
     };

@@ -5,6 +5,7 @@
 
 mod apply;
 mod changes;
+mod drain;
 mod image;
 mod outstanding;
 mod report;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::balance::{self, Candidate};
 use crate::config;
+use crate::estimate::Durations;
 use crate::ids::RunId;
 use crate::orca::Report;
 use crate::state::changes::Changes;
@@ -29,6 +31,7 @@ use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
 use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
 
 pub use changes::Taking;
+pub use drain::SPREAD_PART;
 pub use image::Restored;
 pub use outstanding::{CancelAnswer, Finish};
 pub(crate) use waiting::Origin;
@@ -64,6 +67,8 @@ pub struct Core {
     by_identity: HashMap<Box<str>, u32>,
     sessions: Sessions,
     runs: Runs,
+    /// How long runs have taken.
+    durations: Durations,
     room: Room,
     /// Placement credits in the order in which they end: when, and whose.
     credits: BTreeMap<u64, (Instant, u32)>,
@@ -92,6 +97,8 @@ struct Rules {
     when_lost: config::WhenLost,
     /// There is an active check.
     checked: bool,
+    /// The check can tell that an endpoint drains.
+    asks_draining: bool,
     /// Endpoints have a limit of runs unless they say otherwise.
     limited: bool,
     unhealthy_after: u32,
@@ -152,6 +159,11 @@ pub struct Ended {
 }
 
 impl Grant {
+    /// Where it is.
+    pub(super) fn endpoint(&self) -> u32 {
+        self.endpoint
+    }
+
     pub fn run_id(&self) -> Option<RunId> {
         self.run_id
     }
@@ -198,6 +210,7 @@ impl Core {
             by_identity: HashMap::new(),
             sessions: Sessions::new(),
             runs: Runs::default(),
+            durations: Durations::default(),
             room: Room::new(),
             credits: BTreeMap::new(),
             last_credit: 0,
@@ -402,15 +415,26 @@ impl Core {
         Some(Arc::clone(&self.runs.run(grant.run?)?.stop))
     }
 
-    /// The answer of an active health check.
+    /// The answer of an active health check; where it told that the endpoint drains, [`Core::probe_drains`].
     pub fn probe_result(&mut self, identity: &str, healthy: bool, now: Instant) {
         let now = self.advance(now);
-        let Some(number) = self.by_identity.get(identity).copied() else { return };
-        if self.rules.checked {
-            let Rules { unhealthy_after, healthy_after, .. } = self.rules;
-            self.endpoints[number].health.answer(healthy, unhealthy_after, healthy_after);
-            self.refresh(number, now);
+        if let Some((number, recovered)) = self.take_health(identity, healthy, now)
+            && healthy
+        {
+            self.probe_was_good(number, recovered, now);
         }
+    }
+
+    /// Takes one answer of a check, where there is one. Of which endpoint, and whether it was unhealthy until then.
+    fn take_health(&mut self, identity: &str, healthy: bool, now: Instant) -> Option<(u32, bool)> {
+        let number = self.by_identity.get(identity).copied().filter(|_| self.rules.checked)?;
+        let Rules { unhealthy_after, healthy_after, .. } = self.rules;
+        let health = &mut self.endpoints[number].health;
+        let before = health.standing;
+        health.answer(healthy, unhealthy_after, healthy_after);
+        let recovered = before == HealthStanding::Unhealthy && health.standing == HealthStanding::Healthy;
+        self.refresh(number, now);
+        Some((number, recovered))
     }
 
     /// Takes what an endpoint says of its own load, for so long.
@@ -430,7 +454,8 @@ impl Core {
         self.reindex(grant.endpoint);
     }
 
-    /// Starts or ends an operator's drain of all endpoints at an address (or identity). False where there is none.
+    /// Starts or ends an operator's drain of all endpoints at an address (or identity); ending it also forgets what they
+    /// said of themselves. False where there is none.
     pub fn set_drained(&mut self, address: &str, drained: bool, now: Instant) -> bool {
         let now = self.advance(now);
         let deadline = now + self.rules.drain_timeout;
@@ -442,7 +467,9 @@ impl Core {
                 if drained {
                     endpoint.drain_deadline.get_or_insert(deadline);
                 } else {
-                    endpoint.drain_deadline = None;
+                    // Should it still say so itself, it drains again when it next does.
+                    endpoint.says = None;
+                    endpoint.end_drain();
                 }
                 found = true;
                 self.drains_changed();
@@ -481,12 +508,7 @@ impl Core {
             let endpoint = &mut self.endpoints[number];
             // Settling brings the order by load up to date.
             endpoint.reported.take_if(|(_, until)| now >= *until);
-            if endpoint.drain_deadline.take_if(|deadline| now >= *deadline).is_some() {
-                if !endpoint.idle() {
-                    endpoint.target.cut.now();
-                }
-                self.drains_changed();
-            }
+            self.cut_what_is_left(number, now);
             self.settle(number, now);
         }
     }
@@ -1064,6 +1086,7 @@ impl Core {
         if !endpoint.gone && (endpoint.idle() || endpoint.drain_deadline.is_none_or(|deadline| now >= deadline)) {
             endpoint.gone = true;
             let drained = std::mem::take(&mut endpoint.drained);
+            endpoint.says = None;
             endpoint.target.retire();
             self.room.changed_for(number);
             if drained {
@@ -1138,6 +1161,7 @@ impl Rules {
             when_draining: service.session.when_draining,
             when_lost: service.session.when_lost,
             checked: service.health.path.is_some() || service.health.tcp,
+            asks_draining: service.health.path.is_some() && !service.health.draining_status.is_empty(),
             limited: service.runs.max_per_endpoint.is_some(),
             unhealthy_after: service.health.unhealthy_after,
             healthy_after: service.health.healthy_after,
@@ -1164,6 +1188,7 @@ impl Rules {
             when_draining: config::WhenDraining::MoveIdle,
             when_lost: config::WhenLost::Rebind,
             checked: false,
+            asks_draining: false,
             limited: false,
             unhealthy_after: 1,
             healthy_after: 1,

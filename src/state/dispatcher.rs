@@ -22,7 +22,7 @@ use crate::state::queue::{Class, Principal};
 use crate::state::recording::Budget;
 use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
-use crate::state::status::{CancelReport, DueCall, RunInfo, ServiceStatus, SessionInfo};
+use crate::state::status::{CancelReport, DueCall, RollReport, RunInfo, ServiceStatus, SessionInfo};
 use crate::state::waiting::Waiting;
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
 
@@ -215,7 +215,7 @@ impl Dispatcher {
     }
 
     /// A start was never dispatched.
-    pub(super) fn rejected(&self) {
+    pub fn rejected(&self) {
         self.metrics.rejected.inc();
     }
 
@@ -256,6 +256,11 @@ impl Dispatcher {
     /// The answer of an active health check of the endpoint with this [`crate::config::EndpointUrl::identity`].
     pub fn probe_result(&self, identity: &str, healthy: bool, now: Instant) {
         self.with(|core| core.probe_result(identity, healthy, now));
+    }
+
+    /// Such a check was answered well, and with a word on whether the endpoint drains.
+    pub fn probe_drains(&self, identity: &str, drains: bool, now: Instant) {
+        self.with(|core| core.probe_drains(identity, drains, now));
     }
 
     /// What an endpoint says of its own load, for so long: it may have runs that no request of ours started.
@@ -380,12 +385,13 @@ impl Dispatcher {
         self.with(|core| core.ready_for_work(now))
     }
 
-    /// What is due with time; to be called about once a second.
-    pub fn tick(&self, now: Instant) {
+    /// What is due with time; to be called about once a second, and more often while that returns true: exchanges are
+    /// being cut then, one after another.
+    pub fn tick(&self, now: Instant) -> bool {
         self.starts().expire(now);
-        let mut busy = self.with(|core| {
+        let (mut busy, is_cutting) = self.with(|core| {
             core.tick(now);
-            core.slots_a_second()
+            (core.slots_a_second(), core.is_cutting())
         });
         while busy > 0 {
             self.with(|core| core.mark_busy(busy.min(SCAN), now));
@@ -393,6 +399,23 @@ impl Dispatcher {
         }
         // In small steps, so that a million sessions that expire together hold up nobody.
         while self.with(|core| core.expire(SCAN as usize, now)) == SCAN as usize {}
+        is_cutting
+    }
+
+    /// The proxy ends: see [`Core::cut_all`].
+    pub fn cut_all(&self, begins: bool, share: f64) {
+        self.with(|core| core.cut_all(begins, share));
+    }
+
+    /// What a rollout now would cut: see [`Core::safe_to_roll`].
+    pub fn safe_to_roll(
+        &self,
+        endpoint: Option<&str>,
+        grace: Option<Duration>,
+        confidence: f64,
+        now: Instant,
+    ) -> Option<RollReport> {
+        self.with(|core| core.safe_to_roll(endpoint, grace, confidence, now))
     }
 
     /// Ends the runs whose time is over and gives the calls that are to be made about others, `limit` at most.
@@ -473,6 +496,13 @@ impl Lease {
                 self.dispatcher.with(|core| core.retry(grant, now, rng)).map_err(|unplaced| unplaced.refusal())
             }
             None => Err(Refusal::NoEndpoint),
+        }
+    }
+
+    /// The answer told whether its endpoint drains (`longhaul-drain`).
+    pub fn endpoint_drains(&self, drains: bool, now: Instant) {
+        if let Some(grant) = &self.grant {
+            self.dispatcher.with(|core| core.answer_says(grant.endpoint(), drains, now));
         }
     }
 

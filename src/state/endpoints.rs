@@ -39,10 +39,14 @@ pub(crate) struct Endpoint {
     pub configured: bool,
     /// An operator drains it.
     pub drained: bool,
+    /// It says itself that it drains.
+    pub says: Option<Says>,
     /// Removed, and its drain is over.
     pub gone: bool,
     /// Set while it drains, removed or by an operator: when that ends at the latest and what is left is cut.
     pub drain_deadline: Option<Instant>,
+    /// Set while what its drain has left is being cut.
+    pub cutting: Option<Cutting>,
     pub health: Health,
     pub failures: u32,
     pub ejected_until: Option<Instant>,
@@ -57,6 +61,30 @@ pub(crate) struct Endpoint {
     /// How far it has come in the rotation.
     pub pass: u128,
     indexed: Indexed,
+}
+
+/// How an endpoint tells that it drains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Says {
+    /// By the answer to its check: `health.draining_status`, or the field there.
+    ByHealth,
+    /// An answer of it carried `longhaul-drain: 1`.
+    ByAnswer,
+}
+
+/// Exchanges are cut one after another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cutting {
+    pub since: Instant,
+    pub over: Duration,
+}
+
+impl Cutting {
+    /// The part of them that is cut by now, from 0 to 1.
+    pub fn share(&self, now: Instant) -> f64 {
+        let passed = now.saturating_duration_since(self.since);
+        if passed >= self.over { 1.0 } else { passed.as_secs_f64() / self.over.as_secs_f64() }
+    }
 }
 
 /// What active checks say.
@@ -168,8 +196,10 @@ impl Endpoint {
             reported: None,
             configured: true,
             drained: false,
+            says: None,
             gone: false,
             drain_deadline: None,
+            cutting: None,
             health: Health::default(),
             failures: 0,
             ejected_until: None,
@@ -192,7 +222,23 @@ impl Endpoint {
     }
 
     pub fn draining(&self) -> bool {
-        self.drained || !self.configured
+        self.drained || self.says.is_some() || !self.configured
+    }
+
+    /// Why it drains; none where it does not.
+    pub fn drain_reasons(&self) -> Vec<&'static str> {
+        let says = self.says.map(|says| match says {
+            Says::ByHealth => "health",
+            Says::ByAnswer => "answer",
+        });
+        let reasons = [self.drained.then_some("operator"), (!self.configured).then_some("removed"), says];
+        reasons.into_iter().flatten().collect()
+    }
+
+    /// There is no reason to drain any more: nothing is cut, nor goes on being cut.
+    pub fn end_drain(&mut self) {
+        self.drain_deadline = None;
+        self.cutting = None;
     }
 
     /// Nothing of the proxy's is there any more.

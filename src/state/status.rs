@@ -82,6 +82,60 @@ pub struct EndpointStatus {
     pub weight: u32,
     /// Open connections to it.
     pub connections: usize,
+    /// Where it drains.
+    pub drain: Option<DrainStatus>,
+}
+
+/// How far the drain of an endpoint is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DrainStatus {
+    /// Who wants it: `operator`, `removed`, `health` (`health.draining_status`), `answer` (`longhaul-drain: 1`).
+    pub by: Vec<&'static str>,
+    /// When what is left begins to be cut; `None`: it was, and what came after it goes on.
+    pub cut_in_ms: Option<u64>,
+    pub empty_in: DrainEstimate,
+}
+
+/// When an endpoint will have no run any more, if nothing cuts them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct DrainEstimate {
+    /// With even odds by then; `None`: nobody can say.
+    pub p50_ms: Option<u64>,
+    /// In 95 of 100 cases by then.
+    pub p95_ms: Option<u64>,
+    /// Ended runs of the service that it rests on; older ones count less.
+    pub runs_seen: u64,
+}
+
+/// `GET /api/v1/services/S/safe-to-roll`: what a rollout now would cut.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RollReport {
+    pub service: String,
+    pub grace_ms: u64,
+    /// So probable it must be that nothing is cut to be called safe.
+    pub confidence: f64,
+    pub safe: bool,
+    pub outstanding_runs: u64,
+    /// On average.
+    pub expected_cut_runs: f64,
+    pub probability_none_cut: f64,
+    /// As in [`DrainEstimate`].
+    pub runs_seen: u64,
+    pub endpoints: Vec<RollEndpoint>,
+}
+
+/// The same of one endpoint.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RollEndpoint {
+    pub address: String,
+    pub version: String,
+    pub state: EndpointState,
+    pub outstanding_runs: u32,
+    pub sessions: u32,
+    pub expected_cut_runs: f64,
+    pub probability_none_cut: f64,
+    pub empty_in: DrainEstimate,
+    pub safe: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -75,6 +75,7 @@ impl Fleet {
                     tcp: false,
                     port: None,
                     expect_status: vec![(200, 399)],
+                    draining_status: Vec::new(),
                     interval: Duration::from_secs(5),
                     timeout: Duration::from_secs(2),
                     unhealthy_after: 3,

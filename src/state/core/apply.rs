@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::state::core::{Core, Rules};
 use crate::state::dispatcher::ServiceSettings;
-use crate::state::endpoints::{Endpoint, Health, HealthStanding, Version};
+use crate::state::endpoints::{Endpoint, Health, HealthStanding, Says, Version};
 use crate::state::{ClientTls, Target, TargetSettings};
 
 impl Core {
@@ -36,6 +36,7 @@ impl Core {
             // What a check said that is no more must not be held against anybody when there is one again.
             if !self.rules.checked {
                 endpoint.health = Health::default();
+                endpoint.says.take_if(|says| *says == Says::ByHealth);
             }
             if self.rules.outlier.consecutive_failures == 0 {
                 endpoint.ejected_until = None;
@@ -133,8 +134,8 @@ impl Core {
         };
         let endpoint = &mut self.endpoints[number];
         endpoint.configured = true;
-        if !endpoint.drained {
-            endpoint.drain_deadline = None;
+        if !endpoint.draining() {
+            endpoint.end_drain();
         }
         if endpoint.version != version {
             endpoint.version = version;

@@ -98,6 +98,7 @@ impl Core {
         let ended = Ended { target: run.target.clone(), outcome, duration: run.age(now) };
         self.judge_run(number, outcome, now);
         self.run_ends(number);
+        self.learn_duration(ended.duration, outcome, now);
         let first = self.runs.end(number);
         self.endpoints[endpoint].outstanding -= 1;
         if self.rules.any_limit {

@@ -1,21 +1,25 @@
 //! Report: reads the live state for the admin API and the metrics.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::rollout::WEIGHT_UNIT;
 use crate::state::core::{BORN_BEFORE, Core};
 use crate::state::endpoints::{Endpoint, HealthStanding, Version};
 use crate::state::sessions::TICK;
-use crate::state::status::{EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus};
+use crate::state::status::{
+    DrainStatus, EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus,
+};
 
 impl Core {
     /// The service as it is now, in the shape of the admin API.
     pub fn status(&mut self, now: Instant) -> ServiceStatus {
         let now = self.advance(now);
+        let drains = self.drains(now);
         let versions: Vec<VersionStatus> = self
             .versions
             .iter()
-            .map(|version| self.version_status(version))
+            .map(|version| self.version_status(version, &drains))
             .filter(|status| !status.endpoints.is_empty() || self.configures(&status.name))
             .collect();
         let capacity = self
@@ -112,7 +116,7 @@ impl Core {
         })
     }
 
-    fn version_status(&self, version: &Version) -> VersionStatus {
+    fn version_status(&self, version: &Version, drains: &HashMap<u32, DrainStatus>) -> VersionStatus {
         let endpoints = || version.endpoints.iter().map(|number| &self.endpoints[*number]);
         VersionStatus {
             name: version.name.to_string(),
@@ -124,14 +128,17 @@ impl Core {
             outstanding_runs: endpoints().map(|endpoint| u64::from(endpoint.outstanding)).sum(),
             capacity: self.capacity(version),
             // One that is gone and has nothing left to finish is kept for its pins only.
-            endpoints: endpoints()
-                .filter(|endpoint| !endpoint.gone || !endpoint.idle())
-                .map(|endpoint| self.endpoint_status(endpoint))
+            endpoints: version
+                .endpoints
+                .iter()
+                .map(|number| (number, &self.endpoints[*number]))
+                .filter(|(_, endpoint)| !endpoint.gone || !endpoint.idle())
+                .map(|(number, endpoint)| self.endpoint_status(endpoint, drains.get(number).cloned()))
                 .collect(),
         }
     }
 
-    fn endpoint_status(&self, endpoint: &Endpoint) -> EndpointStatus {
+    fn endpoint_status(&self, endpoint: &Endpoint, drain: Option<DrainStatus>) -> EndpointStatus {
         EndpointStatus {
             address: endpoint.target.address.to_string(),
             state: self.state(endpoint),
@@ -142,10 +149,11 @@ impl Core {
             sessions: endpoint.sessions,
             weight: endpoint.weight,
             connections: endpoint.target.connections.load(std::sync::atomic::Ordering::Relaxed),
+            drain,
         }
     }
 
-    fn state(&self, endpoint: &Endpoint) -> EndpointState {
+    pub(super) fn state(&self, endpoint: &Endpoint) -> EndpointState {
         if endpoint.gone {
             EndpointState::Gone
         } else if endpoint.draining() {

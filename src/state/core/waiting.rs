@@ -573,6 +573,16 @@ impl Core {
         self.give(ticket, Err(refusal));
     }
 
+    /// Nobody who waits will be placed any more.
+    pub(super) fn refuse_all(&mut self) {
+        let mut waiting: Vec<Ticket> = self.room.by_run.values().copied().collect();
+        waiting.extend(self.room.queue.all_in_lanes());
+        for ticket in waiting {
+            // One that was named twice is gone by then.
+            self.refuse(ticket, Refusal::Ending);
+        }
+    }
+
     fn refuse_run(&mut self, run: RunId, refusal: Refusal, now: Instant) {
         let Some(ticket) = self.room.by_run.get(&run).copied() else { return };
         self.advance(now);
