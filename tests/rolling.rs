@@ -232,6 +232,11 @@ enum Outcome {
 
 /// Starts a run that streams for so long, and reads it to its end.
 async fn stream(proxy: SocketAddr, session: &str, time: Duration) -> Outcome {
+    stream_telling(proxy, session, time, &AtomicUsize::new(0)).await
+}
+
+/// As [`stream`]; counts in `begun` once its first event is there.
+async fn stream_telling(proxy: SocketAddr, session: &str, time: Duration, begun: &AtomicUsize) -> Outcome {
     let Ok(stream) = TcpStream::connect(proxy).await else { return Outcome::Unanswered };
     let mut stream = AsyncBufReader::new(stream);
     let head = format!(
@@ -257,6 +262,9 @@ async fn stream(proxy: SocketAddr, session: &str, time: Duration) -> Outcome {
             assert_eq!(number, next.to_string(), "events are lost or doubled");
             let endpoint = Some(endpoint.parse().expect("an address"));
             assert!(from.is_none() || from == endpoint, "a stream of two endpoints");
+            if next == 0 {
+                begun.fetch_add(1, Ordering::SeqCst);
+            }
             from = endpoint;
             next += 1;
         }
@@ -426,15 +434,17 @@ async fn only_its_own_runs_fail(
         eventually_async("every endpoint is ready", || async { proxy.endpoint(*address).await["state"] == "ready" })
             .await;
     }
+    let begun = Arc::<AtomicUsize>::default();
     let mut running = JoinSet::new();
     for number in 0..SESSIONS {
-        let address = proxy.address;
-        running.spawn(async move { (number, stream(address, &format!("s-{number}"), Duration::from_secs(4)).await) });
+        let (address, begun) = (proxy.address, Arc::clone(&begun));
+        running.spawn(async move {
+            let session = format!("s-{number}");
+            (number, stream_telling(address, &session, Duration::from_secs(4), &begun).await)
+        });
     }
-    eventually_async("all streams have begun", || async {
-        proxy.endpoint(dying).await["outstanding_runs"] == SESSIONS / 5
-    })
-    .await;
+    eventually("all streams have begun", || begun.load(Ordering::SeqCst) == SESSIONS).await;
+    assert_eq!(proxy.endpoint(dying).await["outstanding_runs"], SESSIONS / 5);
 
     let died = ids::now();
     let body = die(first);
