@@ -14,7 +14,8 @@ use tracing::{error, info};
 
 use crate::admin;
 use crate::config::{Address, Loaded, Problems};
-use crate::control::reload::{self, AfterReload, Outlets, ProbesCommand, Reloader};
+use crate::control::notify::{self, Notifier};
+use crate::control::reload::{self, AfterReload, Heritage, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, runs, watch};
 use crate::logging::AccessLog;
@@ -42,12 +43,22 @@ pub struct Options {
     pub watch: bool,
     /// Called after each reload that changed something; the binary sets its log level by it.
     pub after_reload: Option<AfterReload>,
+    /// What this process was given by the one that started it.
+    pub heritage: Heritage,
 }
 
 impl Options {
     /// As tests want it: no signals, no watching, two workers.
     pub fn new(config_path: PathBuf, loaded: Loaded) -> Options {
-        Options { config_path, loaded, workers: Some(2), signals: false, watch: false, after_reload: None }
+        Options {
+            config_path,
+            loaded,
+            workers: Some(2),
+            signals: false,
+            watch: false,
+            after_reload: None,
+            heritage: Heritage::default(),
+        }
     }
 }
 
@@ -57,6 +68,7 @@ pub enum StartError {
     /// Certificates that can't be used, listeners that can't be bound.
     #[error("{}", describe(.0))]
     Refused(Problems),
+    /// The admin API's address can't be bound, or a socket that was passed is for nothing.
     #[error("admin.address: {0}")]
     Admin(String),
     /// The system gave no thread, runtime or signal.
@@ -96,7 +108,8 @@ struct Threads {
 
 /// Binds everything, then starts both planes. When this returns, connections are accepted and the admin API answers.
 pub fn build(options: Options) -> Result<App, StartError> {
-    let Options { config_path, loaded, workers, signals, watch, after_reload } = options;
+    let Options { config_path, loaded, workers, signals, watch, after_reload, heritage } = options;
+    let notifier = heritage.notifier.clone();
     if let Err(failure) = net::raise_descriptor_limit() {
         tracing::warn!("the descriptor limit could not be raised: {failure}");
     }
@@ -104,9 +117,10 @@ pub fn build(options: Options) -> Result<App, StartError> {
     let admin_address = loaded.config.admin.address.clone();
     let metrics = Metrics::new();
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
-    let (reloader, outlets) =
-        Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload).map_err(StartError::Refused)?;
-    let (admin_address, admin_socket) = reload::bind_private(&admin_address).map_err(StartError::Admin)?;
+    let (mut reloader, outlets) =
+        Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload, heritage)
+            .map_err(StartError::Refused)?;
+    let (admin_address, admin_socket) = reloader.bind_admin(&admin_address).map_err(StartError::Admin)?;
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
     let bound = Bound { listeners: listeners(&running), admin: admin_address, probes: probes_address };
@@ -122,6 +136,7 @@ pub fn build(options: Options) -> Result<App, StartError> {
         checks,
         admin_socket,
         probes,
+        notifier,
         context: Arc::new(admin::Context {
             running: Arc::clone(&running),
             reload: reload.clone(),
@@ -215,6 +230,7 @@ struct Control {
     checks: tokio::sync::watch::Receiver<Vec<Arc<health::Check>>>,
     admin_socket: Socket,
     probes: mpsc::Receiver<ProbesCommand>,
+    notifier: Notifier,
     context: Arc<admin::Context>,
 }
 
@@ -246,7 +262,8 @@ impl Control {
     }
 
     async fn serve(self, signals: Option<Signals>) -> Ended {
-        let Control { config_path, watch, signals: _, reloader, checks, admin_socket, probes, context } = self;
+        let Control { config_path, watch, signals: _, reloader, checks, admin_socket, probes, notifier, context } =
+            self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
@@ -262,6 +279,10 @@ impl Control {
         }
         tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full));
         tokio::spawn(serve_probes(Arc::clone(&context), probes));
+        let status = state.status();
+        notifier.ready(&format!("serving, configuration {}", status.generation));
+        tokio::spawn(notify::tell_reloads(notifier.clone(), Arc::clone(state)));
+        tokio::spawn(notify::run(notifier, Arc::clone(running)));
         shutdown::run(Arc::clone(running), drain.clone(), reload.clone()).await
     }
 }

@@ -3,6 +3,7 @@
 pub mod call;
 pub mod clock;
 pub mod health;
+pub mod notify;
 pub mod reload;
 pub mod runs;
 pub mod shutdown;

@@ -81,6 +81,12 @@ pub fn wall_clock() -> SystemTime {
     SystemTime::now()
 }
 
+/// The system's monotonic clock in microseconds, as the protocol of service managers wants it.
+pub fn monotonic_microseconds() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_nsec.unsigned_abs() / 1_000
+}
+
 pub fn random_u64() -> u64 {
     QUICK.with_borrow_mut(Rng::next_u64)
 }

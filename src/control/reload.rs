@@ -18,13 +18,16 @@ use tracing::{error, info, warn};
 use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
 use crate::control::call::Way;
 use crate::control::health::{Check, OwnLoad, Probe};
+use crate::control::notify::Notifier;
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
 use crate::metrics::{Metrics, VersionMetrics};
 use crate::net::cookie::Sealer;
+use crate::net::inherit::{Inherited, Spare};
 use crate::net::listen::{self, Socket};
 use crate::net::tls::{self, ServerTls};
+use crate::pulse::Pulses;
 use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, Service, Snapshot};
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::{ClientTls, TargetSettings};
@@ -63,6 +66,21 @@ impl ReloadHandle {
         }
     }
 
+    /// Handles of all listening sockets, for another process. From then on reloads are refused until
+    /// [`ReloadHandle::hand_over_failed`].
+    pub(super) async fn hand_over(&self) -> std::io::Result<HandedOver> {
+        let gone = || std::io::Error::other("the proxy is stopping");
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::HandOver { reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// This process stays the one that serves.
+    pub(super) async fn hand_over_failed(&self) {
+        // Whoever reloads has gone only where the process ends.
+        let _ = self.requests.send(Request::HandOverFailed).await;
+    }
+
     async fn ask(&self, trigger: Trigger) -> Result<u64, Problems> {
         let (reply, answer) = oneshot::channel();
         let gone = || one_problem(&self.file, "", "the proxy is stopping and reloads nothing any more".to_owned());
@@ -74,6 +92,36 @@ impl ReloadHandle {
 enum Request {
     Reload { trigger: Trigger, reply: oneshot::Sender<Result<u64, Problems>> },
     CloseListeners { reply: oneshot::Sender<()> },
+    HandOver { reply: oneshot::Sender<std::io::Result<HandedOver>> },
+    HandOverFailed,
+}
+
+/// What a process has to have before it can build anything that takes over from another.
+pub(super) struct HandedOver {
+    pub sockets: Vec<Spare>,
+    pub secrets: Secrets,
+    pub generation: u64,
+    pub sha256: String,
+}
+
+/// What was chosen at random once, and has to be the same from process to process.
+#[derive(Clone, Copy, serde::Serialize, serde::Deserialize)]
+pub struct Secrets {
+    /// [`Running::scope_secret`].
+    pub scope: [u8; 16],
+    /// Behind the cookies of services that name no secret.
+    pub cookie: [u8; 32],
+}
+
+/// What a process begins with that was not made by it.
+#[derive(Default)]
+pub struct Heritage {
+    pub sockets: Inherited,
+    /// `None`: it makes its own.
+    pub secrets: Option<Secrets>,
+    /// The newest generation of the process before, and the digest of its file.
+    pub generation: Option<(u64, String)>,
+    pub notifier: Notifier,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -187,6 +235,12 @@ pub struct Reloader {
     /// What the first configuration has to tell, until [`Reloader::run`] does.
     first: Announcements,
     listeners_closed: bool,
+    handing_over: bool,
+    /// Of every socket that this process listens on.
+    spares: Vec<Spare>,
+    /// Where that of `admin.probes` listens.
+    probes_spare: Option<Address>,
+    notifier: Notifier,
 }
 
 impl Reloader {
@@ -197,17 +251,26 @@ impl Reloader {
         metrics: Arc<Metrics>,
         access_log: AccessLog,
         after_reload: Option<AfterReload>,
+        heritage: Heritage,
     ) -> Result<(Reloader, Outlets), Problems> {
+        let Heritage { sockets, secrets, generation, notifier } = heritage;
+        let secrets = secrets.unwrap_or_else(|| Secrets { scope: ids::random_bytes(), cookie: ids::random_bytes() });
         let file: Arc<str> = path.display().to_string().into();
         let mut builder = Builder {
             file: Arc::clone(&file),
             metrics: Arc::clone(&metrics),
-            cookie_secret: ids::random_bytes(),
+            cookie_secret: secrets.cookie,
             client_tls: Vec::new(),
             version_metrics: HashMap::new(),
             probes: None,
+            inherited: Mutex::new(sockets),
         };
-        let prepared = builder.prepare(loaded, None, &[])?;
+        let mut prepared = builder.prepare(loaded, None, &[])?;
+        if let Some((generation, sha256)) = generation {
+            // The same file is the same generation, whatever process it is in effect in.
+            let changed = u64::from(sha256 != prepared.snapshot.loaded.sha256);
+            prepared.snapshot.generation = generation + changed;
+        }
         let (request_sender, requests) = mpsc::channel(WAITING_MAX);
         let (accept, accept_receiver) = mpsc::channel(COMMANDS_MAX);
         let (probes, probes_receiver) = mpsc::channel(1);
@@ -237,7 +300,8 @@ impl Reloader {
             drain: Drain::new(),
             open_exchanges: Contended::default(),
             access_log,
-            scope_secret: ids::random_bytes(),
+            scope_secret: secrets.scope,
+            pulses: Pulses::default(),
         });
         let outlets = Outlets {
             running: Arc::clone(&running),
@@ -262,8 +326,31 @@ impl Reloader {
             after_reload,
             first,
             listeners_closed,
+            handing_over: false,
+            spares: Vec::new(),
+            probes_spare: None,
+            notifier,
         };
         Ok((reloader, outlets))
+    }
+
+    /// Binds the admin API's address, unless its socket was inherited. Whatever is inherited has to be used by then.
+    pub fn bind_admin(&mut self, address: &Address) -> Result<(Address, Socket), String> {
+        let (local, socket) = self.builder.take_or_bind(address, listen::bind_private)?;
+        self.keep_spare(&socket, address.clone());
+        let snapshot = self.running.snapshot.load();
+        let listeners = snapshot.listeners.iter().map(|listener| listener.config.address.clone());
+        let others = snapshot.loaded.config.admin.probes.map(Address::Tcp).into_iter().chain([address.clone()]);
+        let configured: Vec<Address> = listeners.chain(others).collect();
+        self.builder.inherited().settle(&configured)?;
+        Ok((local, socket))
+    }
+
+    fn keep_spare(&mut self, socket: &Socket, configured: Address) {
+        match Spare::of(socket, configured) {
+            Ok(spare) => self.spares.push(spare),
+            Err(failure) => warn!("a listening socket can't be handed over to a new process later: {failure}"),
+        }
     }
 
     /// Starts the listeners, then reloads when asked, until every [`ReloadHandle`] is gone.
@@ -273,6 +360,9 @@ impl Reloader {
         while let Some(request) = self.requests.recv().await {
             match request {
                 Request::Reload { trigger, reply } => {
+                    if trigger == Trigger::Asked {
+                        self.notifier.reloading();
+                    }
                     let result = self.reload().await;
                     self.note(trigger, &result);
                     // Whoever asked may have left; the reload counts all the same.
@@ -282,6 +372,14 @@ impl Reloader {
                     self.close_listeners().await;
                     let _ = reply.send(());
                 }
+                Request::HandOver { reply } => {
+                    let handed_over = self.hand_over();
+                    self.handing_over = handed_over.is_ok();
+                    if reply.send(handed_over).is_err() {
+                        self.handing_over = false;
+                    }
+                }
+                Request::HandOverFailed => self.handing_over = false,
             }
         }
     }
@@ -289,6 +387,10 @@ impl Reloader {
     async fn reload(&mut self) -> Result<Done, Problems> {
         if self.listeners_closed {
             return Err(self.refusal("", "the proxy is draining and takes no new configuration".to_owned()));
+        }
+        if self.handing_over {
+            let message = "a new process is taking over, with the configuration as it is now; reload that one";
+            return Err(self.refusal("", message.to_owned()));
         }
         if std::fs::metadata(&self.path).is_ok_and(|it| !it.is_file()) {
             // Opening a pipe again would wait for a writer for ever, and every later reload with it.
@@ -375,10 +477,25 @@ impl Reloader {
 
     async fn announce(&mut self, announcements: Announcements) {
         for (local_address, socket) in announcements.starts {
+            let listener = self.running.snapshot.load().listener(&local_address);
+            if let Some(listener) = listener {
+                self.keep_spare(&socket, listener.config.address.clone());
+            }
             self.command(AcceptCommand::Start { local_address, socket }).await;
         }
         for local_address in announcements.stops {
+            self.spares.retain(|spare| spare.local != local_address);
             self.command(AcceptCommand::Stop { local_address }).await;
+        }
+        if let Some(command) = &announcements.probes {
+            if let Some(old) = self.probes_spare.take() {
+                self.spares.retain(|spare| spare.local != old);
+            }
+            if let (ProbesCommand::Serve(socket), Some(bound)) = (command, &self.builder.probes) {
+                let configured = Address::Tcp(bound.configured);
+                self.probes_spare = Some(bound.local.clone());
+                self.keep_spare(socket, configured);
+            }
         }
         if let Some(command) = announcements.probes
             && self.probes.send(command).await.is_err()
@@ -389,10 +506,28 @@ impl Reloader {
 
     async fn close_listeners(&mut self) {
         self.listeners_closed = true;
+        let all = std::mem::take(&mut self.spares);
+        if self.handing_over {
+            all.iter().for_each(Spare::leave_file);
+        }
+        drop(all);
         let snapshot = self.running.snapshot.load_full();
         for listener in &snapshot.listeners {
             self.command(AcceptCommand::Stop { local_address: listener.local_address.clone() }).await;
         }
+    }
+
+    fn hand_over(&self) -> std::io::Result<HandedOver> {
+        if self.listeners_closed {
+            return Err(std::io::Error::other("the proxy is draining already"));
+        }
+        let snapshot = self.running.snapshot.load();
+        Ok(HandedOver {
+            sockets: self.spares.iter().map(Spare::try_clone).collect::<Result<_, _>>()?,
+            secrets: Secrets { scope: self.running.scope_secret, cookie: self.builder.cookie_secret },
+            generation: snapshot.generation,
+            sha256: snapshot.loaded.sha256.clone(),
+        })
     }
 
     async fn command(&self, command: AcceptCommand) {
@@ -469,6 +604,8 @@ struct Builder {
     /// By service and version.
     version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
     probes: Option<BoundProbes>,
+    /// Sockets that were open already when the process began.
+    inherited: Mutex<Inherited>,
 }
 
 /// Unchanged settings keep the same `Arc`, by which the dispatcher sees that a target is unchanged.
@@ -709,7 +846,7 @@ impl Builder {
             });
             let local_address = match kept {
                 Some(kept) => kept.local_address.clone(),
-                None => match bind(&listener.address) {
+                None => match self.take_or_bind(&listener.address, listen::bind) {
                     Ok((local_address, socket)) => {
                         announcements.starts.push((local_address.clone(), socket));
                         local_address
@@ -748,7 +885,7 @@ impl Builder {
         if let Some(bound) = self.probes.as_ref().filter(|bound| bound.configured == configured) {
             return Some(bound.clone());
         }
-        match bind(&Address::Tcp(configured)) {
+        match self.take_or_bind(&Address::Tcp(configured), listen::bind) {
             Ok((local, socket)) => {
                 announcements.probes = Some(ProbesCommand::Serve(socket));
                 Some(BoundProbes { configured, local })
@@ -758,6 +895,26 @@ impl Builder {
                 None
             }
         }
+    }
+
+    /// The inherited socket of this address, or a new one.
+    fn take_or_bind(
+        &self,
+        address: &Address,
+        listen: fn(&Address) -> std::io::Result<Socket>,
+    ) -> Result<(Address, Socket), String> {
+        let taken = self.inherited().take(address);
+        match taken {
+            Some(socket) => bind_by(|_| socket, address),
+            None => bind_by(listen, address).map_err(|failure| match self.inherited().left() {
+                left if left.is_empty() => failure,
+                left => format!("{failure} (passed to this process are sockets for {} only)", left.join(", ")),
+            }),
+        }
+    }
+
+    fn inherited(&self) -> MutexGuard<'_, Inherited> {
+        self.inherited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all_well(&self, list: Vec<Problem>) -> Result<(), Problems> {
@@ -833,16 +990,10 @@ fn refresh(tls: &ServerTls, index: usize, problems: &mut Vec<Problem>) {
 }
 
 /// Binds; on failure says what to do about it.
-pub(crate) fn bind(address: &Address) -> Result<(Address, Socket), String> {
-    bind_by(listen::bind, address)
-}
-
-/// As [`bind`], for the admin API: a unix socket is its owner's alone from the start.
-pub(crate) fn bind_private(address: &Address) -> Result<(Address, Socket), String> {
-    bind_by(listen::bind_private, address)
-}
-
-fn bind_by(listen: fn(&Address) -> std::io::Result<Socket>, address: &Address) -> Result<(Address, Socket), String> {
+fn bind_by(
+    listen: impl FnOnce(&Address) -> std::io::Result<Socket>,
+    address: &Address,
+) -> Result<(Address, Socket), String> {
     let socket = listen(address).map_err(|failure| failure.to_string())?;
     let local_address =
         socket.local_address().map_err(|failure| format!("can't listen on {}: {failure}", display(address)))?;
@@ -914,6 +1065,7 @@ mod tests {
             client_tls: Vec::new(),
             version_metrics: HashMap::new(),
             probes: None,
+            inherited: Mutex::default(),
         }
     }
 
@@ -943,7 +1095,7 @@ mod tests {
     fn a_taken_port_is_named_with_advice() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let Err(message) = bind(&Address::Tcp(address)) else { panic!("{address} was bound twice") };
+        let Err(message) = bind_by(listen::bind, &Address::Tcp(address)) else { panic!("{address} was bound twice") };
         assert!(message.contains(&address.to_string()), "{message}");
         assert!(message.contains("choose another address"), "{message}");
     }
