@@ -8,12 +8,14 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info};
 
 use crate::admin;
 use crate::config::{Address, Loaded, Problems};
+use crate::control::handover::{self, HandOver, Predecessor, Program};
 use crate::control::notify::{self, Notifier};
 use crate::control::reload::{self, AfterReload, Heritage, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
@@ -45,6 +47,10 @@ pub struct Options {
     pub after_reload: Option<AfterReload>,
     /// What this process was given by the one that started it.
     pub heritage: Heritage,
+    /// The process that serves until this one does.
+    pub predecessor: Option<Predecessor>,
+    /// What a later process is started from, that is to take over from this one.
+    pub program: Option<Program>,
 }
 
 impl Options {
@@ -58,6 +64,8 @@ impl Options {
             watch: false,
             after_reload: None,
             heritage: Heritage::default(),
+            predecessor: None,
+            program: None,
         }
     }
 }
@@ -108,7 +116,8 @@ struct Threads {
 
 /// Binds everything, then starts both planes. When this returns, connections are accepted and the admin API answers.
 pub fn build(options: Options) -> Result<App, StartError> {
-    let Options { config_path, loaded, workers, signals, watch, after_reload, heritage } = options;
+    let Options { config_path, loaded, workers, signals, watch, after_reload, heritage, predecessor, program } =
+        options;
     let notifier = heritage.notifier.clone();
     if let Err(failure) = net::raise_descriptor_limit() {
         tracing::warn!("the descriptor limit could not be raised: {failure}");
@@ -137,6 +146,8 @@ pub fn build(options: Options) -> Result<App, StartError> {
         admin_socket,
         probes,
         notifier,
+        predecessor,
+        program,
         context: Arc::new(admin::Context {
             running: Arc::clone(&running),
             reload: reload.clone(),
@@ -231,6 +242,8 @@ struct Control {
     admin_socket: Socket,
     probes: mpsc::Receiver<ProbesCommand>,
     notifier: Notifier,
+    predecessor: Option<Predecessor>,
+    program: Option<Program>,
     context: Arc<admin::Context>,
 }
 
@@ -253,49 +266,92 @@ impl Control {
                     return NEVER_BEGAN;
                 }
             };
-            let _ = ready.send(Ok(()));
-            self.serve(signals).await
+            self.serve(signals, ready).await
         });
         // What is left may be stuck in reading a file.
         runtime.shutdown_timeout(Duration::from_millis(100));
         ended
     }
 
-    async fn serve(self, signals: Option<Signals>) -> Ended {
-        let Control { config_path, watch, signals: _, reloader, checks, admin_socket, probes, notifier, context } =
-            self;
+    async fn serve(self, signals: Option<Signals>, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
+        let Control { config_path, watch, signals: _, reloader, checks, .. } = self;
+        let Control { admin_socket, probes, notifier, predecessor, program, context, .. } = self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
-        tokio::spawn(reloader.run());
         tokio::spawn(health::run(checks));
+        let (mut released, predecessor_gone) = (None, CancellationToken::new());
+        match predecessor {
+            None => predecessor_gone.cancel(),
+            // Everything is there; only now is anything taken from the process that serves.
+            Some(predecessor) => match predecessor.take_over(running).await {
+                Ok(link) => {
+                    released = Some(link.released());
+                    let gone = predecessor_gone.clone();
+                    tokio::spawn(async move {
+                        link.run().await;
+                        gone.cancel();
+                    });
+                }
+                Err(failure) => {
+                    let _ = ready.send(Err(failure));
+                    return NEVER_BEGAN;
+                }
+            },
+        }
+        tokio::spawn(reloader.run());
         tokio::spawn(clock::run(Arc::clone(running), Arc::clone(state)));
         tokio::spawn(runs::run(Arc::clone(running), Arc::clone(state)));
         if watch {
             tokio::spawn(watch::run(config_path, reload.clone(), Arc::clone(state)));
         }
+        let asked = Arc::new(Notify::new());
         if let Some(signals) = signals {
-            tokio::spawn(signals.run(drain.clone(), reload.clone()));
+            tokio::spawn(signals.run(drain.clone(), reload.clone(), Arc::clone(&asked)));
         }
-        tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full));
-        tokio::spawn(serve_probes(Arc::clone(&context), probes));
-        let status = state.status();
-        notifier.ready(&format!("serving, configuration {}", status.generation));
-        tokio::spawn(notify::tell_reloads(notifier.clone(), Arc::clone(state)));
-        tokio::spawn(notify::run(notifier, Arc::clone(running)));
-        shutdown::run(Arc::clone(running), drain.clone(), reload.clone()).await
+        let admin_stop = CancellationToken::new();
+        tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full, admin_stop.clone()));
+        tokio::spawn(serve_probes(Arc::clone(&context), probes, admin_stop.clone()));
+        let _ = ready.send(Ok(()));
+        tokio::spawn(tell(notifier.clone(), Arc::clone(running), Arc::clone(state), released));
+        let hand_over = HandOver {
+            running: Arc::clone(running),
+            reload: reload.clone(),
+            notifier,
+            program,
+            asked,
+            predecessor_gone,
+            admin_stop,
+        };
+        let ended = shutdown::run(Arc::clone(running), drain.clone(), reload.clone());
+        tokio::select! {
+            ended = ended => ended,
+            ended = handover::run(hand_over) => ended,
+        }
     }
 }
 
+/// Tells the service manager how this stands, once this process is the one that it asks.
+async fn tell(notifier: Notifier, running: Arc<Running>, state: Arc<ReloadState>, released: Option<Arc<Notify>>) {
+    if let Some(released) = released {
+        released.notified().await;
+    }
+    notifier.ready(&format!("serving, configuration {}", state.status().generation));
+    tokio::join!(notify::tell_reloads(notifier.clone(), state), notify::run(notifier, running));
+}
 const NEVER_BEGAN: Ended = Ended { cut: 0, forced: true };
 
 /// Serves the probes where the newest configuration wants them.
-async fn serve_probes(context: Arc<admin::Context>, mut commands: mpsc::Receiver<ProbesCommand>) {
+async fn serve_probes(
+    context: Arc<admin::Context>,
+    mut commands: mpsc::Receiver<ProbesCommand>,
+    stop: CancellationToken,
+) {
     let mut server = None;
     while let Some(command) = commands.recv().await {
         drop(server.take());
         if let ProbesCommand::Serve(socket) = command {
-            let task = tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes));
+            let task = tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes, stop.clone()));
             server = Some(AbortOnDropHandle::new(task));
         }
     }

@@ -18,6 +18,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::app;
 use crate::config;
+use crate::control::handover::{Predecessor, Program};
 use crate::control::notify::Notifier;
 use crate::control::reload::Heritage;
 use crate::demo;
@@ -174,10 +175,11 @@ pub fn main() -> ExitCode {
 
 fn run(config_path: PathBuf) -> ExitCode {
     // First, while there is one thread only: this takes variables out of the environment.
-    let heritage = match heritage() {
-        Ok(heritage) => heritage,
+    let (heritage, predecessor) = match heritage() {
+        Ok(given) => given,
         Err(error) => return failure(error),
     };
+    let program = Program::of_this_process().ok();
     let loaded = match config::load(&config_path) {
         Ok(loaded) => loaded,
         Err(problems) => {
@@ -195,6 +197,8 @@ fn run(config_path: PathBuf) -> ExitCode {
         watch: true,
         after_reload: Some(Box::new(move |config| diagnostics.configure(&config.log))),
         heritage,
+        predecessor,
+        program,
     };
     let app = match app::build(options) {
         Ok(app) => app,
@@ -207,12 +211,13 @@ fn run(config_path: PathBuf) -> ExitCode {
 }
 
 /// What this process was given by whoever started it.
-fn heritage() -> Result<Heritage, String> {
-    let sockets = Inherited::from_service_manager()?;
-    let notifier = Notifier::from_environment(false).map_err(|failure| {
+fn heritage() -> Result<(Heritage, Option<Predecessor>), String> {
+    let mut heritage = Heritage { sockets: Inherited::from_service_manager()?, ..Heritage::default() };
+    let predecessor = Predecessor::greet(&mut heritage)?;
+    heritage.notifier = Notifier::from_environment(predecessor.is_some()).map_err(|failure| {
         format!("NOTIFY_SOCKET names no socket that the service manager could be told by: {failure}")
     })?;
-    Ok(Heritage { sockets, notifier, ..Heritage::default() })
+    Ok((heritage, predecessor))
 }
 
 /// How long whoever reads the access log may take for its last lines.

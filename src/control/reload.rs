@@ -336,8 +336,8 @@ impl Reloader {
 
     /// Binds the admin API's address, unless its socket was inherited. Whatever is inherited has to be used by then.
     pub fn bind_admin(&mut self, address: &Address) -> Result<(Address, Socket), String> {
-        let (local, socket) = self.builder.take_or_bind(address, listen::bind_private)?;
-        self.keep_spare(&socket, address.clone());
+        let (local, socket) = self.builder.take_or_bind(address, "admin", listen::bind_private)?;
+        self.keep_spare(&socket, address.clone(), "admin");
         let snapshot = self.running.snapshot.load();
         let listeners = snapshot.listeners.iter().map(|listener| listener.config.address.clone());
         let others = snapshot.loaded.config.admin.probes.map(Address::Tcp).into_iter().chain([address.clone()]);
@@ -346,8 +346,8 @@ impl Reloader {
         Ok((local, socket))
     }
 
-    fn keep_spare(&mut self, socket: &Socket, configured: Address) {
-        match Spare::of(socket, configured) {
+    fn keep_spare(&mut self, socket: &Socket, configured: Address, purpose: &str) {
+        match Spare::of(socket, configured, purpose) {
             Ok(spare) => self.spares.push(spare),
             Err(failure) => warn!("a listening socket can't be handed over to a new process later: {failure}"),
         }
@@ -479,7 +479,7 @@ impl Reloader {
         for (local_address, socket) in announcements.starts {
             let listener = self.running.snapshot.load().listener(&local_address);
             if let Some(listener) = listener {
-                self.keep_spare(&socket, listener.config.address.clone());
+                self.keep_spare(&socket, listener.config.address.clone(), &listener.config.name);
             }
             self.command(AcceptCommand::Start { local_address, socket }).await;
         }
@@ -494,7 +494,7 @@ impl Reloader {
             if let (ProbesCommand::Serve(socket), Some(bound)) = (command, &self.builder.probes) {
                 let configured = Address::Tcp(bound.configured);
                 self.probes_spare = Some(bound.local.clone());
-                self.keep_spare(socket, configured);
+                self.keep_spare(socket, configured, "admin.probes");
             }
         }
         if let Some(command) = announcements.probes
@@ -846,7 +846,7 @@ impl Builder {
             });
             let local_address = match kept {
                 Some(kept) => kept.local_address.clone(),
-                None => match self.take_or_bind(&listener.address, listen::bind) {
+                None => match self.take_or_bind(&listener.address, &listener.name, listen::bind) {
                     Ok((local_address, socket)) => {
                         announcements.starts.push((local_address.clone(), socket));
                         local_address
@@ -885,7 +885,7 @@ impl Builder {
         if let Some(bound) = self.probes.as_ref().filter(|bound| bound.configured == configured) {
             return Some(bound.clone());
         }
-        match self.take_or_bind(&Address::Tcp(configured), listen::bind) {
+        match self.take_or_bind(&Address::Tcp(configured), "admin.probes", listen::bind) {
             Ok((local, socket)) => {
                 announcements.probes = Some(ProbesCommand::Serve(socket));
                 Some(BoundProbes { configured, local })
@@ -901,9 +901,10 @@ impl Builder {
     fn take_or_bind(
         &self,
         address: &Address,
+        purpose: &str,
         listen: fn(&Address) -> std::io::Result<Socket>,
     ) -> Result<(Address, Socket), String> {
-        let taken = self.inherited().take(address);
+        let taken = self.inherited().take(address, purpose);
         match taken {
             Some(socket) => bind_by(|_| socket, address),
             None => bind_by(listen, address).map_err(|failure| match self.inherited().left() {

@@ -88,10 +88,14 @@ impl Inherited {
         Ok(())
     }
 
-    /// The socket that listens there already, if there is one.
-    pub fn take(&mut self, address: &Address) -> Option<io::Result<Socket>> {
-        let here = |one: &Heirloom| one.configured.as_ref() == Some(address) || one.local == *address;
-        let place = self.waiting.iter().position(here)?;
+    /// The socket that listens there already, if there is one. `purpose`: what it is for, which tells those apart that
+    /// are configured with "any free port".
+    pub fn take(&mut self, address: &Address, purpose: &str) -> Option<io::Result<Socket>> {
+        let any_port = matches!(address, Address::Tcp(address) if address.port() == 0);
+        let configured = |one: &Heirloom| one.configured.as_ref() == Some(address);
+        let same = |one: &Heirloom| configured(one) && one.name == purpose;
+        let here = |one: &Heirloom| one.local == *address || (configured(one) && !any_port);
+        let place = self.waiting.iter().position(same).or_else(|| self.waiting.iter().position(here))?;
         let Heirloom { local, socket, owns_file, .. } = self.waiting.remove(place);
         Some(adopt(local, socket, owns_file))
     }
@@ -147,24 +151,26 @@ pub struct Spare {
     /// As the configuration names it.
     pub configured: Address,
     pub local: Address,
+    pub purpose: String,
     handle: OwnedFd,
     file: Option<Kept>,
 }
 
 impl Spare {
-    pub fn of(socket: &Socket, configured: Address) -> io::Result<Spare> {
+    pub fn of(socket: &Socket, configured: Address, purpose: &str) -> io::Result<Spare> {
         let local = socket.local_address()?;
         let (handle, file) = match socket {
             Socket::Tcp(listener) => (listener.as_fd().try_clone_to_owned()?, None),
             Socket::Unix(listener, file) => (listener.as_fd().try_clone_to_owned()?, Some(file.kept())),
         };
-        Ok(Spare { configured, local, handle, file })
+        Ok(Spare { configured, local, purpose: purpose.to_owned(), handle, file })
     }
 
     pub fn try_clone(&self) -> io::Result<Spare> {
         Ok(Spare {
             configured: self.configured.clone(),
             local: self.local.clone(),
+            purpose: self.purpose.clone(),
             handle: self.handle.try_clone()?,
             file: self.file.clone(),
         })
@@ -238,7 +244,7 @@ mod tests {
     fn a_socket_passes_with_its_backlog_and_its_address() {
         let socket = listen::bind(&Address::Tcp("127.0.0.1:0".parse().unwrap())).unwrap();
         let configured = Address::Tcp("127.0.0.1:0".parse().unwrap());
-        let spare = Spare::of(&socket, configured.clone()).unwrap();
+        let spare = Spare::of(&socket, configured.clone(), "public").unwrap();
         let Address::Tcp(address) = spare.local else { panic!("TCP was bound") };
         // It waits in the backlog while the socket goes from hand to hand.
         let client = std::net::TcpStream::connect(address).unwrap();
@@ -252,9 +258,12 @@ mod tests {
 
         let mut inherited = Inherited::default();
         inherited.add(handles.remove(0), Some(configured.clone()), "public".to_owned(), false).unwrap();
-        assert!(inherited.take(&Address::Tcp("127.0.0.1:1".parse().unwrap())).is_none());
+        assert!(inherited.take(&Address::Tcp("127.0.0.1:1".parse().unwrap()), "public").is_none());
+        assert!(inherited.take(&configured, "admin").is_none(), "any free port is another one for everybody");
         assert_eq!(inherited.left(), [format!("{address} (public)")]);
-        let Some(Ok(Socket::Tcp(listener))) = inherited.take(&configured) else { panic!("its socket is there") };
+        let Some(Ok(Socket::Tcp(listener))) = inherited.take(&configured, "public") else {
+            panic!("its socket is there")
+        };
         listener.set_nonblocking(false).unwrap();
         let (_, peer) = listener.accept().unwrap();
         assert_eq!(peer, client.local_addr().unwrap());
@@ -267,13 +276,13 @@ mod tests {
         let path = directory.path().join("a.sock");
         let address = Address::Unix(path.clone());
         let socket = listen::bind(&address).unwrap();
-        let spare = Spare::of(&socket, address.clone()).unwrap();
+        let spare = Spare::of(&socket, address.clone(), "public").unwrap();
         assert!(spare.owns_file());
         spare.leave_file();
         drop(socket);
         let mut inherited = Inherited::default();
         inherited.add(spare.handle, None, "public".to_owned(), true).unwrap();
-        let next = inherited.take(&address).unwrap().unwrap();
+        let next = inherited.take(&address, "renamed").unwrap().unwrap();
         assert!(UnixStream::connect(&path).is_ok());
         drop(next);
         assert!(!path.exists(), "the last one removes it");

@@ -8,6 +8,7 @@ mod outstanding;
 mod report;
 mod rollout;
 mod shadow;
+mod succession;
 mod waiting;
 
 use std::collections::{BTreeMap, HashMap};
@@ -69,6 +70,8 @@ pub struct Core {
     started: Option<Instant>,
     /// The latest `now` that was seen: time never goes back, whoever read the clock first.
     clock: Option<Instant>,
+    /// Another process decides; this one only carries what it has.
+    successor: Option<succession::Successor>,
 }
 
 /// What of the configuration decides here.
@@ -194,6 +197,7 @@ impl Core {
             applied: false,
             started: None,
             clock: None,
+            successor: None,
         }
     }
 
@@ -265,6 +269,7 @@ impl Core {
         self.advance(now);
         if let Some(session) = grant.session {
             self.sessions.confirm(session, self.sessions.endpoint(session) == grant.endpoint);
+            self.tell_pin(session, None);
         }
     }
 
@@ -276,6 +281,7 @@ impl Core {
         }
         if let Some(session) = grant.session {
             self.sessions.add_alias(session, key, self.rules.max_sessions);
+            self.tell_pin(session, Some(key));
             return;
         }
         // What the table knows already stays as it is: the name may be another exchange's.
@@ -287,6 +293,7 @@ impl Core {
         self.count_session(grant.endpoint, grant.matched);
         self.sessions.open(session);
         self.sessions.confirm(session, true);
+        self.tell_pin(session, None);
         grant.session = Some(session);
         match grant.run.filter(|run| self.runs.run(*run).is_some_and(|run| !run.ended)) {
             Some(number) => {
@@ -332,6 +339,7 @@ impl Core {
         }
         if to != from {
             self.shift(grant, to, now);
+            self.tell_move(grant);
         }
         Ok(self.target(grant))
     }

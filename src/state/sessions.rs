@@ -10,9 +10,10 @@ use foldhash::quality::RandomState;
 use hashbrown::HashTable;
 
 /// The key of a session: what the client calls its conversation, within its principal's scope.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct SessionKey {
     /// A keyed digest of the `session.scope` value, where scope is configured (the value itself is never kept).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<[u8; 16]>,
     pub text: Box<str>,
 }
@@ -285,6 +286,12 @@ impl Sessions {
     pub fn session_key(&self, session: u32) -> SessionKey {
         let parts = Parts::read(&self.record(session).key);
         SessionKey { scope: parts.scope.try_into().ok(), text: parts.text().into() }
+    }
+
+    /// Its other names.
+    pub fn aliases(&self, session: u32) -> Vec<SessionKey> {
+        let aliases = self.extra(session).map(|extra| extra.aliases.as_slice()).unwrap_or_default();
+        aliases.iter().map(|alias| self.session_key(*alias)).collect()
     }
 
     /// Whether this is its key or one of its aliases, in any scope.
