@@ -29,6 +29,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc;
 
 use crate::config::Address;
 use crate::control::reload::Secrets;
@@ -118,6 +119,13 @@ impl Program {
         };
         Ok(Program { path, arguments: arguments.collect() })
     }
+}
+
+/// A channel to or from the task that reads and writes. What waits in it is bounded by the exchanges that the old process
+/// still has, of which there come no more: each says a few things, once. Senders hold a service's lock, so they can't wait.
+#[expect(clippy::disallowed_methods, reason = "bounded by what fills it")]
+fn channel<T>() -> (mpsc::UnboundedSender<T>, mpsc::UnboundedReceiver<T>) {
+    mpsc::unbounded_channel()
 }
 
 fn frame(message: &impl Serialize) -> io::Result<Vec<u8>> {

@@ -14,7 +14,7 @@ use tokio::time::{Duration, MissedTickBehavior};
 use tracing::{info, warn};
 
 use crate::control::handover::{
-    ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, in_time, length_of, receive, send,
+    ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, channel, in_time, length_of, receive, send,
 };
 use crate::control::reload::Heritage;
 use crate::ids::{self, RunId};
@@ -82,7 +82,7 @@ impl Predecessor {
         in_time("the old process was told that this one serves", send(&mut stream, &ToOld::Serving)).await?;
         info!(sessions, carried, "took over from the process before, which finishes what it has begun");
         let (reader, writer) = stream.into_split();
-        let (answers, to_write) = mpsc::unbounded_channel();
+        let (answers, to_write) = channel();
         let link = Link {
             running: Arc::clone(running),
             reader,
@@ -157,7 +157,7 @@ impl Link {
 
     /// Answers the old process until it has gone. What it carries then ends, as unknown.
     pub async fn run(mut self) {
-        let (found, mut placed) = mpsc::unbounded_channel::<(RunId, Lease)>();
+        let (found, mut placed) = channel::<(RunId, Lease)>();
         let (mut reader, mut writer) = (self.reader, self.writer);
         let (messages, mut told) = mpsc::channel(64);
         let reading = tokio::spawn(async move {

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 use crate::config::Address;
 use crate::control::ReloadHandle;
 use crate::control::handover::{
-    ENVIRONMENT, Hello, PROTOCOL, Passed, Program, ToNew, ToOld, frame, in_time, receive, send,
+    ENVIRONMENT, Hello, PROTOCOL, Passed, Program, ToNew, ToOld, channel, frame, in_time, receive, send,
 };
 use crate::control::notify::Notifier;
 use crate::control::reload::HandedOver;
@@ -112,7 +112,7 @@ impl HandOver {
         let snapshot = self.running.snapshot.load_full();
         let dispatchers: Vec<Arc<Dispatcher>> =
             snapshot.services.iter().map(|service| Arc::clone(&service.dispatcher)).collect();
-        let (to, told) = mpsc::unbounded_channel();
+        let (to, told) = channel();
         let now = ids::now();
         let estates = dispatchers.iter().map(|dispatcher| dispatcher.hand_over(to.clone(), now)).collect();
         drop(to);
