@@ -21,7 +21,6 @@ use crate::ids::{self, RunId};
 use crate::net::inherit::{self, Inherited};
 use crate::snapshot::Running;
 use crate::state::Refusal;
-use crate::state::RunOutcome;
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Dispatcher, Lease, Picked, Placed};
 use crate::state::queue::Ticket;
@@ -229,12 +228,8 @@ impl Desk {
         match told {
             Told::Asks { service, ticket, ask } => self.asks(service, ticket, &ask),
             Told::Leaves { service, ticket } => {
-                if let Some((run, waiting)) = self.waiting.remove(&(service, ticket)) {
+                if let Some((_, waiting)) = self.waiting.remove(&(service, ticket)) {
                     waiting.abort();
-                    // It may have been given a place that it does not know of.
-                    if let Some(lease) = run.and_then(|run| self.leases.remove(&run)) {
-                        end(lease, Finish::Ended(RunOutcome::Rejected));
-                    }
                 }
             }
             Told::Ended { service: _, run, outcome } => {

@@ -176,8 +176,12 @@ impl Core {
         self.tell_successor(|service| Told::Ended { service, run, outcome });
     }
 
-    pub(super) fn tell_leave(&self, ticket: Ticket) {
+    /// Somebody waits no longer, and does not know whether it was given a place just now.
+    pub(super) fn tell_leave(&self, ticket: Ticket, run: Option<RunId>) {
         self.tell_successor(|service| Told::Leaves { service, ticket });
+        if let Some(run) = run {
+            self.tell_end(run, RunOutcome::Rejected);
+        }
     }
 
     pub(super) fn tell_name(&self, number: u32, key: &str) {

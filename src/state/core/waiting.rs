@@ -537,8 +537,8 @@ impl Core {
     /// Whoever waits leaves. What was given to it meanwhile goes to the next.
     pub fn leave(&mut self, ticket: Ticket, now: Instant) {
         let now = self.advance(now);
-        self.tell_leave(ticket);
         if let Some(waiter) = self.room.queue.leave(ticket) {
+            self.tell_leave(ticket, waiter.run);
             self.room.handover.leave(ticket);
             self.will_not_start(waiter);
         } else if let Some(Ok(grant)) = self.room.handover.leave(ticket) {
@@ -751,8 +751,8 @@ impl Core {
         self.room.due.extend(overdue);
         // Whoever waits looks at its own watch, too; this is for one that is held up.
         for (ticket, waiter) in self.room.queue.expire(now, EXPIRED_PER_LOOK) {
+            self.tell_leave(ticket, waiter.run);
             self.will_not_start(waiter);
-            self.tell_leave(ticket);
             self.give(ticket, Err(Refusal::QueueTimeout));
         }
         if self.room.pace_due.is_some_and(|due| due <= now) {
