@@ -115,22 +115,27 @@ struct Service {
 
 impl Service {
     async fn start(services: &str) -> Service {
+        Service::start_with(services, "127.0.0.1:0", "127.0.0.1:0").await
+    }
+
+    async fn start_with(services: &str, listener: &str, admin: &str) -> Service {
         let directory = tempfile::tempdir().expect("a directory");
         let binary = directory.path().join("longhaul");
         // Not a copy: a file that was written just now may still be open for that in a child of another test.
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_longhaul"), &binary).expect("a link");
         let config = directory.path().join("longhaul.yaml");
         let text = format!(
-            "listeners:\n  - {{name: public, address: \"127.0.0.1:0\", keepalive_timeout: 3s}}\n\
-             admin: {{address: \"127.0.0.1:0\"}}\nlog: {{session_ids: plain}}\n\
+            "listeners:\n  - {{name: public, address: \"{listener}\", keepalive_timeout: 3s}}\n\
+             admin: {{address: \"{admin}\"}}\nlog: {{session_ids: plain}}\n\
              shutdown: {{delay: 0ms, timeout: 60s}}\n{services}"
         );
         std::fs::write(&config, text).expect("a file");
         let program = Program::spawn(Command::new(&binary).args(["run", "-c"]).arg(&config).stdin(Stdio::null()));
         let address = program.after("listening on ").await;
         let admin = program.after("admin listening on ").await;
-        let parse =
-            |text: String| text.split_whitespace().next().and_then(|text| text.parse().ok()).expect("an address");
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        // Those of unix sockets are known to whoever made them.
+        let parse = |text: String| text.split_whitespace().next().and_then(|text| text.parse().ok()).unwrap_or(nowhere);
         let processes = Mutex::new(vec![program.id()]);
         Service { address: parse(address), admin: parse(admin), program, directory, binary, processes }
     }
@@ -444,13 +449,128 @@ async fn a_new_process_that_fails_changes_nothing() {
     failed(2).await;
     works("a").await;
 
+    // One that is ready, and breaks down with the state in its hands.
+    let script = service.directory.path().join("script");
+    std::fs::write(
+        &script,
+        "#!/bin/sh\ndd bs=65536 count=1 of=/dev/null 2>/dev/null\nprintf '\\000\\000\\000\\007\"ready\"' >&0\ndd bs=65536 count=1 of=/dev/null 2>/dev/null\nexit 1\n",
+    )
+    .expect("a file");
+    make_executable(&script);
+    std::fs::rename(&script, &service.binary).expect("same directory");
+    service.signal("USR2");
+    failed(3).await;
+    assert_eq!(service.count("it did not take the state over"), 1, "{:#?}", service.program.lines());
+    works("a").await;
+    works("b").await;
+
     // And one that is good again: it is taken by its name.
     std::fs::rename(service.directory.path().join("kept"), &service.binary).expect("same directory");
     let old = service.newest();
     service.hand_over().await;
     service.gone(old).await;
     works("a").await;
-    assert_eq!(service.status().await["services"][0]["versions"][0]["sessions"], 1);
+    assert_eq!(service.status().await["services"][0]["versions"][0]["sessions"], 2);
+}
+
+#[tokio::test]
+async fn a_chain_of_processes_counts_for_the_newest_and_ends_in_order() {
+    let agents = agents(1).await;
+    let service = Service::start(&agents_config(&agents, "", 2)).await;
+    // It stays with the first process, which has to outlive two others' turns.
+    let mut long = RawClient::connect(service.address).await;
+    long.send(request("/stream", "long")).await;
+    long.read_head().await;
+    let first = service.newest();
+    let mut idle = Vec::new();
+    for round in 0..3 {
+        let mut client = RawClient::connect(service.address).await;
+        client.send(request("/short", &format!("kept-{round}"))).await;
+        assert_eq!(client.read_response().await.head.header("connection"), None);
+        idle.push(client);
+        service.hand_over().await;
+        let status = service.status().await;
+        assert_eq!(endpoints(&status)[0]["outstanding_runs"], 1, "{status:#}");
+    }
+    assert!(lives(first));
+    // A connection of every process: the newest decides, over one or more others, and the two slots hold for all.
+    for client in &mut idle {
+        client.send(request("/stream", "late")).await;
+    }
+    for client in &mut idle {
+        let response = client.read_response().await;
+        assert_eq!((response.head.status, response.head.header("connection")), (200, Some("close")));
+        assert!(!response.truncated);
+    }
+    while long.read_chunk().await.is_some() {}
+    assert_eq!(agents[0].most.load(Ordering::SeqCst), 2);
+    drop((long, idle));
+    let processes = service.processes.lock().expect("no panic").clone();
+    for process in &processes[..3] {
+        service.gone(*process).await;
+    }
+    let status = service.status().await;
+    assert_eq!(endpoints(&status)[0]["outstanding_runs"], 0, "{status:#}");
+    let runs = ask_admin(service.admin, "GET", "/metrics").await.text();
+    let completed = "longhaul_runs_total{outcome=\"completed\",service=\"support\",version=\"stable\"} 4";
+    assert!(runs.contains(completed), "the newest counts what ended after its turn began: {runs}");
+    assert_eq!(service.count("went with runs in hand"), 0);
+}
+
+#[tokio::test]
+async fn unix_sockets_pass_too() {
+    let agents = agents(1).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("public.sock");
+    let admin = directory.path().join("admin.sock");
+    let listener = format!("unix:{}", socket.display());
+    let service =
+        Service::start_with(&agents_config(&agents, "", 10), &listener, &format!("unix:{}", admin.display())).await;
+    let mut stream = RawClient::connect_unix(&socket).await;
+    stream.send(request("/stream", "a")).await;
+    stream.read_head().await;
+    let old = service.newest();
+    service.hand_over().await;
+    while stream.read_chunk().await.is_some() {}
+    drop(stream);
+    service.gone(old).await;
+    let mut client = RawClient::connect_unix(&socket).await;
+    client.send(request("/short", "a")).await;
+    assert_eq!(client.read_response().await.head.header("longhaul-affinity"), Some("hit"));
+    let mut client = RawClient::connect_unix(&admin).await;
+    client.send("GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert_eq!(client.read_response().await.head.status, 200);
+    service.signal("TERM");
+    service.gone(service.newest()).await;
+    assert!(!socket.exists() && !admin.exists(), "the last one removes the files");
+}
+
+#[tokio::test]
+async fn a_connection_of_http2_finishes_its_streams() {
+    let agents = agents(1).await;
+    let service = Service::start(&agents_config(&agents, "", 10)).await;
+    let client = Http2Client::connect(service.address).await;
+    let asked = |path: &str| {
+        let uri = format!("http://{}{path}", service.address);
+        http::Request::post(uri).header("x-session-id", "a").body(()).expect("a request")
+    };
+    let stream = client.open(asked("/stream"), true).await;
+    eventually("the run is there", || agents[0].open.load(Ordering::SeqCst) == 1).await;
+    let old = service.newest();
+    service.hand_over().await;
+    let (head, mut body) = stream.head().await;
+    assert_eq!(head.status, 200);
+    let mut text = String::new();
+    while let Some(data) = within("data", body.data()).await {
+        let data = data.expect("not cut");
+        body.flow_control().release_capacity(data.len()).expect("as much as came");
+        text.push_str(&String::from_utf8_lossy(&data));
+    }
+    assert_eq!(text.matches("data: ").count() as u128, STREAM.as_millis() / EVENT.as_millis());
+    service.gone(old).await;
+    let client = Http2Client::connect(service.address).await;
+    let response = client.fetch(asked("/short"), b"").await;
+    assert_eq!(response.head.header("longhaul-affinity"), Some("hit"));
 }
 
 fn make_executable(path: &Path) {

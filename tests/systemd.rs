@@ -135,3 +135,28 @@ async fn the_service_manager_is_told_of_every_stage() {
     manager.next("STOPPING=1");
     assert!(program.ended().await.success(), "{:#?}", program.lines());
 }
+
+#[tokio::test]
+async fn after_a_handover_the_new_process_is_the_main_one_and_speaks() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let manager = Manager::new(directory.path());
+    let path = config(directory.path(), "127.0.0.1:0", "http://127.0.0.1:9");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
+    command.args(["run", "-c"]).arg(&path).stdin(Stdio::null());
+    command.env("NOTIFY_SOCKET", &manager.path);
+    let mut program = Program::spawn(&mut command);
+    manager.next("READY=1");
+    program.signal("USR2");
+    // In this order: of another than the main process nothing may be heard.
+    let main = manager.next("");
+    let process = main.strip_prefix("MAINPID=").unwrap_or_else(|| panic!("{main}")).trim().to_owned();
+    assert_ne!(process, program.id().to_string());
+    let ready = manager.next("");
+    assert_eq!(ready, "READY=1\nSTATUS=serving, configuration 1\n");
+    assert!(program.ended().await.success(), "{:#?}", program.lines());
+    let status = Command::new("kill").args(["-TERM", &process]).status();
+    assert!(status.is_ok_and(|status| status.success()));
+    assert!(manager.next("").starts_with("STOPPING=1"));
+    let alive = || std::fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| !stat.contains(") Z"));
+    eventually("the new process ends", || !alive()).await;
+}

@@ -359,6 +359,10 @@ impl Reloader {
         self.announce(first).await;
         while let Some(request) = self.requests.recv().await {
             match request {
+                Request::Reload { reply, .. } if self.handing_over && self.listeners_closed => {
+                    // Another process reads the file now, and says what it thinks of it.
+                    let _ = reply.send(Err(self.refusal("", "another process serves now".to_owned())));
+                }
                 Request::Reload { trigger, reply } => {
                     if trigger == Trigger::Asked {
                         self.notifier.reloading();

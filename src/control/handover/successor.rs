@@ -109,6 +109,9 @@ impl HandOver {
             ToOld::Ready => {}
             ToOld::Serving | ToOld::Answer(_) => return Err(io::Error::other("it speaks out of turn")),
         }
+        if self.running.drain.phase() != Phase::Serving {
+            return Err(io::Error::other("the proxy was told to end meanwhile"));
+        }
         let snapshot = self.running.snapshot.load_full();
         let dispatchers: Vec<Arc<Dispatcher>> =
             snapshot.services.iter().map(|service| Arc::clone(&service.dispatcher)).collect();
