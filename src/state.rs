@@ -5,6 +5,7 @@ pub mod dispatcher;
 mod endpoints;
 pub mod handover;
 pub mod idempotency;
+pub mod image;
 pub mod pace;
 pub mod queue;
 pub mod rate;

@@ -4,6 +4,7 @@
 //! at the top of an ordered set; nothing is ever scanned to place a run.
 
 mod apply;
+mod image;
 mod outstanding;
 mod report;
 mod rollout;
@@ -26,6 +27,7 @@ use crate::state::runs::{About, NewRun, Runs, Stop};
 use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
 use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
 
+pub use image::Restored;
 pub use outstanding::{CancelAnswer, Finish};
 pub(crate) use waiting::Origin;
 pub use waiting::{Arrived, Given};
@@ -44,6 +46,9 @@ const RUNS_MAX: usize = 1_000_000;
 
 /// Sessions that one pick evicts at most where the table is full.
 const EVICTED_PER_PICK: usize = 16;
+
+/// Ages of sessions reach back so far before the service's start: they may be older than this process.
+const BORN_BEFORE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// One service's live state.
 pub struct Core {
@@ -853,8 +858,8 @@ impl Core {
             let oldest = self.sessions.oldest()?;
             self.unpin(oldest);
         }
-        let born = self.started.map_or(0, |started| now.saturating_duration_since(started).as_secs());
-        let session = self.sessions.insert(key, endpoint, matched, born as u32);
+        let born = BORN_BEFORE + self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
+        let session = self.sessions.insert(key, endpoint, matched, born.as_secs() as u32);
         self.endpoints[endpoint].sessions += 1;
         Some(session)
     }

@@ -14,8 +14,9 @@ use crate::metrics::ServiceMetrics;
 use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
 use crate::rollout::{Command, Moment, Refused, Rollout};
-use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant};
+use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant, Restored};
 use crate::state::idempotency::{self, ANSWERS_BYTES_MAX, Start, StartKey, Starts};
+use crate::state::image::{Place, RunsTaken, ServiceImage};
 use crate::state::queue::{Class, Principal};
 use crate::state::recording::Budget;
 use crate::state::runs::{About, Stop};
@@ -310,6 +311,27 @@ impl Dispatcher {
     /// Follows a person's command to the rollout. `None`: the configuration has none.
     pub fn steer_rollout(&self, command: Command, now: Instant) -> Option<Result<Rollout, Refused>> {
         self.with(|core| Some(core.steer_rollout(command, now)?.cloned()))
+    }
+
+    /// A picture of everything that is to outlive this process, or of all.
+    pub fn image(&self, taken: RunsTaken, now: Instant) -> ServiceImage {
+        self.with(|core| core.image(taken, now))
+    }
+
+    /// Goes on with a rollout from a picture. To be called before the first [`Dispatcher::apply`], so that its block is
+    /// not taken for new.
+    pub fn restore_rollout(&self, rollout: Rollout, now: Instant) {
+        self.with(|core| core.restore_rollout(rollout, now));
+    }
+
+    /// Goes on from a picture, after the first [`Dispatcher::apply`]: see [`Core::restore`].
+    pub fn restore(
+        &self,
+        image: ServiceImage,
+        settings: &dyn Fn(&Place) -> Option<TargetSettings>,
+        now: Instant,
+    ) -> Restored {
+        self.with(|core| core.restore(image, settings, now))
     }
 
     /// Where a copy of a start goes: see [`Core::shadow`]. `None`: nowhere, or too many are under way.

@@ -8,14 +8,31 @@ use std::time::Duration;
 
 use foldhash::quality::RandomState;
 use hashbrown::HashTable;
+use serde::{Deserialize, Serialize};
 
 /// The key of a session: what the client calls its conversation, within its principal's scope.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SessionKey {
     /// A keyed digest of the `session.scope` value, where scope is configured (the value itself is never kept).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<[u8; 16]>,
     pub text: Box<str>,
+}
+
+impl SessionKey {
+    /// The compact form, by which it can be told from every other.
+    pub fn to_bytes(&self) -> Box<[u8]> {
+        Parts::of(self).write()
+    }
+
+    /// Reads [`SessionKey::to_bytes`]. `None`: it is something else.
+    pub fn from_bytes(bytes: &[u8]) -> Option<SessionKey> {
+        let (scope, text) = match bytes.split_first()? {
+            (0, text) => (None, text),
+            (1, rest) => rest.split_first_chunk().map(|(scope, text)| (Some(*scope), text))?,
+            _ => return None,
+        };
+        Some(SessionKey { scope, text: str::from_utf8(text).ok()?.into() })
+    }
 }
 
 /// No record.
@@ -288,16 +305,21 @@ impl Sessions {
         SessionKey { scope: parts.scope.try_into().ok(), text: parts.text().into() }
     }
 
+    /// Whether this is its key or one of its aliases, in any scope.
+    pub fn answers_to(&self, session: u32, text: &str) -> bool {
+        let aliases = self.extra(session).map(|extra| extra.aliases.as_slice()).unwrap_or_default();
+        self.key(session) == text || aliases.iter().any(|alias| self.key(*alias) == text)
+    }
+
     /// Its other names.
     pub fn aliases(&self, session: u32) -> Vec<SessionKey> {
         let aliases = self.extra(session).map(|extra| extra.aliases.as_slice()).unwrap_or_default();
         aliases.iter().map(|alias| self.session_key(*alias)).collect()
     }
 
-    /// Whether this is its key or one of its aliases, in any scope.
-    pub fn answers_to(&self, session: u32, text: &str) -> bool {
-        let aliases = self.extra(session).map(|extra| extra.aliases.as_slice()).unwrap_or_default();
-        self.key(session) == text || aliases.iter().any(|alias| self.key(*alias) == text)
+    /// Takes an idle session out of the list of those, because a run of it goes on that nothing carries.
+    pub fn hold(&mut self, session: u32) {
+        self.unlink(session);
     }
 
     pub fn first_run(&self, session: u32) -> Option<u32> {

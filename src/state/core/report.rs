@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::rollout::WEIGHT_UNIT;
-use crate::state::core::Core;
+use crate::state::core::{BORN_BEFORE, Core};
 use crate::state::endpoints::{Endpoint, HealthStanding, Version};
 use crate::state::sessions::TICK;
 use crate::state::status::{EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus};
@@ -98,7 +98,7 @@ impl Core {
     fn session_info(&self, slot: u32, now: Instant) -> Option<SessionInfo> {
         let view = self.sessions.view(slot)?;
         let endpoint = &self.endpoints[view.endpoint];
-        let age = self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
+        let age = BORN_BEFORE + self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
         let idle = self.ticks(now).wrapping_sub(view.used);
         Some(SessionInfo {
             key: view.key.to_owned(),

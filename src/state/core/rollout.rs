@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::config;
 use crate::rollout::{self, Command, EndedRun, Ending, Moment, Refused, Rollout, Transition};
 use crate::state::RunOutcome;
-use crate::state::core::{Core, Grant, Request, Unplaced};
+use crate::state::core::{BORN_BEFORE, Core, Grant, Request, Unplaced};
 use crate::state::endpoints::Version;
 use crate::state::status::{Dealt, Share};
 
@@ -261,14 +261,40 @@ impl Core {
         self.room.changed_for_all();
     }
 
-    /// When a session began that did so many seconds after the service's start. Rounded down: one that seems to be from
+    /// When a session began that did so many seconds after [`BORN_BEFORE`] the service's start. Rounded down: one that seems to be from
     /// before a step, and is not, is only not judged.
-    fn born(&self, seconds: u32) -> Moment {
+    pub(super) fn born(&self, seconds: u32) -> Moment {
         let started = self.started.map_or(Moment::default(), |started| self.moment(started));
-        Moment(started.0 + 1000 * u64::from(seconds))
+        Moment((started.0 + 1000 * u64::from(seconds)).saturating_sub(BORN_BEFORE.as_millis() as u64))
     }
 
-    fn moment(&self, at: Instant) -> Moment {
+    /// The reverse of [`Core::born`].
+    pub(super) fn seconds_of_birth(&self, born: Moment) -> u32 {
+        let started = self.started.map_or(Moment::default(), |started| self.moment(started));
+        let since = (born.0 + BORN_BEFORE.as_millis() as u64).saturating_sub(started.0);
+        u32::try_from(since / 1000).unwrap_or(u32::MAX)
+    }
+
+    pub(super) fn rollout_plan(&self) -> Option<config::Rollout> {
+        self.rollout.rollout.as_ref().map(|rollout| rollout.plan().clone())
+    }
+
+    /// A rollout of which everybody was told, in place of the one that is here.
+    pub(super) fn put_rollout(&mut self, rollout: Rollout) {
+        self.rollout.told = rollout.history().count();
+        self.rollout.rollout = Some(rollout);
+    }
+
+    /// The reverse of [`Core::moment`], as far as the monotonic clock reaches back.
+    pub(super) fn instant(&self, moment: Moment) -> Instant {
+        let Some((anchor, wall)) = self.rollout.anchor else { return self.clock.unwrap_or_else(crate::ids::now) };
+        if moment >= wall {
+            return anchor + Duration::from_millis(moment.0 - wall.0);
+        }
+        anchor.checked_sub(Duration::from_millis(wall.0 - moment.0)).unwrap_or(anchor)
+    }
+
+    pub(super) fn moment(&self, at: Instant) -> Moment {
         let Some((anchor, wall)) = self.rollout.anchor else { return Moment::default() };
         let milliseconds = |duration: Duration| duration.as_millis() as u64;
         Moment(match at.checked_duration_since(anchor) {
