@@ -353,7 +353,8 @@ async fn three_handovers_under_load_refuse_cut_and_move_nothing() {
     })
     .await;
     let newest = service.newest();
-    for process in service.processes.lock().expect("no panic").clone() {
+    let processes = service.processes.lock().expect("no panic").clone();
+    for process in processes {
         if process != newest {
             service.gone(process).await;
         }

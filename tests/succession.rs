@@ -68,7 +68,7 @@ impl Pair {
         let estate = old.hand_over(to, now);
         let estate: Estate = serde_json::from_str(&serde_json::to_string(&estate).expect("JSON")).expect("the same");
         let new = dispatcher(fleet, now);
-        let leases = new.take_over(estate, now).into_iter().collect();
+        let leases = new.take_over(estate, &|_| None, now).into_iter().collect();
         old.retire(now);
         Pair { old: Arc::clone(old), new, told, leases, waiting: HashMap::new(), now }
     }
@@ -114,9 +114,7 @@ impl Pair {
                     lease.finish(Finish::Left);
                 }
             }
-            Told::Started { run, .. } => {
-                self.leases.extend(self.new.adopt_run(&run, self.now).map(|lease| (run.id, lease)));
-            }
+            Told::Started { run, place, .. } => self.leases.extend(self.new.adopt_run(*run, place, self.now)),
             Told::Named { run, key, .. } => self.new.adopt_name(run, &key),
             Told::Moved { run, endpoint, .. } => {
                 if let Some(lease) = self.leases.get_mut(&run) {

@@ -10,98 +10,49 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::config::Policy;
 use crate::ids::{self, RunId};
 use crate::protocols;
-use crate::rollout::Rollout;
 use crate::state::dispatcher::{Ask, Dispatcher, Lease, Picked, PinHint};
+use crate::state::image::{Place, RunImage, ServiceImage};
 use crate::state::queue::{Class, Principal, Ticket};
 use crate::state::runs::About;
 use crate::state::sessions::SessionKey;
-use crate::state::{AffinityOutcome, Kind, Refusal, RunOutcome};
+use crate::state::{AffinityOutcome, Kind, Refusal, RunOutcome, TargetSettings};
 
-/// All that lives of one service. Times are told as how long ago or how far ahead, in milliseconds.
+/// All that lives of one service.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Estate {
-    pub service: String,
-    pub started_ago: u64,
-    pub rollout: Option<Rollout>,
-    pub endpoints: Vec<EndpointLeft>,
-    /// The one idle for longest first.
-    pub sessions: Vec<SessionLeft>,
-    pub runs: Vec<RunLeft>,
+    pub image: ServiceImage,
+    pub health: Vec<HealthLeft>,
 }
 
+/// What is known of an endpoint's health, so that it need not be asked before it may be used.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct EndpointLeft {
+pub struct HealthLeft {
     /// [`crate::config::EndpointUrl::identity`].
-    pub identity: String,
-    /// By an operator.
-    pub drained: bool,
-    /// How long its drain may still take.
-    pub drain_left: Option<u64>,
+    pub endpoint: String,
     /// What active checks said last.
     pub healthy: Option<bool>,
+    /// In milliseconds.
     pub ejected_for: Option<u64>,
 }
 
-/// A confirmed pin.
+/// By which protocol a run is known, on its way to another process.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct SessionLeft {
-    pub key: SessionKey,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub aliases: Vec<SessionKey>,
-    /// Its place among [`Estate::endpoints`].
-    pub endpoint: u32,
-    pub idle: u64,
-    /// In seconds since the service's start; `None`: before its pin.
-    pub born: Option<u32>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub settled: bool,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub matched: bool,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub evicted: bool,
-}
-
-/// An outstanding run.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct RunLeft {
-    pub id: RunId,
-    /// The identity of its endpoint.
-    pub endpoint: String,
-    pub session: Option<SessionKey>,
-    /// The protocol's own id of it.
-    pub key: Option<String>,
-    pub about: AboutLeft,
-    pub age: u64,
-    /// An exchange of the process before carries it, and will tell its end.
-    pub carried: bool,
-    pub matched: bool,
-    pub unjudged: bool,
-    /// How long after its start its first event came.
-    pub first_event: Option<u64>,
-    /// The session among whose starts it counts.
-    pub turn: Option<SessionKey>,
-    pub principal: Principal,
-    /// When it has to be over.
-    pub deadline: Option<u64>,
-}
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub struct AboutLeft {
+pub struct AboutSent {
     pub protocol: Option<String>,
     pub base: String,
     pub goes_on: bool,
 }
 
-impl AboutLeft {
-    pub fn of(about: &About) -> AboutLeft {
-        AboutLeft {
+impl AboutSent {
+    fn of(about: &About) -> AboutSent {
+        AboutSent {
             protocol: about.protocol.map(|protocol| protocol.name().to_owned()),
             base: about.base.to_string(),
             goes_on: about.goes_on,
         }
     }
 
-    pub fn about(&self) -> About {
+    fn about(&self) -> About {
         About {
             protocol: self.protocol.as_deref().and_then(protocols::by_name),
             base: self.base.as_str().into(),
@@ -118,7 +69,7 @@ pub struct AskSent {
     pub creates: bool,
     pub bound: bool,
     pub run: Option<String>,
-    pub about: Option<AboutLeft>,
+    pub about: Option<AboutSent>,
     pub version: Option<String>,
     pub hint: Option<PinHint>,
     pub id: Option<RunId>,
@@ -140,7 +91,7 @@ impl AskSent {
             creates: ask.creates,
             bound: ask.bound,
             run: ask.run.map(str::to_owned),
-            about: ask.about.map(AboutLeft::of),
+            about: ask.about.map(AboutSent::of),
             version: ask.version.map(str::to_owned),
             hint: ask.hint.cloned(),
             id: run,
@@ -180,7 +131,8 @@ pub enum Told {
     /// A run began that nobody asked a place for.
     Started {
         service: String,
-        run: Box<RunLeft>,
+        run: Box<RunImage>,
+        place: Place,
     },
     /// The protocol's own id of a run has become known.
     Named {
@@ -252,16 +204,22 @@ impl Dispatcher {
         });
     }
 
-    /// Takes everything over. Returned are the leases of the runs that the process before carries.
-    pub fn take_over(self: &Arc<Self>, estate: Estate, now: Instant) -> Vec<(RunId, Lease)> {
-        let adopted = self.with(|core| core.take_over(estate, now));
+    /// Takes everything over, after the first [`Dispatcher::apply`]; `settings` as for [`Dispatcher::restore`]. Returned
+    /// are the leases of the runs that the process before carries.
+    pub fn take_over(
+        self: &Arc<Self>,
+        estate: Estate,
+        settings: &dyn Fn(&Place) -> Option<TargetSettings>,
+        now: Instant,
+    ) -> Vec<(RunId, Lease)> {
+        let adopted = self.with(|core| core.take_over(estate, settings, now));
         adopted.into_iter().filter_map(|grant| Some((grant.run_id()?, self.adopted(grant)))).collect()
     }
 
-    /// A run began there. `None`: its endpoint is not known here, or another process need not tell its end.
-    pub fn adopt_run(self: &Arc<Self>, run: &RunLeft, now: Instant) -> Option<Lease> {
-        let grant = self.with(|core| core.adopt_run(run, now))?;
-        Some(self.adopted(grant))
+    /// A run began there that nobody asked a place for. `None`: its endpoint is not known here.
+    pub fn adopt_run(self: &Arc<Self>, run: RunImage, place: Place, now: Instant) -> Option<(RunId, Lease)> {
+        let grant = self.with(|core| core.adopt_started(run, place, now))?;
+        Some((grant.run_id()?, self.adopted(grant)))
     }
 
     pub fn adopt_pin(&self, key: &SessionKey, alias: Option<&SessionKey>, endpoint: &str, now: Instant) {
@@ -274,7 +232,7 @@ impl Dispatcher {
 
     /// Picks for an exchange of the process before.
     pub fn pick_for(self: &Arc<Self>, ask: &AskSent, now: Instant) -> Result<Picked, Refusal> {
-        let about = ask.about.as_ref().map(AboutLeft::about);
+        let about = ask.about.as_ref().map(AboutSent::about);
         let known = ["authorization", "x-api-key"];
         let named =
             |(name, value): &(String, String)| Some((known.into_iter().find(|known| known == name)?, value.clone()));

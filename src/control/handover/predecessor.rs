@@ -68,12 +68,13 @@ impl Predecessor {
         let (mut sessions, mut carried) = (0, 0);
         let now = ids::now();
         for estate in estates {
-            let Some(dispatcher) = dispatcher(running, &estate.service) else {
-                warn!(service = estate.service, "is configured no more: its sessions are not taken over");
+            let Some(dispatcher) = dispatcher(running, &estate.image.name) else {
+                warn!(service = estate.image.name, "is configured no more: its sessions are not taken over");
                 continue;
             };
-            sessions += estate.sessions.len();
-            for (run, lease) in dispatcher.take_over(estate, now) {
+            sessions += estate.image.pins.len();
+            // What the configuration does not name (any more) is the old process's to finish.
+            for (run, lease) in dispatcher.take_over(estate, &|_| None, now) {
                 carried += 1;
                 leases.insert(run, lease);
             }
@@ -243,10 +244,9 @@ impl Desk {
                     end(lease, Finish::Left);
                 }
             }
-            Told::Started { service, run } => {
-                if let Some(lease) = dispatcher(&self.running, &service).and_then(|one| one.adopt_run(&run, now)) {
-                    self.leases.insert(run.id, lease);
-                }
+            Told::Started { service, run, place } => {
+                let adopted = dispatcher(&self.running, &service).and_then(|one| one.adopt_run(*run, place, now));
+                self.leases.extend(adopted);
             }
             Told::Named { service, run, key } => {
                 if let Some(dispatcher) = dispatcher(&self.running, &service) {

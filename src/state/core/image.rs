@@ -75,6 +75,13 @@ impl Core {
         runs.filter(wanted).map(|run| self.run_image(run, places)).collect()
     }
 
+    /// One run, and its place, which is the only one.
+    pub(super) fn run_alone(&self, run: &Run) -> (RunImage, Place) {
+        let mut places = Places::default();
+        let image = self.run_image(run, &mut places);
+        (image, places.list.swap_remove(0))
+    }
+
     fn run_image(&self, run: &Run, places: &mut Places) -> RunImage {
         RunImage {
             id: run.id.to_string(),

@@ -236,7 +236,7 @@ impl Core {
         self.runs.name(number, key);
         self.reindex(grant.endpoint);
         self.watch(number);
-        self.tell_start(number, now);
+        self.tell_start(number);
     }
 
     /// Sees to it that a run is looked at when something about it is due.

@@ -12,7 +12,7 @@ use crate::state::status::{Dealt, Share};
 /// The service's rollout, and what it takes to tell it of the time.
 #[derive(Default)]
 pub(super) struct Judged {
-    pub(super) rollout: Option<Rollout>,
+    rollout: Option<Rollout>,
     /// A point on the clock that never jumps, and what the wall said then.
     anchor: Option<(Instant, Moment)>,
     /// How many transitions of it were handed out.
@@ -119,16 +119,6 @@ impl Core {
             self.rollout.told = 0;
         }
         self.rollout.rollout = plan.map(|plan| Rollout::load(plan, earlier, moment));
-        self.reweigh();
-    }
-
-    /// Goes on with one that another process began, by this configuration's plan.
-    pub(super) fn continue_rollout(&mut self, earlier: Rollout, now: Instant) {
-        let moment = self.moment(now);
-        let Some(fresh) = self.rollout.rollout.take() else { return };
-        // What happened in the process before was told there.
-        self.rollout.told = earlier.history().count();
-        self.rollout.rollout = Some(Rollout::load(fresh.plan(), Some(earlier), moment));
         self.reweigh();
     }
 

@@ -9,14 +9,15 @@ use crate::config::{self, Policy};
 use crate::ids::RunId;
 use crate::protocols::Cancel;
 use crate::state::core::waiting::{OwnAsk, Waiter};
-use crate::state::core::{Arrived, Core, Grant, Origin, Request};
+use crate::state::core::{Arrived, Core, Grant, Request};
 use crate::state::dispatcher::Ask;
 use crate::state::endpoints::{Health, HealthStanding};
-use crate::state::queue::{Arrival, Place, Ticket};
-use crate::state::runs::{Cancelling, NewRun};
+use crate::state::image::{Place, RunImage, RunsTaken, ServiceImage};
+use crate::state::queue::{self, Arrival, Ticket};
+use crate::state::runs::Cancelling;
 use crate::state::sessions::SessionKey;
-use crate::state::succession::{AboutLeft, AskSent, EndpointLeft, Estate, RunLeft, SessionLeft, Told};
-use crate::state::{AffinityOutcome, Refusal, RunOutcome};
+use crate::state::succession::{AskSent, Estate, HealthLeft, Told};
+use crate::state::{AffinityOutcome, Refusal, RunOutcome, TargetSettings};
 
 /// How long an exchange waits for the successor's answer at least, which has its own deadline for the queue.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -34,7 +35,7 @@ impl Core {
 
     pub fn hand_over(&mut self, to: UnboundedSender<Told>, now: Instant) -> Estate {
         let now = self.advance(now);
-        let estate = self.estate(now);
+        let estate = Estate { image: self.image(RunsTaken::All, now), health: self.health_left(now) };
         let waiting = self.room.queue.everybody().map(|(ticket, class, waiter)| {
             // It has its place in its session's order already, and must only keep it.
             let policy = if waiter.turn.is_some() { Policy::Enqueue } else { Policy::Allow };
@@ -83,7 +84,7 @@ impl Core {
             class: ask.class,
             principal: ask.principal,
             session: None,
-            place: Place::Nowhere,
+            place: queue::Place::Nowhere,
             deadline: now + self.queue_timeout(),
             beyond_max: true,
             waiter: Waiter { ask: Arc::new(OwnAsk::of(ask)), run, turn: None, counted: false },
@@ -205,9 +206,10 @@ impl Core {
         }
     }
 
-    pub(super) fn tell_start(&self, number: u32, now: Instant) {
-        if let (true, Some(run)) = (self.has_successor(), self.run_left(number, true, now)) {
-            self.tell_successor(|service| Told::Started { service, run: Box::new(run) });
+    pub(super) fn tell_start(&self, number: u32) {
+        if let (true, Some(run)) = (self.has_successor(), self.runs.run(number)) {
+            let (run, place) = self.run_alone(run);
+            self.tell_successor(|service| Told::Started { service, run: Box::new(run), place });
         }
     }
 
@@ -220,117 +222,44 @@ impl Core {
         }
     }
 
-    fn estate(&self, now: Instant) -> Estate {
-        let numbers = self.endpoints.numbers();
-        let endpoints = numbers.iter().map(|number| {
-            let endpoint = &self.endpoints[*number];
-            EndpointLeft {
-                identity: endpoint.identity.to_string(),
-                drained: endpoint.drained,
-                drain_left: endpoint.drain_deadline.map(|deadline| ahead(deadline, now)),
-                healthy: match endpoint.health.standing {
-                    HealthStanding::Unknown => None,
-                    standing => Some(standing == HealthStanding::Healthy),
-                },
-                ejected_for: endpoint.ejected_until.map(|until| ahead(until, now)),
-            }
+    fn health_left(&self, now: Instant) -> Vec<HealthLeft> {
+        let endpoints = self.endpoints.numbers().into_iter().map(|number| &self.endpoints[number]);
+        let left = endpoints.map(|endpoint| HealthLeft {
+            endpoint: endpoint.identity.to_string(),
+            healthy: match endpoint.health.standing {
+                HealthStanding::Unknown => None,
+                standing => Some(standing == HealthStanding::Healthy),
+            },
+            ejected_for: endpoint
+                .ejected_until
+                .map(|until| until.saturating_duration_since(now).as_millis().try_into().unwrap_or(u64::MAX)),
         });
-        let ticks = self.ticks(now);
-        let left = (0..self.sessions.slots()).filter_map(|slot| self.sessions.view(slot));
-        let mut sessions: Vec<SessionLeft> = left
-            .filter(|view| view.confirmed)
-            .filter_map(|view| {
-                Some(SessionLeft {
-                    key: self.sessions.session_key(view.id),
-                    aliases: self.sessions.aliases(view.id),
-                    endpoint: numbers.binary_search(&view.endpoint).ok()? as u32,
-                    idle: milliseconds(self.sessions.idle(view.id, ticks)),
-                    born: self.sessions.born_seconds(view.id),
-                    settled: self.sessions.settled(view.id),
-                    matched: view.matched,
-                    evicted: self.sessions.evicted(view.id),
-                })
-            })
-            .collect();
-        sessions.sort_by_key(|session| std::cmp::Reverse(session.idle));
-        let runs = self.runs.iter().filter_map(|(number, run)| self.run_left(number, run.carriers > 0, now));
-        Estate {
-            service: self.name.to_string(),
-            started_ago: self.started.map_or(0, |started| behind(started, now)),
-            rollout: self.rollout.rollout.clone(),
-            endpoints: endpoints.collect(),
-            sessions,
-            runs: runs.collect(),
-        }
-    }
-
-    fn run_left(&self, number: u32, carried: bool, now: Instant) -> Option<RunLeft> {
-        let run = self.runs.run(number).filter(|run| !run.ended)?;
-        let origin = run.origin.as_deref();
-        Some(RunLeft {
-            id: run.id,
-            endpoint: self.endpoints[run.endpoint].identity.to_string(),
-            session: run.session.map(|session| self.sessions.session_key(session)),
-            key: run.key.as_deref().map(str::to_owned),
-            about: AboutLeft::of(&run.about),
-            age: milliseconds(run.age(now)),
-            carried,
-            matched: run.matched,
-            unjudged: run.unjudged,
-            first_event: run.first_event.map(|at| milliseconds(at.saturating_duration_since(run.started))),
-            turn: origin.and_then(|origin| origin.turn.clone()),
-            principal: origin.and_then(|origin| origin.principal),
-            deadline: run.deadline.map(|deadline| ahead(deadline, now)),
-        })
+        left.collect()
     }
 
     // After: this process takes.
 
-    /// To be called when the configuration was applied, before anything is placed. Pins and runs at endpoints that the
-    /// configuration does not name are not taken. Returned is what the process before carries.
-    pub fn take_over(&mut self, estate: Estate, now: Instant) -> Vec<Grant> {
+    /// As [`Core::restore`]; returned is what the process before carries.
+    pub fn take_over(
+        &mut self,
+        estate: Estate,
+        settings: &dyn Fn(&Place) -> Option<TargetSettings>,
+        now: Instant,
+    ) -> Vec<Grant> {
         let now = self.advance(now);
-        let Estate { service: _, started_ago, rollout, endpoints, sessions, runs } = estate;
-        if let Some(started) = now.checked_sub(Duration::from_millis(started_ago)) {
-            self.started = Some(started);
+        let Estate { image, health } = estate;
+        for left in &health {
+            self.take_health(left, now);
         }
-        if let Some(rollout) = rollout {
-            self.continue_rollout(rollout, now);
-        }
-        let numbers: Vec<Option<u32>> =
-            endpoints.iter().map(|endpoint| self.take_endpoint_over(endpoint, now)).collect();
-        let ticks = self.ticks(now);
-        for left in sessions {
-            let Some(number) = numbers.get(left.endpoint as usize).copied().flatten() else { continue };
-            if self.sessions.len() >= self.rules.max_sessions || self.sessions.find(&left.key).is_some() {
-                continue;
-            }
-            let session = self.sessions.insert(&left.key, number, left.matched, left.born.unwrap_or(0));
-            self.endpoints[number].sessions += 1;
-            self.sessions.confirm(session, left.settled);
-            if left.born.is_none() {
-                self.sessions.carry(session);
-            }
-            self.sessions.evict(session, left.evicted);
-            for alias in &left.aliases {
-                self.sessions.add_alias(session, alias, self.rules.max_sessions);
-            }
-            let idle = Duration::from_millis(left.idle).as_millis() / super::TICK.as_millis();
-            self.sessions.rest(session, ticks.wrapping_sub(idle as u32));
-        }
-        let adopted: Vec<Grant> = runs.iter().filter_map(|run| self.adopt_run(run, now)).collect();
-        for number in self.endpoints.numbers() {
-            self.refresh(number, now);
-        }
-        adopted
+        let carried = image.runs.iter().filter(|run| run.carriers > 0).filter_map(|run| RunId::parse(&run.id));
+        let carried: Vec<RunId> = carried.collect();
+        self.restore(image, settings, now);
+        carried.into_iter().filter_map(|run| self.carry_for_another(run)).collect()
     }
 
-    fn take_endpoint_over(&mut self, left: &EndpointLeft, now: Instant) -> Option<u32> {
-        let number = self.by_identity.get(left.identity.as_str()).copied()?;
-        let soon = |left: u64| now + Duration::from_millis(left);
+    fn take_health(&mut self, left: &HealthLeft, now: Instant) {
+        let Some(number) = self.by_identity.get(left.endpoint.as_str()).copied() else { return };
         let endpoint = &mut self.endpoints[number];
-        endpoint.drained = left.drained;
-        endpoint.drain_deadline = left.drain_left.map(soon).filter(|_| left.drained);
         if let (Some(healthy), true) = (left.healthy, self.rules.checked)
             && endpoint.health.standing == HealthStanding::Unknown
         {
@@ -338,83 +267,45 @@ impl Core {
             endpoint.health = Health { standing, against: 0, proven: healthy };
         }
         if let Some(left) = left.ejected_for.filter(|_| self.rules.outlier.consecutive_failures > 0) {
-            endpoint.ejected_until = Some(soon(left));
+            endpoint.ejected_until = Some(now + Duration::from_millis(left));
             self.versions[endpoint.version].ejected += 1;
             self.ejected.push(number);
         }
         self.refresh(number, now);
-        Some(number)
     }
 
-    /// Counts a run where it is, whether or not a slot is free there. A grant is given for one that is carried.
-    pub fn adopt_run(&mut self, left: &RunLeft, now: Instant) -> Option<Grant> {
-        let now = self.advance(now);
-        let number = self.by_identity.get(left.endpoint.as_str()).copied()?;
-        if self.runs.by_id(left.id).is_some() || self.runs.len() >= super::RUNS_MAX {
-            return None;
-        }
-        let pinned = left.session.as_ref().filter(|_| self.rules.affinity == config::Affinity::Pin);
-        let session = pinned.and_then(|key| match self.sessions.find(key) {
-            Some(session) => Some(session),
-            None => self.pin(key, number, left.matched, now),
-        });
-        let earlier = |age: u64| now.checked_sub(Duration::from_millis(age)).unwrap_or(now);
-        let started = earlier(left.age);
-        let endpoint = &mut self.endpoints[number];
-        endpoint.outstanding += 1;
-        let run = NewRun {
-            id: left.id,
-            target: endpoint.target.clone(),
-            endpoint: number,
-            session,
-            started,
-            about: left.about.about(),
-            carriers: u32::from(left.carried),
-            matched: left.matched,
-        };
-        let first = session.and_then(|session| self.sessions.first_run(session));
-        let run_number = self.runs.insert(run, first);
+    /// The place among the carriers of an outstanding run that an exchange of another process has.
+    fn carry_for_another(&mut self, id: RunId) -> Option<Grant> {
+        let number = self.runs.by_id(id)?;
+        let run = self.runs.run_mut(number)?;
+        run.carriers += 1;
+        let (endpoint, session, matched) = (run.endpoint, run.session, run.matched);
         if let Some(session) = session {
-            // Busy, so that it is in no list of idle ones.
             self.sessions.open(session);
-            self.sessions.set_first_run(session, Some(run_number));
-            if !left.carried {
-                self.sessions.close(session);
-            }
         }
-        if let Some(run) = self.runs.run_mut(run_number) {
-            run.seen = now;
-            run.unjudged = left.unjudged;
-            run.first_event = left.first_event.map(|after| started + Duration::from_millis(after));
-            run.deadline = left.deadline.map(|left| now + Duration::from_millis(left));
-            if left.principal.is_some() {
-                run.origin = Some(Box::new(Origin { turn: None, principal: left.principal }));
-            }
-        }
-        if let Some(principal) = left.principal {
-            self.room.count(principal);
-        }
-        if let Some(key) = &left.key {
-            self.runs.name(run_number, key);
-        }
-        if let Some(turn) = &left.turn {
-            self.session_of_run_known(run_number, turn);
-        }
-        self.reindex(number);
-        self.watch(run_number);
-        self.tell_start(run_number, now);
-        left.carried.then(|| Grant {
-            endpoint: number,
+        self.watch(number);
+        Some(Grant {
+            endpoint,
             session,
-            run: Some(run_number),
-            run_id: Some(left.id),
+            run: Some(number),
+            run_id: Some(id),
             affinity: AffinityOutcome::Hit,
-            matched: left.matched,
+            matched,
             seen: super::rollout::Seen::default(),
             fixed: true,
             placing: false,
             tried: Vec::new(),
         })
+    }
+
+    /// Counts a run that began in another process, whether or not a slot is free for it.
+    pub fn adopt_started(&mut self, run: RunImage, place: Place, now: Instant) -> Option<Grant> {
+        let id = RunId::parse(&run.id)?;
+        let image = ServiceImage { places: vec![place], runs: vec![run], ..ServiceImage::default() };
+        self.restore(image, &|_| None, now);
+        let grant = self.carry_for_another(id)?;
+        self.tell_start(grant.run?);
+        Some(grant)
     }
 
     /// A session lives there, as an answer said. One that this process has placed elsewhere meanwhile stays.
@@ -458,16 +349,4 @@ impl Core {
             self.tell_move(grant);
         }
     }
-}
-
-fn milliseconds(time: Duration) -> u64 {
-    time.as_millis().try_into().unwrap_or(u64::MAX)
-}
-
-fn ahead(at: Instant, now: Instant) -> u64 {
-    milliseconds(at.saturating_duration_since(now))
-}
-
-fn behind(at: Instant, now: Instant) -> u64 {
-    milliseconds(now.saturating_duration_since(at))
 }
