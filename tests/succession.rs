@@ -388,3 +388,39 @@ fn a_rollout_an_operators_drain_and_turns_are_kept() {
     pair.settle();
     assert!(matches!(poll(&mut third), Some(Ok(_))));
 }
+
+/// Prints how long the steps of a large handover take: `cargo test --release --test succession -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement, for release builds"]
+#[expect(clippy::disallowed_methods, reason = "a test sends as much as it likes")]
+fn a_million_sessions_pass() {
+    let now = ids::now();
+    let fleet = fleet().with(|service| service.runs.queue.max = 0);
+    let old = dispatcher(&fleet, now);
+    for number in 0..1_000_000 {
+        let session = key(&format!("session-{number:036}"));
+        let mut placed = old.pick(start(&session), now, 0).ok().and_then(Picked::placed).expect("there is room");
+        placed.lease.confirm(now);
+        placed.lease.outcome(RunOutcome::Completed);
+    }
+    let (to, _told) = mpsc::unbounded_channel();
+    let began = ids::now();
+    let estate = old.hand_over(to, now);
+    let taken = ids::now();
+    let text = serde_json::to_string(&estate).expect("JSON");
+    let written = ids::now();
+    let estate: Estate = serde_json::from_str(&text).expect("the same");
+    let read = ids::now();
+    let new = dispatcher(&fleet, now);
+    new.take_over(estate, &|_| None, now);
+    let restored = ids::now();
+    assert_eq!(new.status(now).versions[0].sessions, 1_000_000);
+    println!(
+        "under the old one's lock {:?}, written {:?} ({} MB), read {:?}, taken over {:?}",
+        taken - began,
+        written - taken,
+        text.len() / 1_000_000,
+        read - written,
+        restored - read
+    );
+}
