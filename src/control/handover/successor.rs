@@ -30,6 +30,11 @@ use crate::state::succession::{Answer, Told};
 
 /// How often open exchanges are counted while this process finishes.
 const COUNT_EVERY: Duration = Duration::from_millis(20);
+/// For how long nothing may be open or connected.
+const QUIET: Duration = Duration::from_millis(100);
+/// How often every thread turns before the connections are counted; the first may have begun before.
+const TURNS: u64 = 3;
+const TURNS_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last of what is told may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -198,15 +203,38 @@ impl HandOver {
         Ended { cut, forced: false }
     }
 
+    /// What was accepted last is counted only when its worker has begun with it: so the accept loop and then every worker
+    /// have to have turned since the listeners closed.
+    async fn turned(&self) {
+        let before = self.running.pulses.counts();
+        let turned = async {
+            loop {
+                let now = self.running.pulses.counts();
+                if before.iter().zip(&now).all(|((_, before), (_, now))| now - before >= TURNS) {
+                    return;
+                }
+                tokio::time::sleep(COUNT_EVERY).await;
+            }
+        };
+        if tokio::time::timeout(TURNS_TIMEOUT, turned).await.is_err() {
+            warn!("a thread stands still; what it was given is not waited for");
+        }
+    }
+
     /// No exchange is open, no client's connection, and the process before has gone. A connection on which nothing is
     /// open is closed by its client, by its next answer or by `keepalive_timeout`, as ever: no request meets a close
     /// that it would not have met otherwise.
     async fn all_finished(&self) {
+        self.turned().await;
+        let mut quiet_since = None;
         loop {
+            let now = ids::now();
             let listeners = &self.running.snapshot.load().listeners;
             let connected = listeners.iter().any(|listener| listener.metrics.connections.get() > 0);
             let open = self.running.open_exchanges.load(Ordering::Acquire) > 0;
-            if !open && !connected && self.predecessor_gone.is_cancelled() {
+            if open || connected || !self.predecessor_gone.is_cancelled() {
+                quiet_since = None;
+            } else if now.saturating_duration_since(*quiet_since.get_or_insert(now)) >= QUIET {
                 return;
             }
             tokio::time::sleep(COUNT_EVERY).await;
