@@ -253,18 +253,19 @@ fn request(path: &str, session: &str) -> String {
     format!("POST {path} HTTP/1.1\r\nHost: a\r\nx-session-id: {session}\r\ncontent-length: 2\r\n\r\nhi")
 }
 
-/// Streams, one after the other, each on a connection of its own.
-async fn stream_on(address: SocketAddr, session: String, seen: Arc<Seen>) {
+/// Runs, one after the other, each on a connection of its own: streams, or short ones, which connect all the time.
+async fn run_on(address: SocketAddr, session: String, long: bool, seen: Arc<Seen>) {
+    let path = if long { "/stream" } else { "/short" };
     while !seen.stop.load(Ordering::SeqCst) {
         let Ok(stream) = TcpStream::connect(address).await else {
             return seen.fault(format!("{session}: refused"));
         };
         let mut client = RawClient::over(stream);
-        if client.try_send(request("/stream", &session)).await.is_err() {
+        if client.try_send(request(path, &session)).await.is_err() {
             return seen.fault(format!("{session}: a new connection was cut"));
         }
         let response = client.read_response().await;
-        seen.judge(&session, &response, true);
+        seen.judge(&session, &response, long);
     }
 }
 
@@ -319,7 +320,7 @@ async fn three_handovers_under_load_refuse_cut_and_move_nothing() {
     let seen = Arc::new(Seen::default());
     let mut clients = Vec::new();
     for number in 0..200 {
-        clients.push(tokio::spawn(stream_on(service.address, format!("stream-{number}"), Arc::clone(&seen))));
+        clients.push(tokio::spawn(run_on(service.address, format!("stream-{number}"), true, Arc::clone(&seen))));
     }
     for number in 0..40 {
         let pause = Duration::from_millis(number * 3);
@@ -372,6 +373,30 @@ async fn three_handovers_under_load_refuse_cut_and_move_nothing() {
     );
     service.signal("TERM");
     service.gone(newest).await;
+}
+
+#[tokio::test]
+async fn whoever_connects_all_the_time_is_never_refused_nor_cut() {
+    let agents = agents(2).await;
+    let service = Service::start(&agents_config(&agents, "", 1000)).await;
+    let seen = Arc::new(Seen::default());
+    let clients: Vec<_> = (0..32)
+        .map(|number| tokio::spawn(run_on(service.address, format!("new-{number}"), false, Arc::clone(&seen))))
+        .collect();
+    for round in 0..4 {
+        let before = seen.done.load(Ordering::SeqCst);
+        let worked = || seen.done.load(Ordering::SeqCst) > before + 500;
+        eventually_within(Duration::from_secs(20), "they work", worked).await;
+        if round < 3 {
+            service.hand_over().await;
+        }
+    }
+    seen.stop.store(true, Ordering::SeqCst);
+    for client in clients {
+        client.await.expect("no panic");
+    }
+    assert_eq!(seen.faults(), [""; 0], "{:#?}", service.program.lines());
+    println!("{} connections over three handovers: 0 refused, 0 cut, 0 moved", seen.done.load(Ordering::SeqCst));
 }
 
 #[tokio::test]
