@@ -24,6 +24,7 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, error};
 
 use crate::config::{Address, parse_duration};
@@ -55,8 +56,9 @@ pub enum Surface {
     Probes,
 }
 
-/// Serves until it is dropped, with every connection that it accepted.
-pub async fn serve(context: Arc<Context>, socket: Socket, surface: Surface) {
+/// Serves until it is dropped, with every connection that it accepted, or told to `stop`: then it accepts nothing more,
+/// and what was asked is answered within [`LAST_ANSWERS`].
+pub async fn serve(context: Arc<Context>, socket: Socket, surface: Surface, stop: CancellationToken) {
     let (address, listener) = match socket.local_address().and_then(|address| Ok((address, socket.into_tokio()?))) {
         Ok(bound) => bound,
         Err(error) => return error!(%error, "the admin address can't be served"),
@@ -75,7 +77,12 @@ pub async fn serve(context: Arc<Context>, socket: Socket, surface: Surface) {
         // The semaphore is never closed.
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         while connections.try_join_next().is_some() {}
-        match listener.accept().await {
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
             Ok(Accepted::Tcp(stream, _)) => {
                 let stream = tokio::net::TcpStream::from_std(stream);
                 connections.spawn(connection(stream, router.clone(), permit));
@@ -88,7 +95,13 @@ pub async fn serve(context: Arc<Context>, socket: Socket, surface: Surface) {
             Err(error) => debug!(%error, "an admin connection was lost before it was accepted"),
         }
     }
+    drop(listener);
+    // Those that are left then are idle, or want to wait for long.
+    let _ = tokio::time::timeout(LAST_ANSWERS, async { while connections.join_next().await.is_some() {} }).await;
 }
+
+/// How long a request may take that came before another process took over.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
 async fn connection<S>(stream: std::io::Result<S>, router: Router, _permit: OwnedSemaphorePermit)
 where

@@ -8,13 +8,16 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info};
 
 use crate::admin;
 use crate::config::{Address, Loaded, Problems, State};
-use crate::control::reload::{self, AfterReload, Outlets, ProbesCommand, Reloader};
+use crate::control::handover::{self, HandOver, Predecessor, Program};
+use crate::control::notify::{self, Notifier};
+use crate::control::reload::{self, AfterReload, Heritage, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, runs, watch};
 use crate::logging::AccessLog;
@@ -23,7 +26,7 @@ use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
 use crate::snapshot::Running;
-use crate::store::{self, Store};
+use crate::store::{self, StoreSlot};
 
 /// How long the data plane may take to end after everything was cut.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,12 +46,28 @@ pub struct Options {
     pub watch: bool,
     /// Called after each reload that changed something; the binary sets its log level by it.
     pub after_reload: Option<AfterReload>,
+    /// What this process was given by the one that started it.
+    pub heritage: Heritage,
+    /// The process that serves until this one does.
+    pub predecessor: Option<Predecessor>,
+    /// What a later process is started from, that is to take over from this one.
+    pub program: Option<Program>,
 }
 
 impl Options {
     /// As tests want it: no signals, no watching, two workers.
     pub fn new(config_path: PathBuf, loaded: Loaded) -> Options {
-        Options { config_path, loaded, workers: Some(2), signals: false, watch: false, after_reload: None }
+        Options {
+            config_path,
+            loaded,
+            workers: Some(2),
+            signals: false,
+            watch: false,
+            after_reload: None,
+            heritage: Heritage::default(),
+            predecessor: None,
+            program: None,
+        }
     }
 }
 
@@ -58,6 +77,7 @@ pub enum StartError {
     /// Certificates that can't be used, listeners that can't be bound.
     #[error("{}", describe(.0))]
     Refused(Problems),
+    /// The admin API's address can't be bound, or a socket that was passed is for nothing.
     #[error("admin.address: {0}")]
     Admin(String),
     /// What `state.file` names can't be used.
@@ -89,8 +109,7 @@ pub struct App {
     pub drain: DrainHandle,
     pub reload: ReloadHandle,
     pub reload_state: Arc<ReloadState>,
-    /// `None`: the state is in memory alone.
-    store: Option<Arc<Store>>,
+    store: StoreSlot,
     /// Taken by `wait`.
     threads: Option<Threads>,
 }
@@ -102,28 +121,39 @@ struct Threads {
 
 /// Binds everything, then starts both planes. When this returns, connections are accepted and the admin API answers.
 pub fn build(options: Options) -> Result<App, StartError> {
-    let Options { config_path, loaded, workers, signals, watch, after_reload } = options;
+    let Options { config_path, loaded, workers, signals, watch, after_reload, mut heritage, predecessor, program } =
+        options;
+    let notifier = heritage.notifier.clone();
     if let Err(failure) = net::raise_descriptor_limit() {
         tracing::warn!("the descriptor limit could not be raised: {failure}");
     }
     reload::log_warnings(&config_path.display().to_string(), &loaded);
     let admin_address = loaded.config.admin.address.clone();
     let metrics = Metrics::new();
-    let opened = match &loaded.config.state {
-        State::Memory => None,
-        State::File(directory) => Some(store::open(directory, metrics.store())?),
-    };
+    let store = StoreSlot::clone(&heritage.store);
+    let mut taken_over = None;
+    match &loaded.config.state {
+        State::Memory => {}
+        // It is opened when the process that serves has closed it.
+        State::File(directory) if predecessor.is_some() => taken_over = Some(directory.clone()),
+        State::File(directory) => {
+            let (opened, found) = store::open(directory, metrics.store())?;
+            heritage.kept = Some(found);
+            store.get_or_init(|| opened);
+        }
+    }
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
-    let opened = opened.map(|(store, kept)| (Arc::new(store), kept));
-    let store = opened.as_ref().map(|(store, _)| Arc::clone(store));
     // Before the listeners, whose ports may be shared: a proxy that was started twice must end before it is given a
     // connection that it would lose.
-    let (admin_address, admin_socket) = reload::bind_private(&admin_address).map_err(StartError::Admin)?;
-    let (reloader, outlets) = Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload, opened)
-        .map_err(StartError::Refused)?;
+    let (admin_bound, admin_socket) =
+        reload::bind_admin(&mut heritage.sockets, &admin_address).map_err(StartError::Admin)?;
+    let (mut reloader, outlets) =
+        Reloader::new(config_path.clone(), loaded, metrics, access_log, after_reload, heritage)
+            .map_err(StartError::Refused)?;
+    reloader.bound_admin(&admin_address, &admin_socket).map_err(StartError::Admin)?;
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
-    let bound = Bound { listeners: listeners(&running), admin: admin_address, probes: probes_address };
+    let bound = Bound { listeners: listeners(&running), admin: admin_bound, probes: probes_address };
     let drain = DrainHandle::new();
     let workers = workers.unwrap_or_else(|| thread::available_parallelism().map_or(WORKERS_DEFAULT, usize::from));
     let data = proxy::start(Arc::clone(&running), workers, accept)?;
@@ -136,6 +166,11 @@ pub fn build(options: Options) -> Result<App, StartError> {
         checks,
         admin_socket,
         probes,
+        notifier,
+        predecessor,
+        program,
+        store: store.clone(),
+        taken_over,
         context: Arc::new(admin::Context {
             running: Arc::clone(&running),
             reload: reload.clone(),
@@ -178,7 +213,7 @@ impl App {
         });
         self.running.drain.advance(crate::drain::Phase::Forced);
         join_in_time(data);
-        if let Some(store) = self.store.take() {
+        if let Some(store) = self.store.get() {
             store.close();
         }
         ended
@@ -232,6 +267,12 @@ struct Control {
     checks: tokio::sync::watch::Receiver<Vec<Arc<health::Check>>>,
     admin_socket: Socket,
     probes: mpsc::Receiver<ProbesCommand>,
+    notifier: Notifier,
+    predecessor: Option<Predecessor>,
+    program: Option<Program>,
+    store: StoreSlot,
+    /// Of the store that the predecessor still has open.
+    taken_over: Option<PathBuf>,
     context: Arc<admin::Context>,
 }
 
@@ -254,44 +295,111 @@ impl Control {
                     return NEVER_BEGAN;
                 }
             };
-            let _ = ready.send(Ok(()));
-            self.serve(signals).await
+            self.serve(signals, ready).await
         });
         // What is left may be stuck in reading a file.
         runtime.shutdown_timeout(Duration::from_millis(100));
         ended
     }
 
-    async fn serve(self, signals: Option<Signals>) -> Ended {
-        let Control { config_path, watch, signals: _, reloader, checks, admin_socket, probes, context } = self;
+    async fn serve(self, signals: Option<Signals>, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
+        let Control { config_path, watch, signals: _, reloader, checks, .. } = self;
+        let Control { admin_socket, probes, notifier, predecessor, program, store, taken_over, context, .. } = self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
-        tokio::spawn(reloader.run());
         tokio::spawn(health::run(checks));
+        let (mut released, predecessor_gone) = (None, CancellationToken::new());
+        match predecessor {
+            None => predecessor_gone.cancel(),
+            // Everything is there; only now is anything taken from the process that serves.
+            Some(predecessor) => match predecessor.take_over(running).await {
+                Ok(link) => {
+                    released = Some(link.released());
+                    let gone = predecessor_gone.clone();
+                    tokio::spawn(async move {
+                        link.run().await;
+                        gone.cancel();
+                    });
+                }
+                Err(failure) => {
+                    let _ = ready.send(Err(failure));
+                    return NEVER_BEGAN;
+                }
+            },
+        }
+        tokio::spawn(reloader.run());
         tokio::spawn(clock::run(Arc::clone(running), Arc::clone(state)));
         tokio::spawn(runs::run(Arc::clone(running), Arc::clone(state)));
         if watch {
             tokio::spawn(watch::run(config_path, reload.clone(), Arc::clone(state)));
         }
+        let asked = Arc::new(Notify::new());
         if let Some(signals) = signals {
-            tokio::spawn(signals.run(drain.clone(), reload.clone()));
+            tokio::spawn(signals.run(drain.clone(), reload.clone(), Arc::clone(&asked)));
         }
-        tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full));
-        tokio::spawn(serve_probes(Arc::clone(&context), probes));
-        shutdown::run(Arc::clone(running), drain.clone(), reload.clone(), Arc::clone(state)).await
+        let admin_stop = CancellationToken::new();
+        tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full, admin_stop.clone()));
+        tokio::spawn(serve_probes(Arc::clone(&context), probes, admin_stop.clone()));
+        let _ = ready.send(Ok(()));
+        let succession = Succession { released, store: store.clone(), directory: taken_over };
+        tokio::spawn(tell(notifier.clone(), Arc::clone(running), Arc::clone(state), succession));
+        let hand_over = HandOver {
+            running: Arc::clone(running),
+            reload: reload.clone(),
+            notifier,
+            program,
+            asked,
+            predecessor_gone,
+            admin_stop,
+            store,
+        };
+        let ended = shutdown::run(Arc::clone(running), drain.clone(), reload.clone(), Arc::clone(state));
+        tokio::select! {
+            ended = ended => ended,
+            ended = handover::run(hand_over) => ended,
+        }
     }
 }
 
+/// What this process takes over last from the one before it, if there is one.
+struct Succession {
+    released: Option<Arc<Notify>>,
+    store: StoreSlot,
+    directory: Option<PathBuf>,
+}
+
+/// Opens the store where another process had it, and tells the service manager how this stands, once this process is the one that it asks.
+async fn tell(notifier: Notifier, running: Arc<Running>, state: Arc<ReloadState>, succession: Succession) {
+    let Succession { released, store, directory } = succession;
+    if let Some(released) = released {
+        released.notified().await;
+    }
+    if let Some(directory) = directory {
+        let dispatchers: Vec<_> =
+            running.snapshot.load().services.iter().map(|service| Arc::clone(&service.dispatcher)).collect();
+        let metrics = running.metrics.store();
+        let opening = move || store::take_over(&directory, metrics, &store, &dispatchers);
+        if tokio::task::spawn_blocking(opening).await.is_err() {
+            error!("opening the state broke down; it is not kept until the next start");
+        }
+    }
+    notifier.ready(&format!("serving, configuration {}", state.status().generation));
+    tokio::join!(notify::tell_reloads(notifier.clone(), state), notify::run(notifier, running));
+}
 const NEVER_BEGAN: Ended = Ended { cut: 0, forced: true };
 
 /// Serves the probes where the newest configuration wants them.
-async fn serve_probes(context: Arc<admin::Context>, mut commands: mpsc::Receiver<ProbesCommand>) {
+async fn serve_probes(
+    context: Arc<admin::Context>,
+    mut commands: mpsc::Receiver<ProbesCommand>,
+    stop: CancellationToken,
+) {
     let mut server = None;
     while let Some(command) = commands.recv().await {
         drop(server.take());
         if let ProbesCommand::Serve(socket) = command {
-            let task = tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes));
+            let task = tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes, stop.clone()));
             server = Some(AbortOnDropHandle::new(task));
         }
     }

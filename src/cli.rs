@@ -18,8 +18,12 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::app;
 use crate::config;
+use crate::control::handover::{Predecessor, Program};
+use crate::control::notify::Notifier;
+use crate::control::reload::Heritage;
 use crate::demo;
 use crate::logging;
+use crate::net::inherit::Inherited;
 use client::{AdminUrl, Client, ClientError};
 use rollout::{Action, Said};
 
@@ -170,6 +174,12 @@ pub fn main() -> ExitCode {
 }
 
 fn run(config_path: PathBuf) -> ExitCode {
+    // First, while there is one thread only: this takes variables out of the environment.
+    let (heritage, predecessor) = match heritage() {
+        Ok(given) => given,
+        Err(error) => return failure(error),
+    };
+    let program = Program::of_this_process().ok();
     let loaded = match config::load(&config_path) {
         Ok(loaded) => loaded,
         Err(problems) => {
@@ -186,6 +196,9 @@ fn run(config_path: PathBuf) -> ExitCode {
         signals: true,
         watch: true,
         after_reload: Some(Box::new(move |config| diagnostics.configure(&config.log))),
+        heritage,
+        predecessor,
+        program,
     };
     let app = match app::build(options) {
         Ok(app) => app,
@@ -195,6 +208,16 @@ fn run(config_path: PathBuf) -> ExitCode {
     let ended = app.wait();
     access_log.flush(LAST_LINES_TIMEOUT);
     if ended.cut == 0 && !ended.forced { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// What this process was given by whoever started it.
+fn heritage() -> Result<(Heritage, Option<Predecessor>), String> {
+    let mut heritage = Heritage { sockets: Inherited::from_service_manager()?, ..Heritage::default() };
+    let predecessor = Predecessor::greet(&mut heritage)?;
+    heritage.notifier = Notifier::from_environment(predecessor.is_some()).map_err(|failure| {
+        format!("NOTIFY_SOCKET names no socket that the service manager could be told by: {failure}")
+    })?;
+    Ok((heritage, predecessor))
 }
 
 /// How long whoever reads the access log may take for its last lines.

@@ -2,7 +2,9 @@
 
 pub mod call;
 pub mod clock;
+pub mod handover;
 pub mod health;
+pub mod notify;
 pub mod reload;
 pub mod runs;
 pub mod shutdown;

@@ -25,6 +25,19 @@ impl RunId {
     }
 }
 
+impl serde::Serialize for RunId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for RunId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<RunId, D::Error> {
+        let text = <std::borrow::Cow<'_, str>>::deserialize(deserializer)?;
+        RunId::parse(&text).ok_or_else(|| serde::de::Error::custom("no id of a run"))
+    }
+}
+
 impl std::fmt::Display for RunId {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.hyphenated().fmt(formatter)
@@ -79,6 +92,12 @@ fn read_clock() -> Instant {
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub fn wall_clock() -> SystemTime {
     SystemTime::now()
+}
+
+/// The system's monotonic clock in microseconds, as the protocol of service managers wants it.
+pub fn monotonic_microseconds() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_nsec.unsigned_abs() / 1_000
 }
 
 pub fn random_u64() -> u64 {

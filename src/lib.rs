@@ -24,6 +24,7 @@ pub mod net;
 pub mod orca;
 pub mod protocols;
 pub mod proxy;
+pub mod pulse;
 pub mod rollout;
 pub mod run;
 pub mod snapshot;

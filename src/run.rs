@@ -1,7 +1,10 @@
 //! Run: the words of runs: what an exchange is to one, and how one ends.
 
+use serde::{Deserialize, Serialize};
+
 /// What an exchange is to a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// It starts a run.
     Start,
@@ -16,7 +19,8 @@ pub enum Kind {
 }
 
 /// How a run ended: the label `outcome` of `longhaul_runs_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RunOutcome {
     Completed,
     Failed,

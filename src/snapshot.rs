@@ -15,6 +15,7 @@ use crate::net::cookie::Sealer;
 use crate::net::listen::Socket;
 use crate::net::tls::ServerTls;
 use crate::protocols::{self, Protocol};
+use crate::pulse::Pulses;
 use crate::state::dispatcher::Dispatcher;
 
 /// One generation of the configuration, with what was built from it.
@@ -87,8 +88,10 @@ pub struct Running {
     /// Those that were cut because the proxy's own drain took as long as it may.
     pub cut_exchanges: AtomicUsize,
     pub access_log: AccessLog,
-    /// Keys the digests of `session.scope` values; random for each process.
+    /// Keys the digests of `session.scope` values; random for each process that does not take over from another.
     pub scope_secret: [u8; 16],
+    /// Of the threads that must turn.
+    pub pulses: Pulses,
 }
 
 /// A count that every worker changes with every request. It has its cache lines to itself, so that what lies beside it

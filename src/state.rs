@@ -16,12 +16,14 @@ pub mod remembered;
 pub mod runs;
 pub mod sessions;
 pub mod status;
+pub mod succession;
 pub mod turn;
 pub mod waiting;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
@@ -203,7 +205,8 @@ impl Target {
 }
 
 /// The value of `longhaul-affinity` and of the label `outcome` of `longhaul_affinity_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum AffinityOutcome {
     New,
     Hit,
@@ -242,7 +245,8 @@ pub enum Evidence {
 }
 
 /// Why no endpoint was picked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Refusal {
     NoEndpoint,
     QueueFull,

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -66,6 +66,9 @@ pub struct Store {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// Where a process has its store, which may come after its start: see [`take_over`]. Empty: the state is in memory alone.
+pub type StoreSlot = Arc<OnceLock<Store>>;
+
 struct Shared {
     path: PathBuf,
     /// Something was marked.
@@ -97,6 +100,20 @@ pub fn open(directory: &Path, metrics: StoreMetrics) -> Result<(Store, Kept), Op
         spawned.map_err(|failure| OpenError::Unusable { path, failure: failure.to_string() })?
     };
     Ok((Store { shared, commands, thread: Mutex::new(Some(thread)) }, kept))
+}
+
+/// Opens the file of a directory after the process that had it open has closed it, and keeps these services: all is
+/// written anew, as the process before has told what they have. Waits for the disk.
+pub fn take_over(directory: &Path, metrics: StoreMetrics, slot: &StoreSlot, dispatchers: &[Arc<Dispatcher>]) {
+    let opened = open(directory, metrics).and_then(|(store, _)| {
+        let path = store.path().to_owned();
+        slot.set(store).map_err(|_| OpenError::Locked(path))
+    });
+    match (opened, slot.get()) {
+        (Ok(()), Some(store)) => dispatchers.iter().for_each(|dispatcher| store.keep(dispatcher, false)),
+        (Ok(()), None) => {}
+        (Err(failure), _) => error!("the state is not kept until the next start: {failure}"),
+    }
 }
 
 fn open_in_time(directory: &Path, path: &Path) -> Result<(StateFile, Kept), OpenError> {

@@ -10,7 +10,7 @@ use longhaul::app::{self, App, Options, StartError};
 use longhaul::config::{self, Address};
 use longhaul::control::call::Way;
 use longhaul::control::health::{self, Probe, Verdict};
-use longhaul::control::reload::{Outlets, ProbesCommand, Reloader};
+use longhaul::control::reload::{Heritage, Outlets, ProbesCommand, Reloader};
 use longhaul::control::{ReloadHandle, ReloadState, clock, watch};
 use longhaul::drain::Phase;
 use longhaul::ids;
@@ -571,7 +571,8 @@ impl Proxy {
         let dropped = Metrics::new().access_log_dropped();
         let access_log = longhaul::logging::AccessLog::to(std::io::sink(), &loaded.config.log, dropped);
         let (reloader, outlets) =
-            Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None, None).expect("a start");
+            Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None, Heritage::default())
+                .expect("a start");
         let Outlets { running, handle: reload, state, mut accept, probes, probes_address: _, checks } = outlets;
         tokio::spawn(reloader.run());
         tokio::spawn(health::run(checks));

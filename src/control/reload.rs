@@ -19,19 +19,22 @@ use tracing::{error, info, warn};
 use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
 use crate::control::call::Way;
 use crate::control::health::{Check, OwnLoad, Probe};
+use crate::control::notify::Notifier;
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
 use crate::metrics::{Metrics, VersionMetrics};
 use crate::net::cookie::Sealer;
+use crate::net::inherit::{Inherited, Spare};
 use crate::net::listen::{self, Socket};
 use crate::net::tls::{self, ServerTls};
+use crate::pulse::Pulses;
 use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, Service, Snapshot};
 use crate::state::core::Restored;
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::image::Place;
 use crate::state::{ClientTls, TargetSettings};
-use crate::store::{Kept, Secrets, Store};
+use crate::store::{Kept, Secrets, Store, StoreSlot};
 
 /// Between the swap and the drain of a removed service's endpoints.
 const REMOVAL_GRACE: Duration = Duration::from_secs(1);
@@ -67,6 +70,21 @@ impl ReloadHandle {
         }
     }
 
+    /// Handles of all listening sockets, for another process. From then on reloads are refused until
+    /// [`ReloadHandle::hand_over_failed`].
+    pub(super) async fn hand_over(&self) -> std::io::Result<HandedOver> {
+        let gone = || std::io::Error::other("the proxy is stopping");
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::HandOver { reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// This process stays the one that serves.
+    pub(super) async fn hand_over_failed(&self) {
+        // Whoever reloads has gone only where the process ends.
+        let _ = self.requests.send(Request::HandOverFailed).await;
+    }
+
     async fn ask(&self, trigger: Trigger) -> Result<u64, Problems> {
         let (reply, answer) = oneshot::channel();
         let gone = || one_problem(&self.file, "", "the proxy is stopping and reloads nothing any more".to_owned());
@@ -78,6 +96,30 @@ impl ReloadHandle {
 enum Request {
     Reload { trigger: Trigger, reply: oneshot::Sender<Result<u64, Problems>> },
     CloseListeners { reply: oneshot::Sender<()> },
+    HandOver { reply: oneshot::Sender<std::io::Result<HandedOver>> },
+    HandOverFailed,
+}
+
+/// What a process has to have before it can build anything that takes over from another.
+pub(super) struct HandedOver {
+    pub sockets: Vec<Spare>,
+    pub secrets: Secrets,
+    pub generation: u64,
+    pub sha256: String,
+}
+
+/// What a process begins with that was not made by it.
+#[derive(Default)]
+pub struct Heritage {
+    pub sockets: Inherited,
+    /// `None`: it makes its own.
+    pub secrets: Option<Secrets>,
+    /// The newest generation of the process before, and the digest of its file.
+    pub generation: Option<(u64, String)>,
+    pub notifier: Notifier,
+    pub store: StoreSlot,
+    /// What the store had in it. `None`: there is none, or another process has it still.
+    pub kept: Option<Kept>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -193,7 +235,13 @@ pub struct Reloader {
     /// What the first configuration has to tell, until [`Reloader::run`] does.
     first: Announcements,
     listeners_closed: bool,
-    store: Option<Arc<Store>>,
+    store: StoreSlot,
+    handing_over: bool,
+    /// Of every socket that this process listens on.
+    spares: Vec<Spare>,
+    /// Where that of `admin.probes` listens.
+    probes_spare: Option<Address>,
+    notifier: Notifier,
 }
 
 impl Reloader {
@@ -205,11 +253,11 @@ impl Reloader {
         metrics: Arc<Metrics>,
         access_log: AccessLog,
         after_reload: Option<AfterReload>,
-        store: Option<(Arc<Store>, Kept)>,
+        heritage: Heritage,
     ) -> Result<(Reloader, Outlets), Problems> {
+        let Heritage { sockets, secrets, generation, notifier, store, mut kept } = heritage;
         let file: Arc<str> = path.display().to_string().into();
-        let (store, mut kept) = store.unzip();
-        let secrets = kept.as_ref().map_or_else(Secrets::generate, |kept| kept.secrets.clone());
+        let secrets = secrets.or(kept.as_ref().map(|kept| kept.secrets.clone())).unwrap_or_else(Secrets::generate);
         let mut builder = Builder {
             file: Arc::clone(&file),
             metrics: Arc::clone(&metrics),
@@ -217,8 +265,14 @@ impl Reloader {
             client_tls: Vec::new(),
             version_metrics: HashMap::new(),
             probes: None,
+            inherited: Mutex::new(sockets),
         };
-        let prepared = builder.prepare(loaded, None, &[])?;
+        let mut prepared = builder.prepare(loaded, None, &[])?;
+        if let Some((generation, sha256)) = generation {
+            // The same file is the same generation, whatever process it is in effect in.
+            let changed = u64::from(sha256 != prepared.snapshot.loaded.sha256);
+            prepared.snapshot.generation = generation + changed;
+        }
         let (request_sender, requests) = mpsc::channel(WAITING_MAX);
         let (accept, accept_receiver) = mpsc::channel(COMMANDS_MAX);
         let (probes, probes_receiver) = mpsc::channel(1);
@@ -226,7 +280,7 @@ impl Reloader {
 
         let now = ids::now();
         for (dispatcher, settings) in prepared.dispatchers {
-            match (&store, &mut kept) {
+            match (store.get(), &mut kept) {
                 (Some(store), Some(kept)) => builder.go_on(&dispatcher, settings, store, kept, now),
                 _ => dispatcher.apply(settings, now),
             }
@@ -253,6 +307,7 @@ impl Reloader {
             cut_exchanges: AtomicUsize::new(0),
             access_log,
             scope_secret: secrets.scope,
+            pulses: Pulses::default(),
         });
         let outlets = Outlets {
             running: Arc::clone(&running),
@@ -278,8 +333,29 @@ impl Reloader {
             first,
             listeners_closed,
             store,
+            handing_over: false,
+            spares: Vec::new(),
+            probes_spare: None,
+            notifier,
         };
         Ok((reloader, outlets))
+    }
+
+    /// Takes note of the admin API's socket, the last one: whatever is inherited has to be used by then.
+    pub fn bound_admin(&mut self, address: &Address, socket: &Socket) -> Result<(), String> {
+        self.keep_spare(socket, address.clone(), "admin");
+        let snapshot = self.running.snapshot.load();
+        let listeners = snapshot.listeners.iter().map(|listener| listener.config.address.clone());
+        let others = snapshot.loaded.config.admin.probes.map(Address::Tcp).into_iter().chain([address.clone()]);
+        let configured: Vec<Address> = listeners.chain(others).collect();
+        self.builder.inherited().settle(&configured)
+    }
+
+    fn keep_spare(&mut self, socket: &Socket, configured: Address, purpose: &str) {
+        match Spare::of(socket, configured, purpose) {
+            Ok(spare) => self.spares.push(spare),
+            Err(failure) => warn!("a listening socket can't be handed over to a new process later: {failure}"),
+        }
     }
 
     /// Starts the listeners, then reloads when asked, until every [`ReloadHandle`] is gone.
@@ -288,7 +364,14 @@ impl Reloader {
         self.announce(first).await;
         while let Some(request) = self.requests.recv().await {
             match request {
+                Request::Reload { reply, .. } if self.handing_over && self.listeners_closed => {
+                    // Another process reads the file now, and says what it thinks of it.
+                    let _ = reply.send(Err(self.refusal("", "another process serves now".to_owned())));
+                }
                 Request::Reload { trigger, reply } => {
+                    if trigger == Trigger::Asked {
+                        self.notifier.reloading();
+                    }
                     let result = self.reload().await;
                     self.note(trigger, &result);
                     // Whoever asked may have left; the reload counts all the same.
@@ -298,6 +381,14 @@ impl Reloader {
                     self.close_listeners().await;
                     let _ = reply.send(());
                 }
+                Request::HandOver { reply } => {
+                    let handed_over = self.hand_over();
+                    self.handing_over = handed_over.is_ok();
+                    if reply.send(handed_over).is_err() {
+                        self.handing_over = false;
+                    }
+                }
+                Request::HandOverFailed => self.handing_over = false,
             }
         }
     }
@@ -305,6 +396,10 @@ impl Reloader {
     async fn reload(&mut self) -> Result<Done, Problems> {
         if self.listeners_closed {
             return Err(self.refusal("", "the proxy is draining and takes no new configuration".to_owned()));
+        }
+        if self.handing_over {
+            let message = "a new process is taking over, with the configuration as it is now; reload that one";
+            return Err(self.refusal("", message.to_owned()));
         }
         if std::fs::metadata(&self.path).is_ok_and(|it| !it.is_file()) {
             // Opening a pipe again would wait for a writer for ever, and every later reload with it.
@@ -377,7 +472,7 @@ impl Reloader {
         // Dispatchers first: the new snapshot must never route to a service whose endpoints are not known yet. Those of
         // removed services come last (by the clock): the old snapshot must not route into an emptied one.
         for (dispatcher, settings) in prepared.dispatchers {
-            if let Some(store) = &self.store {
+            if let Some(store) = self.store.get() {
                 store.keep(&dispatcher, false);
             }
             dispatcher.apply(settings, now);
@@ -398,10 +493,25 @@ impl Reloader {
 
     async fn announce(&mut self, announcements: Announcements) {
         for (local_address, socket) in announcements.starts {
+            let listener = self.running.snapshot.load().listener(&local_address);
+            if let Some(listener) = listener {
+                self.keep_spare(&socket, listener.config.address.clone(), &listener.config.name);
+            }
             self.command(AcceptCommand::Start { local_address, socket }).await;
         }
         for local_address in announcements.stops {
+            self.spares.retain(|spare| spare.local != local_address);
             self.command(AcceptCommand::Stop { local_address }).await;
+        }
+        if let Some(command) = &announcements.probes {
+            if let Some(old) = self.probes_spare.take() {
+                self.spares.retain(|spare| spare.local != old);
+            }
+            if let (ProbesCommand::Serve(socket), Some(bound)) = (command, &self.builder.probes) {
+                let configured = Address::Tcp(bound.configured);
+                self.probes_spare = Some(bound.local.clone());
+                self.keep_spare(socket, configured, "admin.probes");
+            }
         }
         if let Some(command) = announcements.probes
             && self.probes.send(command).await.is_err()
@@ -412,10 +522,28 @@ impl Reloader {
 
     async fn close_listeners(&mut self) {
         self.listeners_closed = true;
+        let all = std::mem::take(&mut self.spares);
+        if self.handing_over {
+            all.iter().for_each(Spare::leave_file);
+        }
+        drop(all);
         let snapshot = self.running.snapshot.load_full();
         for listener in &snapshot.listeners {
             self.command(AcceptCommand::Stop { local_address: listener.local_address.clone() }).await;
         }
+    }
+
+    fn hand_over(&self) -> std::io::Result<HandedOver> {
+        if self.listeners_closed {
+            return Err(std::io::Error::other("the proxy is draining already"));
+        }
+        let snapshot = self.running.snapshot.load();
+        Ok(HandedOver {
+            sockets: self.spares.iter().map(Spare::try_clone).collect::<Result<_, _>>()?,
+            secrets: Secrets { scope: self.running.scope_secret, cookie: self.builder.cookie_secret },
+            generation: snapshot.generation,
+            sha256: snapshot.loaded.sha256.clone(),
+        })
     }
 
     async fn command(&self, command: AcceptCommand) {
@@ -492,6 +620,8 @@ struct Builder {
     /// By service and version.
     version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
     probes: Option<BoundProbes>,
+    /// Sockets that were open already when the process began.
+    inherited: Mutex<Inherited>,
 }
 
 /// Unchanged settings keep the same `Arc`, by which the dispatcher sees that a target is unchanged.
@@ -778,7 +908,7 @@ impl Builder {
             });
             let local_address = match kept {
                 Some(kept) => kept.local_address.clone(),
-                None => match bind_by(listen::bind_shared, &listener.address) {
+                None => match self.take_or_bind(&listener.address, &listener.name, listen::bind_shared) {
                     Ok((local_address, socket)) => {
                         announcements.starts.push((local_address.clone(), socket));
                         local_address
@@ -817,7 +947,7 @@ impl Builder {
         if let Some(bound) = self.probes.as_ref().filter(|bound| bound.configured == configured) {
             return Some(bound.clone());
         }
-        match bind(&Address::Tcp(configured)) {
+        match self.take_or_bind(&Address::Tcp(configured), "admin.probes", listen::bind) {
             Ok((local, socket)) => {
                 announcements.probes = Some(ProbesCommand::Serve(socket));
                 Some(BoundProbes { configured, local })
@@ -827,6 +957,20 @@ impl Builder {
                 None
             }
         }
+    }
+
+    /// The inherited socket of this address, or a new one.
+    fn take_or_bind(
+        &self,
+        address: &Address,
+        purpose: &str,
+        listen: fn(&Address) -> std::io::Result<Socket>,
+    ) -> Result<(Address, Socket), String> {
+        take_or_bind(&mut self.inherited(), address, purpose, listen)
+    }
+
+    fn inherited(&self) -> MutexGuard<'_, Inherited> {
+        self.inherited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all_well(&self, list: Vec<Problem>) -> Result<(), Problems> {
@@ -902,16 +1046,30 @@ fn refresh(tls: &ServerTls, index: usize, problems: &mut Vec<Problem>) {
 }
 
 /// Binds; on failure says what to do about it.
-pub(crate) fn bind(address: &Address) -> Result<(Address, Socket), String> {
-    bind_by(listen::bind, address)
+/// Binds the admin API's address, unless its socket was inherited.
+pub fn bind_admin(inherited: &mut Inherited, address: &Address) -> Result<(Address, Socket), String> {
+    take_or_bind(inherited, address, "admin", listen::bind_private)
 }
 
-/// As [`bind`], for the admin API: a unix socket is its owner's alone from the start.
-pub(crate) fn bind_private(address: &Address) -> Result<(Address, Socket), String> {
-    bind_by(listen::bind_private, address)
+fn take_or_bind(
+    inherited: &mut Inherited,
+    address: &Address,
+    purpose: &str,
+    listen: fn(&Address) -> std::io::Result<Socket>,
+) -> Result<(Address, Socket), String> {
+    match inherited.take(address, purpose) {
+        Some(socket) => bind_by(|_| socket, address),
+        None => bind_by(listen, address).map_err(|failure| match inherited.left() {
+            left if left.is_empty() => failure,
+            left => format!("{failure} (passed to this process are sockets for {} only)", left.join(", ")),
+        }),
+    }
 }
 
-fn bind_by(listen: fn(&Address) -> std::io::Result<Socket>, address: &Address) -> Result<(Address, Socket), String> {
+fn bind_by(
+    listen: impl FnOnce(&Address) -> std::io::Result<Socket>,
+    address: &Address,
+) -> Result<(Address, Socket), String> {
     let socket = listen(address).map_err(|failure| failure.to_string())?;
     let local_address =
         socket.local_address().map_err(|failure| format!("can't listen on {}: {failure}", display(address)))?;
@@ -983,6 +1141,7 @@ mod tests {
             client_tls: Vec::new(),
             version_metrics: HashMap::new(),
             probes: None,
+            inherited: Mutex::default(),
         }
     }
 
@@ -1012,7 +1171,7 @@ mod tests {
     fn a_taken_port_is_named_with_advice() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let Err(message) = bind(&Address::Tcp(address)) else { panic!("{address} was bound twice") };
+        let Err(message) = bind_by(listen::bind, &Address::Tcp(address)) else { panic!("{address} was bound twice") };
         assert!(message.contains(&address.to_string()), "{message}");
         assert!(message.contains("choose another address"), "{message}");
     }

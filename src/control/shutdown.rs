@@ -191,7 +191,7 @@ impl Signals {
     }
 
     /// Obeys them until it is dropped.
-    pub async fn run(mut self, drain: DrainHandle, reload: ReloadHandle) {
+    pub async fn run(mut self, drain: DrainHandle, reload: ReloadHandle, hand_over: Arc<Notify>) {
         let hangups = Notify::new();
         let reloads = async {
             loop {
@@ -207,7 +207,7 @@ impl Signals {
                     _ = self.terminate.recv() => end(&drain, "SIGTERM", &mut second),
                     _ = self.interrupt.recv() => end(&drain, "SIGINT", &mut second),
                     _ = self.hangup.recv() => hangups.notify_one(),
-                    _ = self.user2.recv() => warn!("SIGUSR2 ignored: handing over to a new binary is not available yet"),
+                    _ = self.user2.recv() => hand_over.notify_one(),
                 }
             }
         };

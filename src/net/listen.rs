@@ -6,6 +6,8 @@ use std::io::{self, ErrorKind};
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use socket2::{Domain, SockAddr, Type};
@@ -35,12 +37,46 @@ pub enum Accepted {
     Unix(std::os::unix::net::UnixStream),
 }
 
-/// The file of a unix socket; unlinked when this is dropped, unless somebody else's socket has its place by then.
+/// The file of a unix socket; unlinked when this is dropped, unless somebody else's socket has its place by then, or it
+/// was never ours, or is not any more.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
+    kept: Kept,
+}
+
+/// Whether the file of a socket is to stay when the socket goes. Shared with whoever may pass the socket on.
+#[derive(Clone, Debug)]
+pub struct Kept(Arc<AtomicBool>);
+
+impl Kept {
+    fn new(kept: bool) -> Kept {
+        Kept(Arc::new(AtomicBool::new(kept)))
+    }
+
+    /// This process removes it.
+    pub fn is_ours(&self) -> bool {
+        !self.0.load(Ordering::Relaxed)
+    }
+
+    /// It stays.
+    pub fn leave(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl SocketFile {
+    /// That of a socket which is bound there; `ours`: it is to be removed with it.
+    pub fn of(path: PathBuf, ours: bool) -> io::Result<SocketFile> {
+        let metadata = fs::symlink_metadata(&path)?;
+        Ok(SocketFile { path, device: metadata.dev(), inode: metadata.ino(), kept: Kept::new(!ours) })
+    }
+
+    pub fn kept(&self) -> Kept {
+        self.kept.clone()
+    }
 }
 
 /// Binds and listens. A `[::]` address takes IPv4 too. Of a unix socket, a file that nothing listens on any more is
@@ -114,8 +150,9 @@ impl TokioListener {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let is_ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| metadata.dev() == self.device && metadata.ino() == self.inode);
+        let is_ours = self.kept.is_ours()
+            && fs::symlink_metadata(&self.path)
+                .is_ok_and(|metadata| metadata.dev() == self.device && metadata.ino() == self.inode);
         if is_ours {
             // Nothing is lost if this fails: the next bind finds nobody listening and removes the file.
             let _ = fs::remove_file(&self.path);
@@ -153,8 +190,7 @@ fn bind_unix(path: &Path, mode: Option<u32>) -> io::Result<Socket> {
     remove_stale_file(path)?;
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.bind(&SockAddr::unix(path)?)?;
-    let metadata = fs::symlink_metadata(path)?;
-    let file = SocketFile { path: path.to_owned(), device: metadata.dev(), inode: metadata.ino() };
+    let file = SocketFile::of(path.to_owned(), true)?;
     if let Some(mode) = mode {
         // Before listen(): until then every connect is refused, so nobody slips in under the wider mode.
         fs::set_permissions(path, Permissions::from_mode(mode))?;

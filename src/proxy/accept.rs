@@ -14,6 +14,7 @@ use crate::config::Address;
 use crate::drain::Phase;
 use crate::net::listen::{Accepted, Socket, TokioListener};
 use crate::proxy::worker::WorkerHandle;
+use crate::pulse::BEAT;
 use crate::snapshot::{AcceptCommand, Listener, Running};
 
 /// How long to leave a listener alone that can't accept, because descriptors or memory ran out.
@@ -25,6 +26,14 @@ const LAST_ACCEPTED_MAX: usize = 4096;
 /// Starts and stops listeners as told, until the proxy ends.
 pub async fn run(running: Arc<Running>, workers: Arc<[WorkerHandle]>, mut commands: mpsc::Receiver<AcceptCommand>) {
     let mut listening: HashMap<Address, CancellationToken> = HashMap::new();
+    let pulse = running.pulses.join("accept");
+    tokio::task::spawn_local(async move {
+        let mut interval = tokio::time::interval(BEAT);
+        loop {
+            interval.tick().await;
+            pulse.beat();
+        }
+    });
     let drain = running.drain.clone();
     let forced = drain.reached(Phase::Forced);
     tokio::pin!(forced);

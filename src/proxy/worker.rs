@@ -5,7 +5,6 @@ use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
 use tokio::sync::mpsc;
@@ -15,6 +14,7 @@ use crate::drain::Phase;
 use crate::net::listen::Accepted;
 use crate::proxy::connection;
 use crate::proxy::pool::Pool;
+use crate::pulse::{BEAT, Pulse};
 use crate::snapshot::{Listener, Running, Service, Snapshot};
 
 /// Accepted sockets that may wait for a worker before the accept loop waits for it.
@@ -138,23 +138,26 @@ pub fn start(index: usize, running: Arc<Running>) -> std::io::Result<(WorkerHand
     let (sender, receiver) = mpsc::channel(HANDED_OVER_MAX);
     let load = Arc::new(AtomicUsize::new(0));
     let handle = WorkerHandle { sockets: sender, load: load.clone() };
-    let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+    let name = format!("worker-{index}");
+    let pulse = running.pulses.join(&name);
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default());
         match runtime {
-            Ok(runtime) => runtime.block_on(work(running, load, receiver)),
+            Ok(runtime) => runtime.block_on(work(running, load, receiver, pulse)),
             Err(error) => tracing::error!("worker {index} could not start: {error}"),
         }
     })?;
     Ok((handle, thread))
 }
 
-async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::Receiver<Handed>) {
+async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::Receiver<Handed>, pulse: Pulse) {
     let worker = Rc::new(Worker::new(running, load));
     let sweeper = worker.clone();
     tokio::task::spawn_local(async move {
-        let mut interval = tokio::time::interval(Duration::from_secs(1));
+        let mut interval = tokio::time::interval(BEAT);
         loop {
             interval.tick().await;
+            pulse.beat();
             sweeper.pool.sweep(crate::ids::now());
             // A worker without requests must not keep an old snapshot either.
             sweeper.current();

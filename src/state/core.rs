@@ -11,6 +11,7 @@ mod outstanding;
 mod report;
 mod rollout;
 mod shadow;
+mod succession;
 mod waiting;
 
 use std::collections::{BTreeMap, HashMap};
@@ -86,6 +87,8 @@ pub struct Core {
     changes: Option<Changes>,
     /// The slot of the table from which [`Core::mark_busy`] goes on.
     scanned: u32,
+    /// Another process decides; this one only carries what it has.
+    successor: Option<succession::Successor>,
 }
 
 /// What of the configuration decides here.
@@ -221,6 +224,7 @@ impl Core {
             clock: None,
             changes: None,
             scanned: 0,
+            successor: None,
         }
     }
 
@@ -298,6 +302,7 @@ impl Core {
             if !known {
                 self.pin_changed(session);
             }
+            self.tell_pin(session, None);
         }
     }
 
@@ -311,6 +316,7 @@ impl Core {
             if self.sessions.add_alias(session, key, self.rules.max_sessions) {
                 self.pin_changed(session);
             }
+            self.tell_pin(session, Some(key));
             return;
         }
         // What the table knows already stays as it is: the name may be another exchange's.
@@ -323,6 +329,7 @@ impl Core {
         self.sessions.open(session);
         self.sessions.confirm(session, true);
         self.pin_changed(session);
+        self.tell_pin(session, None);
         grant.session = Some(session);
         match grant.run.filter(|run| self.runs.run(*run).is_some_and(|run| !run.ended)) {
             Some(number) => {
@@ -368,6 +375,7 @@ impl Core {
         }
         if to != from {
             self.shift(grant, to, now);
+            self.tell_move(grant);
         }
         Ok(self.target(grant))
     }

@@ -96,7 +96,7 @@ impl<'a> Ask<'a> {
 }
 
 /// A pin as the proxy's cookie carries it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PinHint {
     pub version: String,
     /// [`crate::config::EndpointUrl::identity`].
@@ -468,6 +468,23 @@ impl Dispatcher {
 }
 
 impl Lease {
+    /// That of a run which an exchange of another process carries.
+    pub(super) fn adopted(dispatcher: Arc<Dispatcher>, stop: Option<Arc<Stop>>, grant: Grant) -> Lease {
+        Lease { dispatcher, grant: Some(grant), finish: Finish::Ended(RunOutcome::Unknown), stop }
+    }
+
+    /// The service that it is of.
+    pub fn service(&self) -> &Arc<str> {
+        self.dispatcher.name()
+    }
+
+    /// The process that carries its run has moved it to the endpoint with this identity.
+    pub fn was_moved(&mut self, identity: &str, now: Instant) {
+        if let Some(grant) = &mut self.grant {
+            self.dispatcher.with(|core| core.follow_move(grant, identity, now));
+        }
+    }
+
     /// The run that this exchange started.
     pub fn run_id(&self) -> Option<RunId> {
         self.grant.as_ref().and_then(Grant::run_id)

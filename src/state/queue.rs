@@ -24,7 +24,7 @@ pub const OVERTAKEN_MAX: u32 = PASSED_MAX + CLASSES as u32 - 1;
 const CLASSES: usize = 8;
 
 /// How urgent a start is: 0 to 7, lower is more urgent, as the urgency of RFC 9218 section 4.1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Class(u8);
 
 impl Class {
@@ -72,7 +72,7 @@ impl Place {
 }
 
 /// Names a waiter. Later arrivals have larger tickets; none is used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Ticket(u64);
 
 /// Who comes to wait.
@@ -329,6 +329,11 @@ impl<W> Queue<W> {
     pub fn all_in_lanes(&self) -> Vec<Ticket> {
         let in_lanes = self.waiting.iter().filter(|(_, waiting)| waiting.place != Place::Turn);
         in_lanes.map(|(ticket, _)| *ticket).collect()
+    }
+
+    /// Everybody, in order of arrival, with the class.
+    pub fn everybody(&self) -> impl Iterator<Item = (Ticket, Class, &W)> {
+        self.waiting.iter().map(|(ticket, waiting)| (*ticket, waiting.flow.class, &waiting.waiter))
     }
 
     /// Takes out those whose deadline has come, the earliest first, `limit` at most.

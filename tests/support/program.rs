@@ -16,13 +16,13 @@ pub struct Program {
 impl Program {
     /// Starts `longhaul ARGUMENTS`.
     pub fn start(arguments: &[&str]) -> Program {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_longhaul"))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the binary was built with the tests");
+        Program::spawn(Command::new(env!("CARGO_BIN_EXE_longhaul")).args(arguments).stdin(Stdio::null()))
+    }
+
+    /// Starts a command that becomes `longhaul`.
+    pub fn spawn(command: &mut Command) -> Program {
+        let mut child =
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary was built with the tests");
         let lines = Arc::new(Mutex::new(Vec::new()));
         collect(child.stdout.take().expect("piped"), Arc::clone(&lines));
         collect(child.stderr.take().expect("piped"), Arc::clone(&lines));

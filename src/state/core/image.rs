@@ -82,6 +82,13 @@ impl Core {
         Some(self.run_image(run, places))
     }
 
+    /// One run, and its place, which is the only one.
+    pub(super) fn run_alone(&self, run: &Run) -> (RunImage, Place) {
+        let mut places = Places::default();
+        let image = self.run_image(run, &mut places);
+        (image, places.list.swap_remove(0))
+    }
+
     fn run_image(&self, run: &Run, places: &mut Places) -> RunImage {
         RunImage {
             id: run.id.to_string(),

@@ -80,6 +80,10 @@ impl Core {
                 // One reader of several that left, or whose stream broke, ends nothing.
                 Finish::Ended(RunOutcome::Cancelled | RunOutcome::Truncated) if !alone => None,
                 Finish::Ended(outcome) => self.end_run(number, outcome, now),
+                Finish::Left if alone && self.has_successor() => {
+                    self.leave_run(number, now);
+                    None
+                }
                 Finish::Left => {
                     self.watch(number);
                     self.run_changed(number);
@@ -96,6 +100,7 @@ impl Core {
         let run = self.runs.run(number).filter(|run| !run.ended)?;
         let (endpoint, session, carriers) = (run.endpoint, run.session, run.carriers);
         let ended = Ended { target: run.target.clone(), outcome, duration: run.age(now) };
+        self.tell_end(run.id, outcome);
         self.judge_run(number, outcome, now);
         self.run_ends(number);
         self.learn_duration(ended.duration, outcome, now);
@@ -149,6 +154,7 @@ impl Core {
                     if let Some(run) = grant.run {
                         self.runs.name(run, &key);
                         self.run_changed(run);
+                        self.tell_name(run, &key);
                     }
                 }
                 Fact::Ended(outcome) => ended.extend(grant.run.and_then(|run| self.end_run(run, outcome, now))),
@@ -193,6 +199,7 @@ impl Core {
         for number in keys.iter().filter_map(|key| self.runs.find(key)).collect::<Vec<u32>>() {
             match finish {
                 Finish::Ended(outcome) => ended.extend(self.end_run(number, outcome, now)),
+                Finish::Left if self.has_successor() => self.leave_run(number, now),
                 Finish::Left => self.watch(number),
             }
         }
@@ -235,6 +242,7 @@ impl Core {
         self.run_changed(number);
         self.reindex(grant.endpoint);
         self.watch(number);
+        self.tell_start(number);
     }
 
     /// Sees to it that a run is looked at when something about it is due.

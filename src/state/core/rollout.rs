@@ -127,6 +127,10 @@ impl Core {
         self.reweigh();
     }
 
+    pub(super) fn forget_rollout(&mut self) {
+        self.rollout.rollout = None;
+    }
+
     pub(super) fn advance_rollout(&mut self, now: Instant) {
         let moment = self.moment(now);
         if self.rollout.rollout.as_mut().is_some_and(|rollout| rollout.advance(moment)) {

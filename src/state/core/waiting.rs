@@ -39,11 +39,11 @@ pub enum Arrived {
 
 /// Everything about those who wait.
 pub(super) struct Room {
-    queue: Queue<Waiter>,
-    handover: Handover<Given>,
+    pub queue: Queue<Waiter>,
+    pub handover: Handover<Given>,
     turns: Turns,
     /// Starts that wait, by the id that their run will have.
-    by_run: HashMap<RunId, Ticket>,
+    pub by_run: HashMap<RunId, Ticket>,
     /// Slots that became free, measured.
     rate: Rate,
     /// Endpoints that may have something for somebody.
@@ -72,13 +72,13 @@ pub(super) struct Room {
 }
 
 /// Who waits.
-struct Waiter {
-    ask: Arc<OwnAsk>,
-    run: Option<RunId>,
+pub(super) struct Waiter {
+    pub ask: Arc<OwnAsk>,
+    pub run: Option<RunId>,
     /// The session whose turn it has or waits for.
-    turn: Option<SessionKey>,
+    pub turn: Option<SessionKey>,
     /// Among its principal's.
-    counted: bool,
+    pub counted: bool,
 }
 
 /// What a run keeps of how it came to be, where that matters at its end.
@@ -89,7 +89,7 @@ pub(crate) struct Origin {
 }
 
 /// An [`Ask`] that can wait.
-struct OwnAsk {
+pub(super) struct OwnAsk {
     key: Option<SessionKey>,
     kind: Kind,
     creates: bool,
@@ -102,7 +102,7 @@ struct OwnAsk {
 }
 
 impl OwnAsk {
-    fn of(ask: &Ask<'_>) -> OwnAsk {
+    pub fn of(ask: &Ask<'_>) -> OwnAsk {
         OwnAsk {
             key: ask.key.cloned(),
             kind: ask.kind,
@@ -116,7 +116,7 @@ impl OwnAsk {
         }
     }
 
-    fn ask(&self) -> Ask<'_> {
+    pub fn ask(&self) -> Ask<'_> {
         Ask {
             creates: self.creates,
             bound: self.bound,
@@ -253,6 +253,9 @@ impl Core {
         self.room.rng = rng;
         if let Some(grant) = self.follow_run(ask, now) {
             return Arrived::Placed(grant);
+        }
+        if self.has_successor() {
+            return self.ask_successor(ask, run, now);
         }
         let Some(run) = run else { return self.arrive_beside(ask, now, rng) };
         if self.is_principal_full(ask) {
@@ -408,7 +411,7 @@ impl Core {
 
     /// When somebody who comes to wait now has waited long enough.
     pub fn wait_until(&self, now: Instant) -> Instant {
-        now + self.rules.queue_timeout
+        now + self.queue_timeout()
     }
 
     // Turns.
@@ -517,7 +520,7 @@ impl Core {
             && self.room.principals.get(&principal).is_some_and(|count| *count >= max)
     }
 
-    fn note_origin(&mut self, grant: &Grant, turn: Option<SessionKey>, principal: Principal, counted: bool) {
+    pub(super) fn note_origin(&mut self, grant: &Grant, turn: Option<SessionKey>, principal: Principal, counted: bool) {
         if turn.is_none() && principal.is_none() {
             return;
         }
@@ -535,6 +538,7 @@ impl Core {
     pub fn leave(&mut self, ticket: Ticket, now: Instant) {
         let now = self.advance(now);
         if let Some(waiter) = self.room.queue.leave(ticket) {
+            self.tell_leave(ticket, waiter.run);
             self.room.handover.leave(ticket);
             self.will_not_start(waiter);
         } else if let Some(Ok(grant)) = self.room.handover.leave(ticket) {
@@ -589,7 +593,7 @@ impl Core {
         self.refuse(ticket, refusal);
     }
 
-    fn give(&mut self, ticket: Ticket, given: Given) {
+    pub(super) fn give(&mut self, ticket: Ticket, given: Given) {
         match self.room.handover.give(ticket, given) {
             Ok(waker) => self.room.wakers.extend(waker),
             // Whoever is in the queue sits, so this does not happen; and if it did, no slot may be lost.
@@ -618,7 +622,7 @@ impl Core {
     fn hand_on(&mut self) -> Vec<Waker> {
         let room = &self.room;
         let nothing_changed = room.changed.is_empty() && room.changed_sessions.is_empty() && !room.all_changed;
-        if room.freed.is_empty() && room.due.is_empty() && nothing_changed {
+        if self.successor.is_some() || (room.freed.is_empty() && room.due.is_empty() && nothing_changed) {
             return std::mem::take(&mut self.room.wakers);
         }
         if let Some(now) = self.clock {
@@ -757,6 +761,7 @@ impl Core {
         self.room.due.extend(overdue);
         // Whoever waits looks at its own watch, too; this is for one that is held up.
         for (ticket, waiter) in self.room.queue.expire(now, EXPIRED_PER_LOOK) {
+            self.tell_leave(ticket, waiter.run);
             self.will_not_start(waiter);
             self.give(ticket, Err(Refusal::QueueTimeout));
         }
