@@ -172,7 +172,11 @@ impl Core {
             let kept = index >= surplus && self.rules.affinity != config::Affinity::None;
             let endpoint = kept.then(|| number(self, pin.place)).flatten();
             match endpoint {
-                Some(endpoint) if self.restore_pin(&pin, endpoint, busy.contains(&pin.key), now) => restored.pins += 1,
+                Some(endpoint)
+                    if self.restore_pin(&pin, endpoint, !busy.is_empty() && busy.contains(&pin.key), now) =>
+                {
+                    restored.pins += 1
+                }
                 _ => {
                     restored.dropped += 1;
                     if let Some(changes) = &mut self.changes {
