@@ -603,3 +603,51 @@ fn make_executable(path: &Path) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("ours");
 }
+
+/// The file of the state passes from process to process: what any of them had is there after a crash of the last.
+#[tokio::test]
+async fn the_state_on_the_disk_goes_on_from_process_to_process() {
+    let agents = agents(3).await;
+    let config = format!("state: {{file: state}}\n{}", agents_config(&agents, "", 1000));
+    let service = Service::start(&config).await;
+    let homes = Mutex::new(HashMap::new());
+    let begin = async |address: SocketAddr, sessions: std::ops::Range<usize>| {
+        for number in sessions {
+            let session = format!("s-{number}");
+            let answer = fetch(address, request("/short", &session)).await;
+            assert_eq!(answer.head.header("longhaul-affinity"), Some("new"), "{session}");
+            homes.lock().expect("no panic").insert(session, answer.text());
+        }
+    };
+    begin(service.address, 0..20).await;
+    let first = service.newest();
+    service.hand_over().await;
+    begin(service.address, 20..40).await;
+    service.gone(first).await;
+    let second = service.newest();
+    service.hand_over().await;
+    begin(service.address, 40..60).await;
+    service.gone(second).await;
+    // Three commits' time.
+    tokio::time::sleep(Duration::from_millis(750)).await;
+    let third = service.newest();
+    service.signal("KILL");
+    service.gone(third).await;
+
+    let config = service.directory.path().join("longhaul.yaml");
+    let again = Program::spawn(Command::new(&service.binary).args(["run", "-c"]).arg(&config).stdin(Stdio::null()));
+    let line = again.after("listening on ").await;
+    let address: SocketAddr = line.split_whitespace().next().unwrap_or_default().parse().expect("an address");
+    let homes = homes.into_inner().expect("no panic");
+    assert_eq!(homes.len(), 60);
+    for (session, home) in homes {
+        let answer = fetch(address, request("/short", &session)).await;
+        assert_eq!(
+            (answer.head.header("longhaul-affinity"), answer.text()),
+            (Some("hit"), home),
+            "{session}: {:#?} {:#?}",
+            service.program.lines(),
+            again.lines()
+        );
+    }
+}
