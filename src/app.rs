@@ -26,7 +26,7 @@ use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
 use crate::snapshot::Running;
-use crate::store::{self, StoreSlot};
+use crate::store::{self, Secrets, StoreSlot};
 
 /// How long the data plane may take to end after everything was cut.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -135,7 +135,9 @@ pub fn build(options: Options) -> Result<App, StartError> {
     match &loaded.config.state {
         State::Memory => {}
         // It is opened when the process that serves has closed it.
-        State::File(directory) if predecessor.is_some() => taken_over = Some(directory.clone()),
+        State::File(directory) if predecessor.is_some() => {
+            taken_over = heritage.secrets.clone().map(|secrets| (directory.clone(), secrets));
+        }
         State::File(directory) => {
             let (opened, found) = store::open(directory, metrics.store())?;
             heritage.kept = Some(found);
@@ -271,8 +273,8 @@ struct Control {
     predecessor: Option<Predecessor>,
     program: Option<Program>,
     store: StoreSlot,
-    /// Of the store that the predecessor still has open.
-    taken_over: Option<PathBuf>,
+    /// Where the store is that the predecessor still has open, and what it is written under.
+    taken_over: Option<(PathBuf, Secrets)>,
     context: Arc<admin::Context>,
 }
 
@@ -342,7 +344,7 @@ impl Control {
         tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full, admin_stop.clone()));
         tokio::spawn(serve_probes(Arc::clone(&context), probes, admin_stop.clone()));
         let _ = ready.send(Ok(()));
-        let succession = Succession { released, store: store.clone(), directory: taken_over };
+        let succession = Succession { released, store: store.clone(), taken_over };
         tokio::spawn(tell(notifier.clone(), Arc::clone(running), Arc::clone(state), succession));
         let hand_over = HandOver {
             running: Arc::clone(running),
@@ -366,27 +368,31 @@ impl Control {
 struct Succession {
     released: Option<Arc<Notify>>,
     store: StoreSlot,
-    directory: Option<PathBuf>,
+    taken_over: Option<(PathBuf, Secrets)>,
 }
 
-/// Opens the store where another process had it, and tells the service manager how this stands, once this process is the one that it asks.
+/// Opens the store where another process had it, and tells the service manager how this stands, once this process is
+/// the one that it asks.
 async fn tell(notifier: Notifier, running: Arc<Running>, state: Arc<ReloadState>, succession: Succession) {
-    let Succession { released, store, directory } = succession;
+    let Succession { released, store, taken_over } = succession;
     if let Some(released) = released {
         released.notified().await;
     }
-    if let Some(directory) = directory {
-        let dispatchers: Vec<_> =
-            running.snapshot.load().services.iter().map(|service| Arc::clone(&service.dispatcher)).collect();
-        let metrics = running.metrics.store();
-        let opening = move || store::take_over(&directory, metrics, &store, &dispatchers);
+    if let Some((directory, secrets)) = taken_over {
+        let (metrics, slot) = (running.metrics.store(), StoreSlot::clone(&store));
+        let opening = move || store::take_over(&directory, metrics, &secrets, &slot);
         if tokio::task::spawn_blocking(opening).await.is_err() {
             error!("opening the state broke down; it is not kept until the next start");
+        }
+        // Here, on the thread of reloads: a service is kept by this or by the reload that it came with.
+        if let Some(store) = store.get() {
+            running.snapshot.load().services.iter().for_each(|service| store.keep(&service.dispatcher, false));
         }
     }
     notifier.ready(&format!("serving, configuration {}", state.status().generation));
     tokio::join!(notify::tell_reloads(notifier.clone(), state), notify::run(notifier, running));
 }
+
 const NEVER_BEGAN: Ended = Ended { cut: 0, forced: true };
 
 /// Serves the probes where the newest configuration wants them.

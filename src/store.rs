@@ -92,6 +92,10 @@ enum Command {
 pub fn open(directory: &Path, metrics: StoreMetrics) -> Result<(Store, Kept), OpenError> {
     let path = path_in(directory);
     let (file, kept) = open_in_time(directory, &path)?;
+    Ok((start(path, file, metrics)?, kept))
+}
+
+fn start(path: PathBuf, file: StateFile, metrics: StoreMetrics) -> Result<Store, OpenError> {
     let shared = Arc::new(Shared { path: path.clone(), told: Arc::default(), services: Mutex::default(), metrics });
     let (commands, receiver) = sync_channel(1);
     let thread = {
@@ -99,20 +103,26 @@ pub fn open(directory: &Path, metrics: StoreMetrics) -> Result<(Store, Kept), Op
         let spawned = thread::Builder::new().name("store".to_owned()).spawn(move || write(&shared, file, &receiver));
         spawned.map_err(|failure| OpenError::Unusable { path, failure: failure.to_string() })?
     };
-    Ok((Store { shared, commands, thread: Mutex::new(Some(thread)) }, kept))
+    Ok(Store { shared, commands, thread: Mutex::new(Some(thread)) })
 }
 
-/// Opens the file of a directory after the process that had it open has closed it, and keeps these services: all is
-/// written anew, as the process before has told what they have. Waits for the disk.
-pub fn take_over(directory: &Path, metrics: StoreMetrics, slot: &StoreSlot, dispatchers: &[Arc<Dispatcher>]) {
-    let opened = open(directory, metrics).and_then(|(store, _)| {
-        let path = store.path().to_owned();
-        slot.set(store).map_err(|_| OpenError::Locked(path))
+/// Opens the file of a directory after the process that had it open has closed it. What is in it was told by that process
+/// already, so all is to be written anew, and under the secrets that both have. Waits for the disk.
+pub fn take_over(directory: &Path, metrics: StoreMetrics, secrets: &Secrets, slot: &StoreSlot) {
+    let errors = metrics.errors.clone();
+    let path = path_in(directory);
+    let opened = open_in_time(directory, &path).and_then(|(file, _)| {
+        file.keep_secrets(secrets).map_err(|failure| OpenError::Unusable { path: path.clone(), failure })?;
+        start(path.clone(), file, metrics)
     });
-    match (opened, slot.get()) {
-        (Ok(()), Some(store)) => dispatchers.iter().for_each(|dispatcher| store.keep(dispatcher, false)),
-        (Ok(()), None) => {}
-        (Err(failure), _) => error!("the state is not kept until the next start: {failure}"),
+    match opened {
+        Ok(store) => {
+            slot.get_or_init(|| store);
+        }
+        Err(failure) => {
+            errors.inc();
+            error!("the state is not kept until the next start: {failure}");
+        }
     }
 }
 

@@ -1045,7 +1045,6 @@ fn refresh(tls: &ServerTls, index: usize, problems: &mut Vec<Problem>) {
     }
 }
 
-/// Binds; on failure says what to do about it.
 /// Binds the admin API's address, unless its socket was inherited.
 pub fn bind_admin(inherited: &mut Inherited, address: &Address) -> Result<(Address, Socket), String> {
     take_or_bind(inherited, address, "admin", listen::bind_private)
@@ -1066,6 +1065,7 @@ fn take_or_bind(
     }
 }
 
+/// Binds; on failure says what to do about it.
 fn bind_by(
     listen: impl FnOnce(&Address) -> std::io::Result<Socket>,
     address: &Address,

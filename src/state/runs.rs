@@ -285,6 +285,13 @@ impl Runs {
         std::iter::successors(first.and_then(at), move |(_, run)| run.next.and_then(at))
     }
 
+    /// Every run that is to outlive this process was written.
+    pub fn mark_stored(&mut self) {
+        for run in self.slots.iter_mut().flatten().filter(|run| !run.ended && run.lasts()) {
+            run.stored = true;
+        }
+    }
+
     /// All outstanding runs, with their numbers.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &Run)> {
         let numbered = self.slots.iter().enumerate();

@@ -130,6 +130,13 @@ impl StateFile {
         writing.commit().map_err(text)
     }
 
+    /// What is written from here on is under these.
+    pub fn keep_secrets(&self, secrets: &Secrets) -> Result<(), String> {
+        let writing = begin_write(&self.database)?;
+        writing.open_table(META).map_err(text)?.insert("secrets", json(secrets)?.as_slice()).map_err(text)?;
+        writing.commit().map_err(text)
+    }
+
     /// All that is kept.
     pub fn read(&self) -> Result<Kept, OpenError> {
         guarded(&self.path, || self.read_all().map_err(|failure| damaged(&self.path, &failure)))

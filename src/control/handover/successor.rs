@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -147,13 +147,6 @@ impl HandOver {
         self.reload.close_listeners().await;
         self.admin_stop.cancel();
         self.notifier.main_is(process);
-        let now = ids::now();
-        dispatchers.iter().for_each(|dispatcher| dispatcher.retire(now));
-        let store = Arc::clone(&self.store);
-        let closing = move || store.get().map(Store::close);
-        if tokio::task::spawn_blocking(closing).await.is_err() {
-            error!("closing the state broke down; the new process may not be able to open it");
-        }
         let timeout = self.running.snapshot.load().loaded.config.shutdown.timeout;
         let open = self.running.open_exchanges.load(Ordering::Acquire);
         info!(open, ?timeout, process, "the new process serves; this one finishes what it has begun");
@@ -161,18 +154,34 @@ impl HandOver {
 
         let (mut reader, mut writer) = stream.into_split();
         let (done, mut finished) = mpsc::channel::<()>(1);
-        let writing = tokio::spawn(async move {
-            if send(&mut writer, &ToNew::Released).await.is_err() {
-                return;
+        let (closed, mut is_closed) = oneshot::channel();
+        let (store, retiring) = (Arc::clone(&self.store), dispatchers.clone());
+        tokio::spawn(async move {
+            let closing = move || store.get().map(Store::close);
+            if tokio::task::spawn_blocking(closing).await.is_err() {
+                error!("closing the state broke down; the new process may not be able to open it");
             }
+            // Only now: what is forgotten here is not to be missing in the file.
+            let now = ids::now();
+            retiring.iter().for_each(|dispatcher| dispatcher.retire(now));
+            // Whoever waited for it may have ended.
+            let _ = closed.send(());
+        });
+        let writing = tokio::spawn(async move {
+            // Nobody waits for the disk: what is to be told is told meanwhile.
+            let mut released = false;
             loop {
                 let message = tokio::select! {
                     biased;
-                    message = told.recv() => message,
+                    _ = &mut is_closed, if !released => {
+                        released = true;
+                        Some(ToNew::Released)
+                    }
+                    message = told.recv() => message.map(ToNew::Told),
                     _ = finished.recv() => None,
                 };
                 let Some(message) = message else { return };
-                if send(&mut writer, &ToNew::Told(message)).await.is_err() {
+                if send(&mut writer, &message).await.is_err() {
                     return;
                 }
             }

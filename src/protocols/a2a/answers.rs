@@ -223,6 +223,7 @@ impl Watch for Answer {
         let is_error = is_error(event.data);
         if !learns
             && !is_error
+            && self.role != Role::Ask
             && let Some(outcome) = plain_end(self.rpc, event.data)
         {
             facts.push(Fact::Ended(outcome));

@@ -52,6 +52,7 @@ impl Core {
         let mut delta = Delta { whole, ..Delta::default() };
         if whole {
             delta.runs = self.run_images(RunsTaken::Lasting, &mut places);
+            self.runs.mark_stored();
         } else {
             delta.removed = removed;
             delta.ended = ended.iter().map(ToString::to_string).collect();
@@ -102,12 +103,8 @@ impl Core {
     /// from where it was, and says how many are left to look at.
     pub fn mark_busy(&mut self, count: u32, now: Instant) {
         let now = self.advance(now);
+        let ticks = self.ticks(now);
         let Some(changes) = &mut self.changes else { return };
-        let ticks = {
-            let since =
-                self.started.map_or(std::time::Duration::ZERO, |started| now.saturating_duration_since(started));
-            (since.as_millis() / crate::state::sessions::TICK.as_millis()) as u32
-        };
         let slots = self.sessions.slots();
         if self.scanned >= slots {
             self.scanned = 0;

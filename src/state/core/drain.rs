@@ -44,6 +44,10 @@ impl Core {
         let endpoint = &mut self.endpoints[number];
         // Said again it means the same, and begins no second deadline.
         if endpoint.says.is_some() == says.is_some() {
+            if says == Some(Says::ByHealth) {
+                // From here on a check can also take it back.
+                endpoint.says = says;
+            }
             return;
         }
         let was_draining = endpoint.draining();
@@ -105,9 +109,9 @@ impl Core {
         }
     }
 
-    /// A run that ended tells how long runs take, unless something cut it off.
+    /// A run that ended tells how long runs take, unless something cut it off or it never began.
     pub(super) fn learn_duration(&mut self, duration: Duration, outcome: RunOutcome, now: Instant) {
-        if !matches!(outcome, RunOutcome::Truncated | RunOutcome::Unknown) {
+        if !matches!(outcome, RunOutcome::Truncated | RunOutcome::Unknown | RunOutcome::Rejected) {
             self.durations.observe(duration, now);
         }
     }

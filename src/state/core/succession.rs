@@ -327,6 +327,7 @@ impl Core {
         if self.sessions.endpoint(session) == number {
             self.sessions.confirm(session, true);
         }
+        self.pin_changed(session);
         if let Some(alias) = alias {
             self.sessions.add_alias(session, alias, self.rules.max_sessions);
         }
@@ -336,6 +337,7 @@ impl Core {
     pub fn adopt_name(&mut self, id: RunId, key: &str) {
         if let Some(number) = self.runs.by_id(id) {
             self.runs.name(number, key);
+            self.run_changed(number);
             self.tell_name(number, key);
         }
     }
