@@ -374,6 +374,8 @@ fn the_document_names_every_metric_and_every_code() {
     let document = include_str!("../docs/operations.md");
     let proxy = start("{address: \"127.0.0.1:0\"}");
     let _run = proxy.start_run("anna");
+    // As where the state has a file.
+    let _store = proxy.app.running.metrics.store();
     assert_eq!(proxy.ask("POST /api/v1/services/support/endpoints/10.0.0.11%3A8000/drain").status, 200);
     let text = proxy.ask("GET /metrics").body;
     let mut served: Vec<&str> = text
