@@ -313,7 +313,7 @@ async fn a_start_with_a_million_pins_takes_less_than_a_second() {
     let runs = Arc::default();
     let backend = agent(&runs).await;
     let services = format!(
-        "services:\n- name: agents\n  agent_protocol: http\n  session: {{key: [header: x-session], idle_timeout: 24h}}\n  \
+        "services:\n- name: agents\n  agent_protocol: http\n  session: {{key: [header: x-session], idle_timeout: 24h, max_sessions: 2000000}}\n  \
          versions: [{{name: stable, endpoints: ['{}']}}]\n",
         backend.url()
     );
