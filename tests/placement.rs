@@ -740,6 +740,26 @@ fn a_retry_hands_over_slot_and_tentative_pin() {
     assert_eq!(world.core.status(world.now).outstanding_runs, 0);
 }
 
+/// Endpoints that left and came back meanwhile don't bear the numbers that they had.
+#[test]
+fn a_retry_knows_what_was_tried_across_reloads() {
+    let mut world = World::new(&fleet(1..=3));
+    let mut grant = world.keyless(Kind::Start).expect("a place");
+    let first = world.port(&grant);
+    world.core.retry(&mut grant, world.now, 0).expect("another");
+    let second = world.port(&grant);
+    let third = 6 - first - second;
+    for ports in [vec![second], vec![second, 4], vec![second, 4, third, first]] {
+        world.apply(&fleet(ports));
+    }
+    let mut others: Vec<u16> = (0..2)
+        .map(|_| port_of(&world.core.retry(&mut grant, world.now, 0).expect("one that wasn't tried").address))
+        .collect();
+    others.sort();
+    assert_eq!(others, [third.min(4), third.max(4)]);
+    assert_eq!(world.core.retry(&mut grant, world.now, 0).err(), Some(Unplaced::Empty), "all were tried");
+}
+
 #[test]
 fn a_confirmed_pin_retries_at_home() {
     let mut world = World::new(&fleet(1..=3));

@@ -135,8 +135,8 @@ pub struct Grant {
     fixed: bool,
     /// It makes a session whose key is still to be learned, and weighs as a run until then.
     placing: bool,
-    /// Endpoints tried before this one.
-    tried: Vec<u32>,
+    /// Identities of the endpoints tried before this one: it doesn't keep them alive, and their numbers are given again.
+    tried: Vec<Box<str>>,
 }
 
 /// Why an exchange can't be placed now.
@@ -358,7 +358,7 @@ impl Core {
             Some((here, true)) if here == from => from,
             Some((here, settled)) if here != from && (settled || self.may_follow(grant, here)) => {
                 // One that is gone is kept for its pins only.
-                if grant.tried.contains(&here) || self.endpoints[here].gone {
+                if self.was_tried(grant, here) || self.endpoints[here].gone {
                     return Err(Unplaced::Empty);
                 }
                 if grant.run.is_some() && !self.endpoints[here].has_slot() {
@@ -817,13 +817,17 @@ impl Core {
     /// A tentative pin was moved by another exchange of the session, to where this one may follow.
     fn may_follow(&self, grant: &Grant, here: u32) -> bool {
         let endpoint = &self.endpoints[here];
-        endpoint.ready && !grant.tried.contains(&here) && (grant.run.is_none() || endpoint.has_slot())
+        endpoint.ready && !self.was_tried(grant, here) && (grant.run.is_none() || endpoint.has_slot())
+    }
+
+    fn was_tried(&self, grant: &Grant, endpoint: u32) -> bool {
+        grant.tried.contains(&self.endpoints[endpoint].identity)
     }
 
     /// Another endpoint than those tried, of the same version if that has one.
     fn choose_another(&mut self, grant: &Grant, now: Instant, rng: u64) -> Result<u32, Unplaced> {
-        let mut tried = grant.tried.clone();
-        tried.push(grant.endpoint);
+        let known = grant.tried.iter().filter_map(|identity| self.by_identity.get(identity).copied());
+        let tried: Vec<u32> = known.chain([grant.endpoint]).collect();
         let version = self.endpoints[grant.endpoint].version;
         let key = grant.session.map(|session| SessionKey { scope: None, text: self.sessions.key(session).into() });
         let request = Request { key: key.as_ref(), run: grant.run_id, creates: grant.placing, version: None, now, rng };
@@ -872,7 +876,7 @@ impl Core {
         if let Some(run) = grant.run {
             self.run_changed(run);
         }
-        grant.tried.push(from);
+        grant.tried.push(self.endpoints[from].identity.clone());
         grant.endpoint = to;
         if let Some(session) = grant.session
             && self.sessions.endpoint(session) == from
@@ -1153,10 +1157,7 @@ impl Core {
 
 /// A ready endpoint of the version is not among those tried.
 fn offers(versions: &[Version], version: usize, endpoints: &Endpoints, tried: &[u32]) -> bool {
-    // One tried before may be gone and forgotten by now.
-    let spent = tried.iter().filter(|number| {
-        endpoints.contains(**number) && endpoints[**number].ready && endpoints[**number].version == version
-    });
+    let spent = tried.iter().filter(|number| endpoints[**number].ready && endpoints[**number].version == version);
     versions[version].ready() > spent.count()
 }
 
