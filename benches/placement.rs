@@ -30,6 +30,14 @@ fn dispatcher(endpoints: u16, affinity: Affinity) -> Arc<Dispatcher> {
     dispatcher
 }
 
+/// A pick alone: what it reserved is given back outside the measurement.
+#[divan::bench(args = [2, 100, 10_000])]
+fn pick(bencher: Bencher<'_, '_>, endpoints: u16) {
+    let dispatcher = dispatcher(endpoints, Affinity::Pin);
+    let now = ids::now();
+    bencher.bench_local(|| dispatcher.pick(black_box(Ask::new(Kind::Start, None)), now, 0));
+}
+
 /// A run reserved and given back, its id and its metrics included.
 #[divan::bench(args = [2, 100, 10_000])]
 fn pick_and_drop(bencher: Bencher<'_, '_>, endpoints: u16) {

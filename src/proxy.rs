@@ -29,6 +29,7 @@ pub mod forwarded;
 pub mod heartbeat;
 pub mod http2_server;
 pub mod identify;
+pub mod in_place;
 pub mod learn;
 pub mod observe;
 pub mod peer;
@@ -138,7 +139,7 @@ pub async fn exchange(
         knew_better: connection.refuses_starts(),
     };
     // Boxed, so that a stream that lasts minutes does not keep the room that its beginning needed.
-    let begun = Box::pin(begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
+    let begun = in_place::pinned(|| begin(connection, &listener, client, request, &caller, timer, &mut record)).await;
     let mut flow = match begun {
         Ok(Begun::Streaming(flow)) => flow,
         Ok(Begun::Answered) => return after_own_answer(client, &caller, connection),

@@ -24,7 +24,7 @@ use crate::proxy::account::OpenExchange;
 use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
 use crate::proxy::timer::Timer;
 use crate::proxy::worker::{Handed, Local, Worker};
-use crate::proxy::{self, forwarded, http2_server, problem};
+use crate::proxy::{self, forwarded, http2_server, in_place, problem};
 use crate::snapshot::Listener;
 
 /// The first bytes of HTTP/2 with prior knowledge (RFC 9113 section 3.4), as far as they look like an HTTP/1 head.
@@ -192,11 +192,11 @@ async fn serve_http1(connection: Connection, stream: Stream) {
         }
         first = false;
         let request = match http1.take_request(length, limits) {
-            Ok(request) => request,
+            Ok(request) => Box::new(request),
             Err(error) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
         };
         let upgrade = request.upgrade.is_some();
-        let exchange = Box::pin(proxy::exchange(&connection, &mut client, Box::new(request), &mut timer));
+        let exchange = in_place::pinned(|| proxy::exchange(&connection, &mut client, request, &mut timer));
         let after = at_one_instant_a_poll(exchange).await;
         let Peer::Http1(http1) = &mut client else { return };
         match after {

@@ -1,6 +1,7 @@
 //! Steps 5 to 8, forward: who asks, where it goes, and attempts until an endpoint has answered.
 
 use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -29,7 +30,7 @@ use crate::proxy::rewrite::{self, Outside};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
-use crate::proxy::{Caller, edits, may_keep_alive, respond, shadow, websocket, whose_error};
+use crate::proxy::{Caller, edits, in_place, may_keep_alive, respond, shadow, websocket, whose_error};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Lease, Placed};
@@ -163,7 +164,8 @@ pub async fn forward(
     let connect_timeout = overrides.connect.unwrap_or(timeouts.connect);
     let mut attempt = 1;
     let mut fresh = false;
-    let (mut upstream, mut answer) = loop {
+    let mut exchange = None;
+    let mut answer = loop {
         let tried = try_once(
             Attempt {
                 asked: &asked,
@@ -179,11 +181,16 @@ pub async fn forward(
             client,
             &mut request,
             &mut direction,
+            &mut exchange,
             timer,
         )
         .await;
+        if !matches!(tried, Tried::Answered(_)) {
+            // Its connection is closed before its place is given on.
+            exchange = None;
+        }
         let unanswered = match tried {
-            Tried::Answered(upstream, answer) => break (upstream, answer),
+            Tried::Answered(answer) => break answer,
             Tried::ClientGone => {
                 let finish = gone_before_answer(service, watching.as_deref_mut(), &mut lease);
                 record.ended(finish);
@@ -240,6 +247,7 @@ pub async fn forward(
         return Err(if drain_over { whose_error(error, &connection.worker.running) } else { error });
     };
 
+    let mut upstream = exchange.expect("whoever was answered has an exchange");
     let outside = Outside { scheme: asked.scheme, authority: &request.authority, prefix };
     let ahead = rewrite::ahead(
         identity.recognised.as_ref(),
@@ -256,15 +264,15 @@ pub async fn forward(
     begin_answer(
         asked,
         client,
-        request,
-        identity,
+        &request,
+        &identity,
         watching,
         kept,
         lease,
         (target, cuts),
         upstream,
         direction,
-        answer,
+        &mut answer,
         ahead,
         deadlines,
         record,
@@ -326,9 +334,9 @@ struct Attempt<'a> {
     begun: bool,
 }
 
-#[expect(clippy::large_enum_variant, reason = "one at a time, and the large one is the usual one")]
 enum Tried {
-    Answered(Upstream, ResponseHead),
+    /// The exchange that answered is there.
+    Answered(ResponseHead),
     /// `reused`: on a kept connection.
     Unanswered {
         unanswered: Unanswered,
@@ -352,6 +360,7 @@ async fn try_once(
     client: &mut Peer,
     request: &mut RequestHead,
     direction: &mut Direction,
+    exchange: &mut Option<Upstream>,
     timer: &mut Timer,
 ) -> Tried {
     let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh, goes_on, begun } = attempt;
@@ -360,7 +369,8 @@ async fn try_once(
     let connected = match kept {
         Some(connected) => connected,
         None => {
-            let connecting = upstream::connect(pool, target, connect_timeout);
+            // Boxed, so that an exchange on a kept connection does not make room for it.
+            let connecting = Box::pin(upstream::connect(pool, target, connect_timeout));
             match unless_gone(client, direction, goes_on, connecting).await {
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
@@ -394,21 +404,21 @@ async fn try_once(
     let head = if target.headers.set.is_empty() && target.headers.remove.is_empty() {
         &*request
     } else {
-        let mut copy = request.clone();
+        let mut copy = Box::new(request.clone());
         edits::apply(&target.headers, &mut copy.fields);
         edited = copy;
         &edited
     };
     let host = edits::host_for(&target.host, &request.authority, &target.url);
-    let mut upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
-        Ok(upstream) => upstream,
+    let upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
+        Ok(upstream) => exchange.insert(upstream),
         // A request that HTTP/2 can't carry is no fault of the endpoint.
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
     };
     match relay::until_answer(
         client,
-        &mut upstream,
+        upstream,
         direction,
         (deadlines, &target.cut, cuts, stop),
         interim_passes,
@@ -417,7 +427,7 @@ async fn try_once(
     )
     .await
     {
-        Answer::Head(head) => Tried::Answered(upstream, head),
+        Answer::Head(head) => Tried::Answered(head),
         Answer::None(unanswered) => Tried::Unanswered { unanswered, reused: upstream.reused },
         Answer::ClientGone => Tried::ClientGone,
         Answer::Stopped(outcome) => Tried::Stopped(outcome),
@@ -431,12 +441,11 @@ async fn unless_gone<T>(
     client: &mut Peer,
     direction: &Direction,
     goes_on: bool,
-    future: impl Future<Output = T>,
+    mut future: Pin<Box<impl Future<Output = T>>>,
 ) -> Option<T> {
     if goes_on && client.source_ended() {
         return Some(future.await);
     }
-    let mut future = Box::pin(future);
     let watch = client.source_ended() && !direction.done() && client.held().is_empty();
     poll_fn(|context| {
         if let Poll::Ready(value) = future.as_mut().poll(context) {
@@ -470,15 +479,15 @@ pub fn cancel_soon(lease: &mut Lease) -> Finish {
 fn begin_answer(
     asked: Asked<'_>,
     client: &mut Peer,
-    request: Box<RequestHead>,
-    identity: Identity,
+    request: &RequestHead,
+    identity: &Identity,
     mut watching: Option<Box<Watching>>,
     kept: Option<Rc<Kept>>,
     mut lease: Lease,
     (target, cuts): (Arc<Target>, u32),
     mut upstream: Upstream,
     direction: Direction,
-    mut answer: ResponseHead,
+    answer: &mut ResponseHead,
     ahead: Option<Bytes>,
     deadlines: Deadlines,
     record: &mut Record,
@@ -497,7 +506,7 @@ fn begin_answer(
         lease.keep_from_judge();
     }
     let tunnel = status == 101;
-    if record.begun && (status != 200 || !is_event_stream(&answer) || answer.fields.contains("content-encoding")) {
+    if record.begun && (status != 200 || !is_event_stream(answer) || answer.fields.contains("content-encoding")) {
         lease.outcome(outcome);
         record.ended(Finish::Ended(outcome));
         let detail = format!("the endpoint answered {status}, and no event stream, when the wait was over");
@@ -509,7 +518,7 @@ fn begin_answer(
         return Err(ProxyError::new(Code::UpstreamReset, detail));
     }
     if tunnel {
-        websocket::check_switch(&request, &mut answer, caller.version).map_err(|reason| {
+        websocket::check_switch(request, answer, caller.version).map_err(|reason| {
             lease.outcome(RunOutcome::Failed);
             record.ended(Finish::Ended(RunOutcome::Failed));
             ProxyError::new(Code::UpstreamReset, reason)
@@ -525,9 +534,9 @@ fn begin_answer(
     if success {
         lease.confirm(now);
         if service.config.session.affinity != Affinity::None {
-            match identify::learned_from_head(&service.config.session, &answer) {
+            match identify::learned_from_head(&service.config.session, answer) {
                 Some(text) => lease.learn(SessionKey { scope: identity.scope, text: text.into() }, now),
-                None => learn = expect_learning(&service.config.session, &answer, &identity),
+                None => learn = expect_learning(&service.config.session, answer, identity),
             }
         }
     }
@@ -535,7 +544,7 @@ fn begin_answer(
         watching.head(status, &answer.fields, &mut lease);
     }
     let mut response_observer = Observer::of_answer(learn, watching, kept.clone());
-    if is_event_stream(&answer) {
+    if is_event_stream(answer) {
         response_observer.expect_events();
     }
     let untouched = ahead.is_none();
@@ -573,13 +582,13 @@ fn begin_answer(
         answer.fields.append("longhaul-endpoint", target.address.as_bytes());
     }
     if success
-        && let Some(cookie) = cookie_to_set(asked.service, &identity, &target, record.affinity, connection.peer.tls)
+        && let Some(cookie) = cookie_to_set(asked.service, identity, &target, record.affinity, connection.peer.tls)
     {
         answer.fields.append("set-cookie", cookie.as_bytes());
     }
     record.status = status;
     if let Some(kept) = &kept {
-        kept.head(&answer);
+        kept.head(answer);
     }
 
     // Both bodies.
@@ -599,7 +608,7 @@ fn begin_answer(
     // The head of a stream that was begun in the queue has said that the connection closes.
     let client_keep_alive = client_keep_alive && !eof_framed && !record.begun;
     let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
-    let takes_comments = is_event_stream(&answer)
+    let takes_comments = is_event_stream(answer)
         && matches!(answer.framing, Framing::Chunked | Framing::Eof)
         && !answer.fields.contains("content-encoding");
     let heartbeat = service.config.runs.heartbeat.filter(|_| takes_comments);
@@ -609,7 +618,7 @@ fn begin_answer(
     let timed = is_timed.then(|| Box::new(Timed { run_deadline, heartbeat }));
     let begun = match record.begun {
         true => Ok(()),
-        false => respond::begin(client, &mut answer, caller.version, !client_keep_alive, raw, bodiless),
+        false => respond::begin(client, answer, caller.version, !client_keep_alive, raw, bodiless),
     };
     // Where the answer is recorded, the relay finds that its client is gone.
     if begun.is_err() && kept.is_none() {
@@ -619,7 +628,7 @@ fn begin_answer(
         return Ok(Forwarded::ClientGone);
     }
     if let Some(body) = request_direction.take_copy() {
-        shadow::copy(&connection.worker, service, &identity, &request, body);
+        shadow::copy(&connection.worker, service, identity, request, body);
     }
     request_direction.replay = None;
     if tunnel {
@@ -633,7 +642,7 @@ fn begin_answer(
         request_direction.observer.bytes_max = 0;
     }
     let idle = route.timeouts.idle.unwrap_or(service.config.timeouts.idle);
-    Ok(Forwarded::Streaming(Box::new(Flow {
+    let flow = in_place::boxed(|| Flow {
         upstream,
         lease: Some(lease),
         target,
@@ -651,7 +660,8 @@ fn begin_answer(
         upstream_keep_alive,
         client_keep_alive,
         until_close,
-    })))
+    });
+    Ok(Forwarded::Streaming(flow))
 }
 
 fn expect_learning(session: &config::Session, answer: &ResponseHead, identity: &Identity) -> Option<Learn> {

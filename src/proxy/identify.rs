@@ -35,7 +35,7 @@ pub struct Identity {
     pub kind: Kind,
     pub key: Option<SessionKey>,
     /// The proxy's own cookie, where the client sent one.
-    pub cookie: Option<CookieSession>,
+    pub cookie: Option<Box<CookieSession>>,
     /// The principal's digest, for keys that the answer will tell.
     pub scope: Option<[u8; 16]>,
     /// That is the digest of nothing: the request has none of the values that tell principals apart.
@@ -85,49 +85,86 @@ pub async fn identify(
     observer: &mut Observer,
     timer: &mut Timer,
 ) -> Result<Identity, SourceFault> {
-    let session = &service.config.session;
-    let (scope, anonymous) = scope(session, scope_secret, request).unzip();
-    let anonymous = anonymous.unwrap_or_default();
-    let principal = if service.cookie.is_some() { principal(session, request) } else { Vec::new() };
-    let keyed = session.affinity != config::Affinity::None;
-    let cookie = service
-        .cookie
-        .as_ref()
-        .filter(|_| keyed)
-        .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), &principal, crate::ids::wall_clock()));
+    let (head, body) = Head::read(service, prefix, scope_secret, request);
+    if !body.wanted() {
+        return Ok(head.identity(service, prefix, request, None, None));
+    }
+    // Boxed, so that an exchange that its head tells all of does not make room for it.
+    Box::pin(async move {
+        let mut body = body;
+        let looked = look_ahead(&mut body, request, client, observer, timer).await?;
+        let (in_body, fields) = if looked { (body.key(), body.fields.as_deref()) } else { (None, None) };
+        Ok(head.identity(service, prefix, request, in_body, fields))
+    })
+    .await
+}
 
-    let plan = match service.recognition {
-        Recognition::Http => Plan::Http,
-        Recognition::Auto => Plan::new(None, &view(request, prefix)),
-        Recognition::One(protocol) => Plan::new(Some(protocol), &view(request, prefix)),
-    };
-    let places = if keyed { places(session, request) } else { Places::default() };
-    let mut body = Ahead {
-        fields: plan.wants(&view(request, prefix)).map(|pointers| Extractor::of(pointers.clone())),
-        places: places.in_body.as_ref().map(|pointers| Extractor::new(pointers)),
-    };
-    let looked = body.wanted() && look_ahead(&mut body, request, client, observer, timer).await?;
-    let in_body = body.places.filter(|_| looked).and_then(|extractor| {
-        let mut values = (0..places.in_body.as_ref().map_or(0, Vec::len)).map(|index| extractor.value(index));
-        values.find_map(|value| text_of(value?.as_bytes()))
-    });
-    let fields = body.fields.filter(|_| looked);
-    let mut recognised = plan.recognise(&view(request, prefix), fields.as_ref());
+/// What the head tells.
+struct Head {
+    plan: Plan,
+    places: Places,
+    /// As in [`Identity`].
+    scope: Option<[u8; 16]>,
+    anonymous: bool,
+    principal: Vec<u8>,
+    cookie: Option<Box<CookieSession>>,
+}
 
-    let kind = recognised.as_ref().map_or_else(|| kind(&service.config, request), |recognised| recognised.kind);
-    let own = recognised.as_mut().and_then(|recognised| recognised.session.take());
-    let text = places.before.or(in_body).or(places.after).or(own.filter(|_| keyed));
-    let mut issue_cookie = false;
-    let key = match (text, &cookie, &service.cookie) {
-        (Some(text), ..) => Some(SessionKey { scope, text: text.into() }),
-        (None, Some(cookie), _) => Some(SessionKey { scope, text: cookie.id.as_str().into() }),
-        (None, None, Some(_)) if keyed => {
-            issue_cookie = true;
-            Some(SessionKey { scope, text: new_cookie_id().into() })
-        }
-        (None, None, _) => None,
-    };
-    Ok(Identity { kind, key, cookie, scope, anonymous, principal, issue_cookie, recognised })
+impl Head {
+    /// What the head tells, and what is to be looked for in the body.
+    fn read(service: &Service, prefix: Option<&str>, scope_secret: &[u8; 16], request: &RequestHead) -> (Head, Ahead) {
+        let session = &service.config.session;
+        let (scope, anonymous) = scope(session, scope_secret, request).unzip();
+        let principal = if service.cookie.is_some() { principal(session, request) } else { Vec::new() };
+        let keyed = session.affinity != config::Affinity::None;
+        let cookie = service
+            .cookie
+            .as_ref()
+            .filter(|_| keyed)
+            .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), &principal, crate::ids::wall_clock()))
+            .map(Box::new);
+        let view = view(request, prefix);
+        let plan = match service.recognition {
+            Recognition::Http => Plan::Http,
+            Recognition::Auto => Plan::new(None, &view),
+            Recognition::One(protocol) => Plan::new(Some(protocol), &view),
+        };
+        let places = if keyed { places(session, request) } else { Places::default() };
+        let body = Ahead {
+            fields: plan.wants(&view).map(|pointers| Box::new(Extractor::of(pointers.clone()))),
+            places: places.in_body.as_ref().map(|pointers| Box::new(Extractor::new(pointers))),
+            places_count: places.in_body.as_ref().map_or(0, Vec::len),
+        };
+        (Head { plan, places, scope, anonymous: anonymous.unwrap_or_default(), principal, cookie }, body)
+    }
+
+    /// `in_body`, `fields`: what was found in the body for the session key and for the protocol.
+    fn identity(
+        self,
+        service: &Service,
+        prefix: Option<&str>,
+        request: &RequestHead,
+        in_body: Option<String>,
+        fields: Option<&Extractor>,
+    ) -> Identity {
+        let Head { plan, places, scope, anonymous, principal, cookie } = self;
+        let keyed = service.config.session.affinity != config::Affinity::None;
+        let mut recognised = plan.recognise(&view(request, prefix), fields);
+        let kind = recognised.as_ref().map_or_else(|| kind(&service.config, request), |recognised| recognised.kind);
+        let own = recognised.as_mut().and_then(|recognised| recognised.session.take());
+        let text = places.before.or(in_body).or(places.after).or(own.filter(|_| keyed));
+        let mut issue_cookie = false;
+        let key = match (text, &cookie, &service.cookie) {
+            (Some(text), ..) => Some(SessionKey { scope, text: text.into() }),
+            (None, Some(cookie), _) => Some(SessionKey { scope, text: cookie.id.as_str().into() }),
+            (None, None, Some(_)) if keyed => {
+                issue_cookie = true;
+                Some(SessionKey { scope, text: new_cookie_id().into() })
+            }
+            (None, None, _) => None,
+        };
+        Identity { kind, key, cookie, scope, anonymous, principal, issue_cookie, recognised }
+    }
 }
 
 /// The request as its endpoint will see it.
@@ -273,9 +310,10 @@ fn query_value<T>(query: &str, name: &str, read: impl Fn(&[u8]) -> Option<T>) ->
 /// What is looked for in a body.
 struct Ahead {
     /// Of the protocol.
-    fields: Option<Extractor>,
+    fields: Option<Box<Extractor>>,
     /// Of the session key.
-    places: Option<Extractor>,
+    places: Option<Box<Extractor>>,
+    places_count: usize,
 }
 
 impl Ahead {
@@ -285,10 +323,16 @@ impl Ahead {
 
     /// Whether more bytes can tell more.
     fn feed(&mut self, bytes: &[u8]) -> bool {
-        let more = |extractor: &mut Option<Extractor>| {
+        let more = |extractor: &mut Option<Box<Extractor>>| {
             extractor.as_mut().is_some_and(|extractor| extractor.feed(bytes) == Progress::More)
         };
         more(&mut self.fields) | more(&mut self.places)
+    }
+
+    /// The session key, at the first place that has one.
+    fn key(&self) -> Option<String> {
+        let places = self.places.as_ref()?;
+        (0..self.places_count).find_map(|index| text_of(places.value(index)?.as_bytes()))
     }
 }
 

@@ -20,7 +20,7 @@ use crate::http1::{self, HeadLimits};
 use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
 use crate::net::stream::{Plain, Stream};
 use crate::proxy::peer::{HeadFault, Http1, Http2, Peer, fields, header_map};
-use crate::proxy::pool::{Counted, Pool, StreamCount};
+use crate::proxy::pool::{Counted, Multiplexed, Pool, StreamCount};
 use crate::state::Target;
 
 /// Bounds of an endpoint's answer head.
@@ -68,7 +68,7 @@ pub struct Unanswered {
 /// A connection that is ready for a request head.
 pub enum Connected {
     Http1 { stream: Stream, counted: Counted, reused: bool },
-    Http2 { connection: crate::proxy::pool::Multiplexed, stream: StreamCount },
+    Http2 { connection: Multiplexed, stream: StreamCount },
 }
 
 /// Opens a connection, within the connect time-out.
@@ -79,7 +79,7 @@ pub async fn connect(pool: &Pool, target: &Arc<Target>, connect_timeout: Duratio
         let counted = Counted::make_room(target).await.ok_or_else(limit_reached)?;
         open(pool, target, counted).await
     };
-    match timeout(connect_timeout, Box::pin(opening)).await {
+    match timeout(connect_timeout, opening).await {
         Ok(result) => result,
         Err(_) => Err(ProxyError::new(
             Code::ConnectTimeout,
@@ -196,32 +196,44 @@ impl Upstream {
                     head: request.method == Method::HEAD,
                 })
             }
+            // Boxed, so that HTTP/1.1 does not make room for it.
             Connected::Http2 { connection, stream } => {
-                let unsent = |error: h2::Error| Unanswered {
-                    unsent: true,
-                    connection_spent: true,
-                    error: ProxyError::new(Code::UpstreamReset, format!("the endpoint took no new stream: {error}")),
-                };
-                let mut sender = connection.sender.clone().ready().await.map_err(unsent)?;
-                let end = matches!(request.framing, Framing::None | Framing::Length(0));
-                let head = http2_request(request, host, https).map_err(|error| Unanswered {
-                    unsent: false,
-                    connection_spent: false,
-                    error: ProxyError::new(Code::BadRequest, format!("HTTP/2 can't carry this request: {error}")),
-                })?;
-                let (response, outgoing) = sender.send_request(head, end).map_err(unsent)?;
-                let mut peer = Http2::client(outgoing);
-                if end {
-                    peer.nothing_to_send();
-                }
-                Ok(Upstream {
-                    peer: Peer::Http2(Box::new(peer)),
-                    reused: false,
-                    wire: Wire::Http2 { response: Some(Box::new(response)), _stream: stream },
-                    head: request.method == Method::HEAD,
-                })
+                Box::pin(Upstream::begin_stream(connection, stream, request, host, https)).await
             }
         }
+    }
+
+    /// As [`Upstream::begin`], as a stream of an HTTP/2 connection.
+    async fn begin_stream(
+        connection: Multiplexed,
+        stream: StreamCount,
+        request: &RequestHead,
+        host: &[u8],
+        https: bool,
+    ) -> Result<Upstream, Unanswered> {
+        let unsent = |error: h2::Error| Unanswered {
+            unsent: true,
+            connection_spent: true,
+            error: ProxyError::new(Code::UpstreamReset, format!("the endpoint took no new stream: {error}")),
+        };
+        let mut sender = connection.sender.clone().ready().await.map_err(unsent)?;
+        let end = matches!(request.framing, Framing::None | Framing::Length(0));
+        let head = http2_request(request, host, https).map_err(|error| Unanswered {
+            unsent: false,
+            connection_spent: false,
+            error: ProxyError::new(Code::BadRequest, format!("HTTP/2 can't carry this request: {error}")),
+        })?;
+        let (response, outgoing) = sender.send_request(head, end).map_err(unsent)?;
+        let mut peer = Http2::client(outgoing);
+        if end {
+            peer.nothing_to_send();
+        }
+        Ok(Upstream {
+            peer: Peer::Http2(Box::new(peer)),
+            reused: false,
+            wire: Wire::Http2 { response: Some(Box::new(response)), _stream: stream },
+            head: request.method == Method::HEAD,
+        })
     }
 
     /// The next answer head, interim ones too.
