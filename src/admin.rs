@@ -32,7 +32,7 @@ use crate::control::{DrainHandle, ReloadHandle, ReloadState, runs};
 use crate::drain::Phase;
 use crate::ids::{self, RunId};
 use crate::metrics;
-use crate::net::listen::{self, Accepted, Socket};
+use crate::net::listen::{self, Socket};
 use crate::snapshot::Running;
 use crate::state::dispatcher::Dispatcher;
 use document::Json;
@@ -83,12 +83,8 @@ pub async fn serve(context: Arc<Context>, socket: Socket, surface: Surface, stop
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok(Accepted::Tcp(stream, _)) => {
-                let stream = tokio::net::TcpStream::from_std(stream);
-                connections.spawn(connection(stream, router.clone(), permit));
-            }
-            Ok(Accepted::Unix(stream)) => {
-                let stream = tokio::net::UnixStream::from_std(stream);
+            Ok(accepted) => {
+                let stream = accepted.into_tokio().map(|(stream, _)| stream);
                 connections.spawn(connection(stream, router.clone(), permit));
             }
             Err(error) if listen::is_resource_exhaustion(&error) => tokio::time::sleep(EXHAUSTED_PAUSE).await,

@@ -2,6 +2,9 @@
 //!
 //! Nothing here is global: several may live in one process, as they do in tests.
 
+#[cfg(feature = "simulation")]
+pub mod here;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -25,7 +28,7 @@ use crate::metrics::Metrics;
 use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
-use crate::snapshot::Running;
+use crate::snapshot::{AcceptCommand, Running};
 use crate::store::{self, Secrets, StoreSlot};
 
 /// How long the data plane may take to end after everything was cut.
@@ -121,7 +124,44 @@ struct Threads {
 
 /// Binds everything, then starts both planes. When this returns, connections are accepted and the admin API answers.
 pub fn build(options: Options) -> Result<App, StartError> {
-    let Options { config_path, loaded, workers, signals, watch, after_reload, mut heritage, predecessor, program } =
+    let workers = options.workers;
+    let Built { bound, accept, control } = assemble(options)?;
+    let workers = workers.unwrap_or_else(|| thread::available_parallelism().map_or(WORKERS_DEFAULT, usize::from));
+    let running = Arc::clone(&control.context.running);
+    let data = proxy::start(Arc::clone(&running), workers, accept)?;
+
+    let (drain, reload) = (control.context.drain.clone(), control.context.reload.clone());
+    let (reload_state, store) = (Arc::clone(&control.context.reload_state), control.store.clone());
+    let (ready_sender, ready) = sync_channel(1);
+    let control = thread::Builder::new().name("control".to_owned()).spawn(move || control.run(&ready_sender));
+    let started = control.and_then(|control| match ready.recv() {
+        Ok(Ok(())) => Ok(control),
+        Ok(Err(failure)) => Err(failure),
+        Err(_) => Err(std::io::Error::other("the control thread ended before it began")),
+    });
+    let control = match started {
+        Ok(control) => control,
+        Err(failure) => {
+            running.drain.advance(crate::drain::Phase::Forced);
+            data.join();
+            return Err(failure.into());
+        }
+    };
+    announce(&bound);
+    Ok(App { bound, running, drain, reload, reload_state, store, threads: Some(Threads { control, data }) })
+}
+
+/// Everything but what it runs on.
+struct Built {
+    bound: Bound,
+    /// For the accept loop.
+    accept: mpsc::Receiver<AcceptCommand>,
+    control: Control,
+}
+
+/// Binds everything.
+fn assemble(options: Options) -> Result<Built, StartError> {
+    let Options { config_path, loaded, workers: _, signals, watch, after_reload, mut heritage, predecessor, program } =
         options;
     let notifier = heritage.notifier.clone();
     if let Err(failure) = net::raise_descriptor_limit() {
@@ -156,10 +196,6 @@ pub fn build(options: Options) -> Result<App, StartError> {
 
     let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
     let bound = Bound { listeners: listeners(&running), admin: admin_bound, probes: probes_address };
-    let drain = DrainHandle::new();
-    let workers = workers.unwrap_or_else(|| thread::available_parallelism().map_or(WORKERS_DEFAULT, usize::from));
-    let data = proxy::start(Arc::clone(&running), workers, accept)?;
-
     let control = Control {
         config_path,
         watch,
@@ -171,32 +207,11 @@ pub fn build(options: Options) -> Result<App, StartError> {
         notifier,
         predecessor,
         program,
-        store: store.clone(),
+        store,
         taken_over,
-        context: Arc::new(admin::Context {
-            running: Arc::clone(&running),
-            reload: reload.clone(),
-            reload_state: Arc::clone(&reload_state),
-            drain: drain.clone(),
-        }),
+        context: Arc::new(admin::Context { running, reload, reload_state, drain: DrainHandle::new() }),
     };
-    let (ready_sender, ready) = sync_channel(1);
-    let control = thread::Builder::new().name("control".to_owned()).spawn(move || control.run(&ready_sender));
-    let started = control.and_then(|control| match ready.recv() {
-        Ok(Ok(())) => Ok(control),
-        Ok(Err(failure)) => Err(failure),
-        Err(_) => Err(std::io::Error::other("the control thread ended before it began")),
-    });
-    let control = match started {
-        Ok(control) => control,
-        Err(failure) => {
-            running.drain.advance(crate::drain::Phase::Forced);
-            data.join();
-            return Err(failure.into());
-        }
-    };
-    announce(&bound);
-    Ok(App { bound, running, drain, reload, reload_state, store, threads: Some(Threads { control, data }) })
+    Ok(Built { bound, accept, control })
 }
 
 impl App {
@@ -358,6 +373,7 @@ impl Control {
         };
         let ended = shutdown::run(Arc::clone(running), drain.clone(), reload.clone(), Arc::clone(state));
         tokio::select! {
+            biased;
             ended = ended => ended,
             ended = handover::run(hand_over) => ended,
         }

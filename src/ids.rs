@@ -1,5 +1,8 @@
 //! Ids and time: the only place where the clock and randomness are read, so that a simulation can replace them.
 
+#[cfg(feature = "simulation")]
+pub mod simulation;
+
 use std::cell::{Cell, RefCell};
 use std::time::{Instant, SystemTime};
 
@@ -12,6 +15,12 @@ pub struct RunId(uuid::Uuid);
 
 impl RunId {
     pub fn generate() -> RunId {
+        #[cfg(feature = "simulation")]
+        if simulation::is_on() {
+            let since = wall_clock().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            let (millis, random) = (since.as_millis() as u64, quick_random_bytes());
+            return RunId(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid());
+        }
         RunId(uuid::Uuid::now_v7())
     }
 
@@ -85,12 +94,20 @@ enum Clock {
 
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 fn read_clock() -> Instant {
+    #[cfg(feature = "simulation")]
+    if let Some(instant) = simulation::now() {
+        return instant;
+    }
     Instant::now()
 }
 
 /// The wall clock, for logs and answers only.
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub fn wall_clock() -> SystemTime {
+    #[cfg(feature = "simulation")]
+    if let Some(time) = simulation::wall_clock() {
+        return time;
+    }
     SystemTime::now()
 }
 
@@ -101,11 +118,19 @@ pub fn monotonic_microseconds() -> u64 {
 }
 
 pub fn random_u64() -> u64 {
+    #[cfg(feature = "simulation")]
+    if simulation::is_on() {
+        return u64::from_ne_bytes(quick_random_bytes());
+    }
     QUICK.with_borrow_mut(Rng::next_u64)
 }
 
 /// Unpredictable: for keys, and for whatever must not be guessed.
 pub fn random_bytes<const N: usize>() -> [u8; N] {
+    #[cfg(feature = "simulation")]
+    if simulation::is_on() {
+        return quick_random_bytes();
+    }
     rand::random()
 }
 
@@ -113,6 +138,10 @@ pub fn random_bytes<const N: usize>() -> [u8; N] {
 /// have to be unique.
 pub fn quick_random_bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
+    #[cfg(feature = "simulation")]
+    if simulation::fill(&mut bytes) {
+        return bytes;
+    }
     QUICK.with_borrow_mut(|quick| quick.fill_bytes(&mut bytes));
     bytes
 }

@@ -4,6 +4,8 @@ pub mod cookie;
 pub mod inherit;
 pub mod listen;
 pub mod proxy_protocol;
+#[cfg(feature = "simulation")]
+pub mod simulated;
 pub mod stream;
 pub mod tls;
 

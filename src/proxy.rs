@@ -102,6 +102,13 @@ pub fn start(
     Ok(Handle { threads })
 }
 
+/// As [`start`], everything on this thread and its runtime.
+#[cfg(feature = "simulation")]
+pub fn start_here(running: Arc<Running>, workers: usize, commands: mpsc::Receiver<AcceptCommand>) {
+    let handles: Vec<_> = (0..workers.max(1)).map(|index| worker::start_here(index, running.clone())).collect();
+    tokio::task::spawn_local(accept::run(running, handles.into(), commands));
+}
+
 /// What becomes of an HTTP/1.1 client's connection after an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {

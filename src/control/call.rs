@@ -2,6 +2,7 @@
 //!
 //! It carries `versions[].headers.set` and nothing of any client's.
 
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use tokio_rustls::TlsConnector;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{EndpointHost, EndpointUrl, HostPolicy, HttpVersion};
+use crate::net::stream::Plain;
 use crate::state::{ClientTls, Target};
 
 const AGENT: &str = concat!("longhaul/", env!("CARGO_PKG_VERSION"));
@@ -90,8 +92,8 @@ pub async fn connect(way: &Way) -> Result<Box<dyn Stream>, String> {
         EndpointUrl::Tcp { host, port, .. } => {
             let port = way.port.unwrap_or(*port);
             let stream = match host {
-                EndpointHost::Ip(ip) => TcpStream::connect((*ip, port)).await,
-                EndpointHost::Name(name) => TcpStream::connect((name.as_str(), port)).await,
+                EndpointHost::Ip(ip) => Plain::connect_tcp(SocketAddr::new(*ip, port)).await,
+                EndpointHost::Name(name) => TcpStream::connect((name.as_str(), port)).await.map(Plain::Tcp),
             };
             Ok(Box::new(stream.map_err(failed)?))
         }

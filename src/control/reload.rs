@@ -407,7 +407,7 @@ impl Reloader {
             return Err(self.refusal("", message));
         }
         let path = self.path.clone();
-        let loaded = tokio::task::spawn_blocking(move || config::load(&path))
+        let loaded = load_aside(path)
             .await
             .map_err(|failure| self.refusal("", format!("reading the configuration broke off: {failure}")))?;
         let current = self.running.snapshot.load_full();
@@ -593,6 +593,16 @@ impl Reloader {
     fn refusal(&self, path: &str, message: String) -> Problems {
         one_problem(&self.builder.file, path, message)
     }
+}
+
+/// Reads the file on a thread of its own: a disk may be slow.
+async fn load_aside(path: PathBuf) -> Result<Result<Loaded, Problems>, tokio::task::JoinError> {
+    // Another thread would bring an order of its own into a simulation.
+    #[cfg(feature = "simulation")]
+    if ids::simulation::is_on() {
+        return Ok(config::load(&path));
+    }
+    tokio::task::spawn_blocking(move || config::load(&path)).await
 }
 
 /// Logs what is not wrong but worth a line.

@@ -162,6 +162,8 @@ impl Spare {
         let (handle, file) = match socket {
             Socket::Tcp(listener) => (listener.as_fd().try_clone_to_owned()?, None),
             Socket::Unix(listener, file) => (listener.as_fd().try_clone_to_owned()?, Some(file.kept())),
+            #[cfg(feature = "simulation")]
+            Socket::Simulated(_) => return Err(io::ErrorKind::Unsupported.into()),
         };
         Ok(Spare { configured, local, purpose: purpose.to_owned(), handle, file })
     }

@@ -13,6 +13,9 @@ use std::task::{Context, Poll, ready};
 use socket2::{Domain, SockAddr, Type};
 
 use crate::config::Address;
+#[cfg(feature = "simulation")]
+use crate::net::simulated;
+use crate::net::stream::Plain;
 
 /// A bound, listening socket, not yet tied to a runtime.
 #[derive(Debug)]
@@ -20,12 +23,16 @@ pub enum Socket {
     Tcp(std::net::TcpListener),
     /// With its file, which goes when the listener does.
     Unix(std::os::unix::net::UnixListener, SocketFile),
+    #[cfg(feature = "simulation")]
+    Simulated(simulated::Listener),
 }
 
 /// A listening socket on the runtime that accepts.
 pub enum TokioListener {
     Tcp(tokio::net::TcpListener),
     Unix(tokio::net::UnixListener, SocketFile),
+    #[cfg(feature = "simulation")]
+    Simulated(simulated::Listener),
 }
 
 /// A connection that no runtime knows yet, nonblocking, so that any worker may take it.
@@ -35,6 +42,20 @@ pub enum Accepted {
     /// stack socket has its IPv4 address.
     Tcp(std::net::TcpStream, SocketAddr),
     Unix(std::os::unix::net::UnixStream),
+    #[cfg(feature = "simulation")]
+    Simulated(simulated::Stream, SocketAddr),
+}
+
+impl Accepted {
+    /// Ties the connection to the runtime in whose context this is called; and who connected, where that has an address.
+    pub fn into_tokio(self) -> io::Result<(Plain, Option<SocketAddr>)> {
+        Ok(match self {
+            Accepted::Tcp(stream, peer) => (Plain::Tcp(tokio::net::TcpStream::from_std(stream)?), Some(peer)),
+            Accepted::Unix(stream) => (Plain::Unix(tokio::net::UnixStream::from_std(stream)?), None),
+            #[cfg(feature = "simulation")]
+            Accepted::Simulated(stream, peer) => (Plain::Simulated(stream), Some(peer)),
+        })
+    }
 }
 
 /// The file of a unix socket; unlinked when this is dropped, unless somebody else's socket has its place by then, or it
@@ -111,6 +132,8 @@ impl Socket {
         match self {
             Socket::Tcp(listener) => listener.local_addr().map(Address::Tcp),
             Socket::Unix(_, file) => Ok(Address::Unix(file.path.clone())),
+            #[cfg(feature = "simulation")]
+            Socket::Simulated(listener) => Ok(Address::Tcp(listener.local_address())),
         }
     }
 
@@ -119,6 +142,8 @@ impl Socket {
         Ok(match self {
             Socket::Tcp(listener) => TokioListener::Tcp(tokio::net::TcpListener::from_std(listener)?),
             Socket::Unix(listener, file) => TokioListener::Unix(tokio::net::UnixListener::from_std(listener)?, file),
+            #[cfg(feature = "simulation")]
+            Socket::Simulated(listener) => TokioListener::Simulated(listener),
         })
     }
 }
@@ -138,6 +163,10 @@ impl TokioListener {
                 }
                 TokioListener::Unix(listener, _) => {
                     ready!(listener.poll_accept(context)).and_then(|(stream, _)| stream.into_std()).map(Accepted::Unix)
+                }
+                #[cfg(feature = "simulation")]
+                TokioListener::Simulated(listener) => {
+                    ready!(listener.poll_accept(context)).map(|(stream, peer)| Accepted::Simulated(stream, peer))
                 }
             };
             match accepted {
@@ -173,6 +202,10 @@ fn bind_with_mode(address: &Address, mode: Option<u32>, shared: bool) -> io::Res
 }
 
 fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+    #[cfg(feature = "simulation")]
+    if let Some(network) = simulated::current() {
+        return network.bind(address).map(Socket::Simulated);
+    }
     let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     // A restart must not wait for the old process's connections to leave TIME_WAIT.
     socket.set_reuse_address(true)?;

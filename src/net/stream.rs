@@ -1,6 +1,7 @@
 //! Stream: a connected socket, plain or TLS, with the readiness call that the relay needs.
 
 use std::io::{self, IoSlice};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
@@ -10,10 +11,15 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::coop;
 
+#[cfg(feature = "simulation")]
+use crate::net::simulated;
+
 /// A connected socket without TLS.
 pub enum Plain {
     Tcp(TcpStream),
     Unix(UnixStream),
+    #[cfg(feature = "simulation")]
+    Simulated(simulated::Stream),
 }
 
 /// A connected socket as the data plane reads and writes it.
@@ -83,6 +89,10 @@ impl Stream {
             // A socket that takes no option is gone already.
             let _ = stream.set_zero_linger();
         }
+        #[cfg(feature = "simulation")]
+        if let Stream::Plain(Plain::Simulated(stream)) = self {
+            stream.reset_on_close();
+        }
     }
 
     /// Bytes given to [`Stream::poll_write_slices`] may wait here (in the TLS session) and need a flush.
@@ -114,10 +124,23 @@ fn plaintext_waits(reader: &mut impl io::BufRead) -> bool {
 }
 
 impl Plain {
+    /// Connects, with TCP_NODELAY set: events are small and must not wait for each other.
+    pub async fn connect_tcp(address: SocketAddr) -> io::Result<Plain> {
+        #[cfg(feature = "simulation")]
+        if let Some(network) = simulated::current() {
+            return network.connect(address).await.map(Plain::Simulated);
+        }
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        Ok(Plain::Tcp(stream))
+    }
+
     fn poll_read_ready(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Plain::Tcp(stream) => stream.poll_read_ready(context),
             Plain::Unix(stream) => stream.poll_read_ready(context),
+            #[cfg(feature = "simulation")]
+            Plain::Simulated(stream) => stream.poll_read_ready(context),
         }
     }
 
@@ -125,6 +148,13 @@ impl Plain {
     /// threads and pay for that each time.
     fn poll_receive(&self, context: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let budget = ready!(coop::poll_proceed(context));
+        #[cfg(feature = "simulation")]
+        if let Plain::Simulated(stream) = self {
+            return stream.poll_receive(context, buffer).map(|received| {
+                budget.made_progress();
+                received
+            });
+        }
         loop {
             let outcome = self.transfer(Interest::READABLE, buffer.len(), |socket| {
                 Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::empty())?.0)
@@ -142,6 +172,13 @@ impl Plain {
     /// As [`AsyncWrite::poll_write`], by the way of [`Plain::poll_receive`].
     fn poll_send(&self, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let budget = ready!(coop::poll_proceed(context));
+        #[cfg(feature = "simulation")]
+        if let Plain::Simulated(stream) = self {
+            return stream.poll_send(context, data).map(|sent| {
+                budget.made_progress();
+                sent
+            });
+        }
         loop {
             let outcome = self.transfer(Interest::WRITABLE, data.len(), |socket| {
                 Ok(rustix::net::send(socket, data, SendFlags::NOSIGNAL)?)
@@ -179,6 +216,8 @@ impl Plain {
         let outcome = match self {
             Plain::Tcp(stream) => stream.try_io(interest, || once(stream.as_fd())),
             Plain::Unix(stream) => stream.try_io(interest, || once(stream.as_fd())),
+            #[cfg(feature = "simulation")]
+            Plain::Simulated(_) => Err(io::ErrorKind::Unsupported.into()),
         };
         transferred.map_or(outcome, Ok)
     }
@@ -187,6 +226,8 @@ impl Plain {
         match self {
             Plain::Tcp(stream) => stream.poll_write_ready(context),
             Plain::Unix(stream) => stream.poll_write_ready(context),
+            #[cfg(feature = "simulation")]
+            Plain::Simulated(_) => Poll::Ready(Ok(())),
         }
     }
 
@@ -195,6 +236,8 @@ impl Plain {
         let ready = match self {
             Plain::Tcp(stream) => stream.try_io(Interest::READABLE, || Ok(())),
             Plain::Unix(stream) => stream.try_io(Interest::READABLE, || Ok(())),
+            #[cfg(feature = "simulation")]
+            Plain::Simulated(stream) => return stream.is_read_ready(),
         };
         ready.is_ok()
     }
@@ -202,20 +245,20 @@ impl Plain {
 
 /// Calls the same method on whatever this is.
 macro_rules! delegate {
-    ($type:ident { $($variant:ident),+ }) => {
+    ($type:ident { $($(#[$condition:meta])? $variant:ident),+ }) => {
         impl AsyncRead for $type {
             fn poll_read(
                 self: Pin<&mut Self>,
                 context: &mut Context<'_>,
                 buffer: &mut ReadBuf<'_>,
             ) -> Poll<io::Result<()>> {
-                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_read(context, buffer)),+ }
+                match self.get_mut() { $($(#[$condition])? $type::$variant(inner) => Pin::new(inner).poll_read(context, buffer)),+ }
             }
         }
 
         impl AsyncWrite for $type {
             fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_write(context, data)),+ }
+                match self.get_mut() { $($(#[$condition])? $type::$variant(inner) => Pin::new(inner).poll_write(context, data)),+ }
             }
 
             fn poll_write_vectored(
@@ -224,24 +267,29 @@ macro_rules! delegate {
                 slices: &[IoSlice<'_>],
             ) -> Poll<io::Result<usize>> {
                 match self.get_mut() {
-                    $($type::$variant(inner) => Pin::new(inner).poll_write_vectored(context, slices)),+
+                    $($(#[$condition])? $type::$variant(inner) => Pin::new(inner).poll_write_vectored(context, slices)),+
                 }
             }
 
             fn is_write_vectored(&self) -> bool {
-                match self { $($type::$variant(inner) => inner.is_write_vectored()),+ }
+                match self { $($(#[$condition])? $type::$variant(inner) => inner.is_write_vectored()),+ }
             }
 
             fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_flush(context)),+ }
+                match self.get_mut() { $($(#[$condition])? $type::$variant(inner) => Pin::new(inner).poll_flush(context)),+ }
             }
 
             fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-                match self.get_mut() { $($type::$variant(inner) => Pin::new(inner).poll_shutdown(context)),+ }
+                match self.get_mut() { $($(#[$condition])? $type::$variant(inner) => Pin::new(inner).poll_shutdown(context)),+ }
             }
         }
     };
 }
 
-delegate!(Plain { Tcp, Unix });
+delegate!(Plain {
+    Tcp,
+    Unix,
+    #[cfg(feature = "simulation")]
+    Simulated
+});
 delegate!(Stream { Plain, TlsServer, TlsClient });

@@ -39,8 +39,9 @@ pub async fn run(running: Arc<Running>, workers: Arc<[WorkerHandle]>, mut comman
     tokio::pin!(forced);
     loop {
         let command = tokio::select! {
-            command = commands.recv() => command,
+            biased;
             () = &mut forced => return,
+            command = commands.recv() => command,
         };
         match command {
             Some(AcceptCommand::Start { local_address, socket }) => {

@@ -118,12 +118,8 @@ pub async fn serve(worker: Rc<Worker>, handed: Handed) {
 /// PROXY protocol and TLS, each under the header time-out.
 async fn open(worker: Rc<Worker>, accepted: Accepted, listener: Arc<Listener>) -> io::Result<(Connection, Stream)> {
     let header_timeout = listener.config.limits.header_timeout;
-    let (mut plain, mut peer) = match accepted {
-        Accepted::Tcp(stream, address) => {
-            (Plain::Tcp(tokio::net::TcpStream::from_std(stream)?), Some(address.ip().to_canonical()))
-        }
-        Accepted::Unix(stream) => (Plain::Unix(tokio::net::UnixStream::from_std(stream)?), None),
-    };
+    let (mut plain, peer) = accepted.into_tokio()?;
+    let mut peer = peer.map(|address| address.ip().to_canonical());
     let from_trusted = peer.is_some_and(|peer| listener.config.trusted_proxies.iter().any(|net| net.contains(&peer)));
     if listener.config.proxy_protocol && from_trusted {
         let source = timeout(header_timeout, read_proxy_header(&mut plain)).await.map_err(io::Error::other)??;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::ResponseFuture;
 use http::{Method, Request};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::config::{EndpointHost, EndpointUrl, HttpVersion};
@@ -145,11 +145,13 @@ async fn open(pool: &Pool, target: &Arc<Target>, counted: Counted) -> Result<Con
 async fn open_plain(url: &EndpointUrl) -> io::Result<Plain> {
     match url {
         EndpointUrl::Unix(path) => Ok(Plain::Unix(UnixStream::connect(path).await?)),
-        EndpointUrl::Tcp { host: EndpointHost::Ip(ip), port, .. } => open_tcp(SocketAddr::new(*ip, *port)).await,
+        EndpointUrl::Tcp { host: EndpointHost::Ip(ip), port, .. } => {
+            Plain::connect_tcp(SocketAddr::new(*ip, *port)).await
+        }
         EndpointUrl::Tcp { host: EndpointHost::Name(name), port, .. } => {
             let mut last = io::Error::new(io::ErrorKind::NotFound, format!("{name} has no address"));
             for address in tokio::net::lookup_host((name.as_str(), *port)).await? {
-                match open_tcp(address).await {
+                match Plain::connect_tcp(address).await {
                     Ok(plain) => return Ok(plain),
                     Err(error) => last = error,
                 }
@@ -157,13 +159,6 @@ async fn open_plain(url: &EndpointUrl) -> io::Result<Plain> {
             Err(last)
         }
     }
-}
-
-async fn open_tcp(address: SocketAddr) -> io::Result<Plain> {
-    let stream = TcpStream::connect(address).await?;
-    // Events are small and must not wait for each other.
-    stream.set_nodelay(true)?;
-    Ok(Plain::Tcp(stream))
 }
 
 impl Upstream {

@@ -150,6 +150,16 @@ pub fn start(index: usize, running: Arc<Running>) -> std::io::Result<(WorkerHand
     Ok((handle, thread))
 }
 
+/// Starts a worker on this thread. What it began goes on after [`Phase::Forced`] until the thread's runtime ends.
+#[cfg(feature = "simulation")]
+pub fn start_here(index: usize, running: Arc<Running>) -> WorkerHandle {
+    let (sender, receiver) = mpsc::channel(HANDED_OVER_MAX);
+    let load = Arc::new(AtomicUsize::new(0));
+    let pulse = running.pulses.join(&format!("worker-{index}"));
+    tokio::task::spawn_local(work(running, load.clone(), receiver, pulse));
+    WorkerHandle { sockets: sender, load }
+}
+
 async fn work(running: Arc<Running>, load: Arc<AtomicUsize>, mut sockets: mpsc::Receiver<Handed>, pulse: Pulse) {
     let worker = Rc::new(Worker::new(running, load));
     let sweeper = worker.clone();
