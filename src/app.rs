@@ -11,11 +11,11 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::admin;
 use crate::config::{Address, Loaded, Problems, State};
-use crate::control::handover::{self, HandOver, Predecessor, Program};
+use crate::control::handover::{self, Door, HandOver, Predecessor, Program};
 use crate::control::notify::{self, Notifier};
 use crate::control::reload::{self, AfterReload, Heritage, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
@@ -333,6 +333,10 @@ impl Control {
         tokio::spawn(reloader.run());
         tokio::spawn(clock::run(Arc::clone(running), Arc::clone(state)));
         tokio::spawn(runs::run(Arc::clone(running), Arc::clone(state)));
+        // As signals, it belongs to the whole process.
+        let door = signals.is_some().then(|| Door::of(&config_path)).and_then(|door| {
+            door.map_err(|failure| warn!("`longhaul run --upgrade` can't find this process: {failure}")).ok()
+        });
         if watch {
             tokio::spawn(watch::run(config_path, reload.clone(), Arc::clone(state)));
         }
@@ -352,6 +356,7 @@ impl Control {
             notifier,
             program,
             asked,
+            door,
             predecessor_gone,
             admin_stop,
             store,

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
 use std::sync::Arc;
 
 use tokio::net::UnixStream;
@@ -14,7 +15,7 @@ use tokio::time::{Duration, MissedTickBehavior};
 use tracing::{info, warn};
 
 use crate::control::handover::{
-    ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, channel, in_time, length_of, receive, send,
+    ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, channel, door, in_time, length_of, receive, send,
 };
 use crate::control::reload::Heritage;
 use crate::ids::{self, RunId};
@@ -36,10 +37,11 @@ pub struct Predecessor {
 }
 
 impl Predecessor {
-    /// `None`: this process was started by nobody that it could take over from. What it is given goes to `heritage`.
-    pub fn greet(heritage: &mut Heritage) -> Result<Option<Predecessor>, String> {
+    /// `None`: there is none that this process could take over from. `upgrade` names the configuration of one that is to
+    /// be looked for, where this process was not started by it. What it is given goes to `heritage`.
+    pub fn greet(heritage: &mut Heritage, upgrade: Option<&Path>) -> Result<Option<Predecessor>, String> {
         if std::env::var_os(ENVIRONMENT).is_none() {
-            return Ok(None);
+            return upgrade.map(|config| Predecessor::find(heritage, config)).transpose();
         }
         let said = |failure: io::Error| {
             format!("{ENVIRONMENT} is set, but the process to take over from could not be heard: {failure}")
@@ -50,9 +52,25 @@ impl Predecessor {
         // What is read from the standard input from here on is nothing.
         let nothing = std::fs::File::open("/dev/null").map_err(said)?;
         rustix::stdio::dup2_stdin(&nothing).map_err(|failure| said(failure.into()))?;
+        Ok(Some(Predecessor::take(heritage, hello, stream)))
+    }
+
+    /// Asks the process that serves this configuration.
+    fn find(heritage: &mut Heritage, config: &Path) -> Result<Predecessor, String> {
+        let stream = door::knock(config)?;
+        let hello = hear(&stream, heritage).map_err(|failure| match failure.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                "--upgrade: the running process went, or handed over to another just now; try again".to_owned()
+            }
+            _ => format!("--upgrade: the running process does not hand over: {failure}"),
+        })?;
+        Ok(Predecessor::take(heritage, hello, stream))
+    }
+
+    fn take(heritage: &mut Heritage, hello: Hello, stream: StdUnixStream) -> Predecessor {
         heritage.secrets = Some(hello.secrets);
         heritage.generation = Some((hello.generation, hello.sha256));
-        Ok(Some(Predecessor { stream }))
+        Predecessor { stream }
     }
 
     /// Says that everything is built, and takes the state over. From then on this process decides, and has to serve.
@@ -103,11 +121,17 @@ fn hear(stream: &StdUnixStream, heritage: &mut Heritage) -> io::Result<Hello> {
     stream.set_read_timeout(Some(STEP_TIMEOUT))?;
     let mut head = [0; 4];
     let (count, handles) = inherit::receive_with_sockets(stream, &mut head)?;
+    if count == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     let mut reader = stream;
     reader.read_exact(&mut head[count..])?;
     let mut bytes = Vec::new();
     reader.take(length_of(head)? as u64).read_to_end(&mut bytes)?;
     let spoken: serde_json::Value = serde_json::from_slice(&bytes)?;
+    if let Some(reason) = spoken["refused"].as_str() {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+    }
     if spoken["protocol"] != PROTOCOL {
         let reason = format!(
             "it speaks version {} of the handover, this program version {PROTOCOL}; restart the service instead",
