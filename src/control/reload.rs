@@ -614,7 +614,8 @@ struct Done {
 struct Builder {
     file: Arc<str>,
     metrics: Arc<Metrics>,
-    /// The secret behind the cookies of services that name none: for the life of the process, so that reloads keep them.
+    /// The secret behind the cookies of services that name none: no reload and no handover changes it, and with
+    /// `state: {file: ..}` no restart.
     cookie_secret: [u8; 32],
     client_tls: Vec<CachedClientTls>,
     /// By service and version.
@@ -845,7 +846,7 @@ impl Builder {
         }
     }
 
-    /// The secret of a service that names none: the same after every reload, another one for every service and process.
+    /// The secret of a service that names none: the same after every reload, another one for every service.
     fn own_secret(&self, service: &str) -> String {
         let mut secret = Sha256::new();
         secret.update(self.cookie_secret);
