@@ -9,21 +9,23 @@ use std::sync::Arc;
 
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::{Duration, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::control::handover::{
     ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, channel, door, in_time, length_of, receive, send,
 };
-use crate::control::reload::Heritage;
+use crate::control::reload::{Heritage, Reloader};
 use crate::ids::{self, RunId};
 use crate::net::inherit::{self, Inherited};
 use crate::snapshot::Running;
 use crate::state::Refusal;
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Dispatcher, Lease, Picked, Placed};
+use crate::state::image::Place;
 use crate::state::queue::Ticket;
 use crate::state::succession::{Answer, AskSent, Told};
 use crate::state::waiting::Waiting;
@@ -74,7 +76,8 @@ impl Predecessor {
     }
 
     /// Says that everything is built, and takes the state over. From then on this process decides, and has to serve.
-    pub async fn take_over(self, running: &Arc<Running>) -> io::Result<Link> {
+    /// `reloader` knows how endpoints are reached that the configuration no longer names.
+    pub async fn take_over(self, running: &Arc<Running>, reloader: &Reloader) -> io::Result<Link> {
         self.stream.set_nonblocking(true)?;
         let mut stream = UnixStream::from_std(self.stream)?;
         in_time("the old process was told of readiness", send(&mut stream, &ToOld::Ready)).await?;
@@ -91,8 +94,8 @@ impl Predecessor {
                 continue;
             };
             sessions += estate.image.pins.len();
-            // What the configuration does not name (any more) is the old process's to finish.
-            for (run, lease) in dispatcher.take_over(estate, &|_| None, now) {
+            let unnamed = |place: &Place| reloader.unnamed_target(dispatcher.name(), place);
+            for (run, lease) in dispatcher.take_over(estate, &unnamed, now) {
                 carried += 1;
                 leases.insert(run, lease);
             }
@@ -110,7 +113,7 @@ impl Predecessor {
             leases,
             stopped: Vec::new(),
             waiting: HashMap::new(),
-            released: Arc::default(),
+            released: CancellationToken::new(),
         };
         Ok(link)
     }
@@ -170,13 +173,13 @@ pub struct Link {
     stopped: Vec<RunId>,
     /// Exchanges of the old process that wait here.
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
-    released: Arc<Notify>,
+    released: CancellationToken,
 }
 
 impl Link {
-    /// Told when the old process accepts nothing any more.
-    pub fn released(&self) -> Arc<Notify> {
-        Arc::clone(&self.released)
+    /// Cancelled when the old process accepts nothing any more and has closed the state's file.
+    pub fn released(&self) -> CancellationToken {
+        self.released.clone()
     }
 
     /// Answers the old process until it has gone. What it carries then ends, as unknown.
@@ -217,7 +220,7 @@ impl Link {
                 }
                 message = told.recv() => match message {
                     Some(ToNew::Told(told)) => desk.take(told),
-                    Some(ToNew::Released) => self.released.notify_one(),
+                    Some(ToNew::Released) => self.released.cancel(),
                     Some(ToNew::Estate(_)) => warn!("the old process gives its state twice"),
                     None => break,
                 },
@@ -226,7 +229,7 @@ impl Link {
         }
         reading.abort();
         writing.abort();
-        self.released.notify_one();
+        self.released.cancel();
         for (_, waiting) in desk.waiting.values() {
             waiting.abort();
         }

@@ -26,9 +26,10 @@ use crate::drain::Phase;
 use crate::ids;
 use crate::net::inherit;
 use crate::snapshot::Running;
+use crate::state::core::SPREAD_PART;
 use crate::state::dispatcher::Dispatcher;
 use crate::state::succession::{Answer, Told};
-use crate::store::{Store, StoreSlot};
+use crate::store::StoreSlot;
 
 /// How often open exchanges are counted while this process finishes.
 const COUNT_EVERY: Duration = Duration::from_millis(20);
@@ -53,6 +54,8 @@ pub struct HandOver {
     pub asked: Arc<Notify>,
     /// Where processes that were started beside this one ask for it. `None`: nowhere.
     pub door: Option<Door>,
+    /// Cancelled when the process before this one has closed the state's file.
+    pub predecessor_released: CancellationToken,
     /// Cancelled when the process before this one has gone.
     pub predecessor_gone: CancellationToken,
     /// Closed before the new process is told that it is free to open it.
@@ -199,7 +202,14 @@ impl HandOver {
             send(&mut stream, &ToNew::Estate(estates)).await?;
             receive(&mut stream).await
         };
-        match in_time("it did not take the state over", serving).await {
+        let served = tokio::select! {
+            biased;
+            served = in_time("it did not take the state over", serving) => served,
+            () = self.running.drain.reached(Phase::Announced) => {
+                Err(io::Error::other("the proxy was told to end meanwhile"))
+            }
+        };
+        match served {
             Ok(ToOld::Serving) => Ok(Given { stream, told, dispatchers, process }),
             failed => {
                 let now = ids::now();
@@ -223,9 +233,12 @@ impl HandOver {
         let (mut reader, mut writer) = stream.into_split();
         let (done, mut finished) = mpsc::channel::<()>(1);
         let (closed, mut is_closed) = oneshot::channel();
-        let (store, retiring) = (Arc::clone(&self.store), dispatchers.clone());
+        let (store, retiring) = (self.store.clone(), dispatchers.clone());
+        let predecessor_released = self.predecessor_released.clone();
         tokio::spawn(async move {
-            let closing = move || store.get().map(Store::close);
+            // The new one relies on it that nobody before it has the file.
+            predecessor_released.cancelled().await;
+            let closing = move || store.give_away();
             if tokio::task::spawn_blocking(closing).await.is_err() {
                 error!("closing the state broke down; the new process may not be able to open it");
             }
