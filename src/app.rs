@@ -353,6 +353,7 @@ impl Control {
         let hand_over = HandOver {
             running: Arc::clone(running),
             reload: reload.clone(),
+            reload_state: Arc::clone(state),
             notifier,
             program,
             asked,

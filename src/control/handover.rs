@@ -45,7 +45,7 @@ pub use successor::{HandOver, run};
 const ENVIRONMENT: &str = "LONGHAUL_HANDOVER";
 
 /// What both have to understand. Raised when a message changes its meaning.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// How long the other process may take for one step, the load of a configuration included.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);

@@ -30,7 +30,7 @@ use crate::state::queue::Ticket;
 use crate::state::succession::{Answer, AskSent, Told};
 use crate::state::waiting::Waiting;
 
-/// How often it is looked which runs of the old process are to end.
+/// How often it is looked which runs of the old process are to end, and which endpoints drain.
 const STOPS_EVERY: Duration = Duration::from_millis(50);
 
 /// The process that serves until this one takes over from it.
@@ -184,7 +184,7 @@ impl Link {
 
     /// Answers the old process until it has gone. What it carries then ends, as unknown.
     pub async fn run(mut self) {
-        let (found, mut placed) = channel::<(RunId, Lease)>();
+        let (found, mut waited) = channel::<Waited>();
         let (mut reader, mut writer) = (self.reader, self.writer);
         let (messages, mut told) = mpsc::channel(64);
         let reading = tokio::spawn(async move {
@@ -207,6 +207,7 @@ impl Link {
             leases: self.leases,
             stopped: self.stopped,
             waiting: self.waiting,
+            drains: HashMap::new(),
             found,
         };
         let mut stops = tokio::time::interval(STOPS_EVERY);
@@ -215,8 +216,9 @@ impl Link {
             tokio::select! {
                 // A lease is noted before the end of its run can be told.
                 biased;
-                Some((run, lease)) = placed.recv() => {
-                    desk.leases.insert(run, lease);
+                Some(Waited { asked, placed }) = waited.recv() => {
+                    desk.waiting.remove(&asked);
+                    desk.leases.extend(placed);
                 }
                 message = told.recv() => match message {
                     Some(ToNew::Told(told)) => desk.take(told),
@@ -224,7 +226,10 @@ impl Link {
                     Some(ToNew::Estate(_)) => warn!("the old process gives its state twice"),
                     None => break,
                 },
-                _ = stops.tick() => desk.tell_stops(),
+                _ = stops.tick() => {
+                    desk.tell_stops();
+                    desk.tell_drains();
+                }
             }
         }
         reading.abort();
@@ -247,7 +252,16 @@ struct Desk {
     leases: HashMap<RunId, Lease>,
     stopped: Vec<RunId>,
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
-    found: mpsc::UnboundedSender<(RunId, Lease)>,
+    /// By service: up to which news of drains the old process knows them.
+    drains: HashMap<String, u64>,
+    found: mpsc::UnboundedSender<Waited>,
+}
+
+/// An exchange of the old process waits no longer.
+struct Waited {
+    asked: (String, Ticket),
+    /// Where it was given a place for a run.
+    placed: Option<(RunId, Lease)>,
 }
 
 impl Desk {
@@ -285,6 +299,11 @@ impl Desk {
                     lease.was_moved(&endpoint, now);
                 }
             }
+            Told::Says { service, endpoint, drains } => {
+                if let Some(dispatcher) = dispatcher(&self.running, &service) {
+                    dispatcher.adopt_says(&endpoint, drains, now);
+                }
+            }
             Told::Pinned { service, key, alias, endpoint } => {
                 if let Some(dispatcher) = dispatcher(&self.running, &service) {
                     dispatcher.adopt_pin(&key, alias.as_ref(), &endpoint, now);
@@ -307,20 +326,17 @@ impl Desk {
             Ok(Picked::Waiting(waiting)) => {
                 let run = waiting.run_id();
                 let (answers, found, key) = (self.answers.clone(), self.found.clone(), (service.clone(), ticket));
+                let asked = key.clone();
                 let task = tokio::spawn(async move {
-                    match wait(waiting).await {
+                    let (answer, placed) = match wait(waiting).await {
                         Ok(placed) => {
-                            let answer = placed_answer(service, ticket, &placed);
-                            // The lease first: what is told of its run comes after the answer.
-                            if let Some(run) = placed.lease.run_id() {
-                                let _ = found.send((run, placed.lease));
-                            }
-                            let _ = answers.send(answer);
+                            (placed_answer(service, ticket, &placed), placed.lease.run_id().zip(Some(placed.lease)))
                         }
-                        Err(refusal) => {
-                            let _ = answers.send(Answer::Refused { service, ticket, refusal });
-                        }
-                    }
+                        Err(refusal) => (Answer::Refused { service, ticket, refusal }, None),
+                    };
+                    // The lease first: what is told of its run comes after the answer.
+                    let _ = found.send(Waited { asked, placed });
+                    let _ = answers.send(answer);
                 });
                 self.waiting.insert(key, (run, task.abort_handle()));
             }
@@ -335,6 +351,17 @@ impl Desk {
     fn answer_placed(&self, service: String, ticket: Ticket, placed: Placed) -> Option<(RunId, Lease)> {
         let _ = self.answers.send(placed_answer(service, ticket, &placed));
         Some((placed.lease.run_id()?, placed.lease))
+    }
+
+    /// What drains here and what no more: that is cut there, too, or not.
+    fn tell_drains(&mut self) {
+        for service in &self.running.snapshot.load().services {
+            let known = self.drains.get(&*service.name).copied().unwrap_or_default();
+            let Some((news, drains)) = service.dispatcher.drains_since(known, ids::now()) else { continue };
+            let service = service.name.to_string();
+            self.drains.insert(service.clone(), news);
+            let _ = self.answers.send(Answer::Drains { service, drains });
+        }
     }
 
     fn tell_stops(&mut self) {

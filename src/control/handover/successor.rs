@@ -14,14 +14,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::config::Address;
-use crate::control::ReloadHandle;
 use crate::control::handover::door::{Comer, Guest};
 use crate::control::handover::{
     Door, ENVIRONMENT, Hello, PROTOCOL, Passed, Program, ToNew, ToOld, channel, frame, in_time, receive, send,
 };
 use crate::control::notify::Notifier;
 use crate::control::reload::HandedOver;
-use crate::control::shutdown::Ended;
+use crate::control::shutdown::{self, Ended};
+use crate::control::{ReloadHandle, ReloadState};
 use crate::drain::Phase;
 use crate::ids;
 use crate::net::inherit;
@@ -47,6 +47,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct HandOver {
     pub running: Arc<Running>,
     pub reload: ReloadHandle,
+    pub reload_state: Arc<ReloadState>,
     pub notifier: Notifier,
     /// `None`: there is none to start (this is a part of another program).
     pub program: Option<Program>,
@@ -286,11 +287,14 @@ impl HandOver {
                 }
             }
         });
-        let forced = tokio::time::timeout(timeout, self.all_finished()).await.is_err();
-        let cut = self.running.open_exchanges.load(Ordering::Acquire);
-        if forced {
-            warn!(?timeout, cut, "shutdown.timeout has passed");
+        if tokio::time::timeout(timeout, self.all_finished()).await.is_err() {
+            let left = self.running.open_exchanges.load(Ordering::Acquire);
+            let over = timeout / SPREAD_PART;
+            warn!(?timeout, left, ?over, "shutdown.timeout has passed: what is left is cut, one after another");
+            shutdown::cut_what_is_left(&self.running, &self.reload_state, over).await;
         }
+        let open = self.running.open_exchanges.load(Ordering::Acquire);
+        let cut = open + self.running.cut_exchanges.load(Ordering::Acquire);
         self.running.drain.advance(Phase::Forced);
         drop(done);
         if tokio::time::timeout(LAST_WORDS, writing).await.is_err() {
@@ -342,7 +346,10 @@ impl HandOver {
 
 fn service_of(answer: &Answer) -> &str {
     match answer {
-        Answer::Placed { service, .. } | Answer::Refused { service, .. } | Answer::Stop { service, .. } => service,
+        Answer::Placed { service, .. }
+        | Answer::Refused { service, .. }
+        | Answer::Stop { service, .. }
+        | Answer::Drains { service, .. } => service,
     }
 }
 

@@ -233,6 +233,9 @@ impl Core {
     fn restore_run(&mut self, image: &RunImage, endpoint: u32, now: Instant) -> bool {
         let known = image.key.as_deref().is_some_and(|key| self.runs.find(key).is_some());
         let Some(id) = RunId::parse(&image.id).filter(|_| !known && self.runs.len() < RUNS_MAX) else { return false };
+        if self.runs.by_id(id).is_some() {
+            return false;
+        }
         if self.endpoints[endpoint].gone {
             return false;
         }
