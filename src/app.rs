@@ -14,11 +14,11 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::admin;
 use crate::config::{Address, Loaded, Problems, State};
-use crate::control::handover::{self, HandOver, Predecessor, Program};
+use crate::control::handover::{self, Door, HandOver, Predecessor, Program};
 use crate::control::notify::{self, Notifier};
 use crate::control::reload::{self, AfterReload, Heritage, Outlets, ProbesCommand, Reloader};
 use crate::control::shutdown::{self, Ended, Signals};
@@ -29,7 +29,7 @@ use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
 use crate::snapshot::{AcceptCommand, Running};
-use crate::store::{self, Secrets, StoreSlot};
+use crate::store::{self, Expected, StoreSlot};
 
 /// How long the data plane may take to end after everything was cut.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -170,18 +170,19 @@ fn assemble(options: Options) -> Result<Built, StartError> {
     reload::log_warnings(&config_path.display().to_string(), &loaded);
     let admin_address = loaded.config.admin.address.clone();
     let metrics = Metrics::new();
-    let store = StoreSlot::clone(&heritage.store);
-    let mut taken_over = None;
+    let store = heritage.store.clone();
     match &loaded.config.state {
         State::Memory => {}
         // It is opened when the process that serves has closed it.
         State::File(directory) if predecessor.is_some() => {
-            taken_over = heritage.secrets.clone().map(|secrets| (directory.clone(), secrets));
+            if let Some(secrets) = heritage.secrets.clone() {
+                store.expect(Expected { directory: directory.clone(), metrics: metrics.store(), secrets });
+            }
         }
         State::File(directory) => {
             let (opened, found) = store::open(directory, metrics.store())?;
             heritage.kept = Some(found);
-            store.get_or_init(|| opened);
+            store.put(opened);
         }
     }
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
@@ -208,7 +209,6 @@ fn assemble(options: Options) -> Result<Built, StartError> {
         predecessor,
         program,
         store,
-        taken_over,
         context: Arc::new(admin::Context { running, reload, reload_state, drain: DrainHandle::new() }),
     };
     Ok(Built { bound, accept, control })
@@ -230,9 +230,8 @@ impl App {
         });
         self.running.drain.advance(crate::drain::Phase::Forced);
         join_in_time(data);
-        if let Some(store) = self.store.get() {
-            store.close();
-        }
+        let snapshot = self.running.snapshot.load();
+        self.store.end(|store| snapshot.services.iter().for_each(|service| store.keep(&service.dispatcher, false)));
         ended
     }
 }
@@ -288,8 +287,6 @@ struct Control {
     predecessor: Option<Predecessor>,
     program: Option<Program>,
     store: StoreSlot,
-    /// Where the store is that the predecessor still has open, and what it is written under.
-    taken_over: Option<(PathBuf, Secrets)>,
     context: Arc<admin::Context>,
 }
 
@@ -321,18 +318,21 @@ impl Control {
 
     async fn serve(self, signals: Option<Signals>, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
         let Control { config_path, watch, signals: _, reloader, checks, .. } = self;
-        let Control { admin_socket, probes, notifier, predecessor, program, store, taken_over, context, .. } = self;
+        let Control { admin_socket, probes, notifier, predecessor, program, store, context, .. } = self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
         tokio::spawn(health::run(checks));
-        let (mut released, predecessor_gone) = (None, CancellationToken::new());
+        let (mut released, predecessor_gone) = (CancellationToken::new(), CancellationToken::new());
         match predecessor {
-            None => predecessor_gone.cancel(),
+            None => {
+                released.cancel();
+                predecessor_gone.cancel();
+            }
             // Everything is there; only now is anything taken from the process that serves.
-            Some(predecessor) => match predecessor.take_over(running).await {
+            Some(predecessor) => match predecessor.take_over(running, &reloader).await {
                 Ok(link) => {
-                    released = Some(link.released());
+                    released = link.released();
                     let gone = predecessor_gone.clone();
                     tokio::spawn(async move {
                         link.run().await;
@@ -348,6 +348,10 @@ impl Control {
         tokio::spawn(reloader.run());
         tokio::spawn(clock::run(Arc::clone(running), Arc::clone(state)));
         tokio::spawn(runs::run(Arc::clone(running), Arc::clone(state)));
+        // As signals, it belongs to the whole process.
+        let door = signals.is_some().then(|| Door::of(&config_path)).and_then(|door| {
+            door.map_err(|failure| warn!("`longhaul run --upgrade` can't find this process: {failure}")).ok()
+        });
         if watch {
             tokio::spawn(watch::run(config_path, reload.clone(), Arc::clone(state)));
         }
@@ -359,14 +363,17 @@ impl Control {
         tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full, admin_stop.clone()));
         tokio::spawn(serve_probes(Arc::clone(&context), probes, admin_stop.clone()));
         let _ = ready.send(Ok(()));
-        let succession = Succession { released, store: store.clone(), taken_over };
-        tokio::spawn(tell(notifier.clone(), Arc::clone(running), Arc::clone(state), succession));
+        let (running_there, state_there) = (Arc::clone(running), Arc::clone(state));
+        tokio::spawn(tell(notifier.clone(), running_there, state_there, released.clone(), store.clone()));
         let hand_over = HandOver {
             running: Arc::clone(running),
             reload: reload.clone(),
+            reload_state: Arc::clone(state),
             notifier,
             program,
             asked,
+            door,
+            predecessor_released: released,
             predecessor_gone,
             admin_stop,
             store,
@@ -380,33 +387,53 @@ impl Control {
     }
 }
 
-/// What this process takes over last from the one before it, if there is one.
-struct Succession {
-    released: Option<Arc<Notify>>,
-    store: StoreSlot,
-    taken_over: Option<(PathBuf, Secrets)>,
-}
-
 /// Opens the store where another process had it, and tells the service manager how this stands, once this process is
 /// the one that it asks.
-async fn tell(notifier: Notifier, running: Arc<Running>, state: Arc<ReloadState>, succession: Succession) {
-    let Succession { released, store, taken_over } = succession;
-    if let Some(released) = released {
-        released.notified().await;
-    }
-    if let Some((directory, secrets)) = taken_over {
-        let (metrics, slot) = (running.metrics.store(), StoreSlot::clone(&store));
-        let opening = move || store::take_over(&directory, metrics, &secrets, &slot);
-        if tokio::task::spawn_blocking(opening).await.is_err() {
-            error!("opening the state broke down; it is not kept until the next start");
-        }
-        // Here, on the thread of reloads: a service is kept by this or by the reload that it came with.
-        if let Some(store) = store.get() {
-            running.snapshot.load().services.iter().for_each(|service| store.keep(&service.dispatcher, false));
-        }
+async fn tell(
+    notifier: Notifier,
+    running: Arc<Running>,
+    state: Arc<ReloadState>,
+    released: CancellationToken,
+    store: StoreSlot,
+) {
+    released.cancelled().await;
+    if let Err(failure) = open_store(&running, &store).await {
+        error!("the state is not kept until that changes; trying again every {OPEN_EVERY:?}: {failure}");
+        // Nobody waits for it any longer.
+        tokio::spawn(keep_opening(Arc::clone(&running), store));
     }
     notifier.ready(&format!("serving, configuration {}", state.status().generation));
     tokio::join!(notify::tell_reloads(notifier.clone(), state), notify::run(notifier, running));
+}
+
+/// How often it is tried to open the store after it could not be.
+const OPEN_EVERY: Duration = Duration::from_secs(1);
+
+async fn keep_opening(running: Arc<Running>, store: StoreSlot) {
+    loop {
+        tokio::time::sleep(OPEN_EVERY).await;
+        if open_store(&running, &store).await.is_ok() {
+            // Else another process was given it.
+            if store.get().is_some() {
+                info!("the state is kept from here on");
+            }
+            return;
+        }
+    }
+}
+
+/// An error: it is another's still, or can't be used, and can be tried again.
+async fn open_store(running: &Running, store: &StoreSlot) -> Result<(), String> {
+    let slot = store.clone();
+    match tokio::task::spawn_blocking(move || slot.take_over()).await {
+        Ok(opened) => opened.map_err(|failure| failure.to_string())?,
+        Err(_) => return Err("opening it broke down".to_owned()),
+    }
+    // Here, on the thread of reloads: a service is kept by this or by the reload that it came with.
+    if let Some(store) = store.get() {
+        running.snapshot.load().services.iter().for_each(|service| store.keep(&service.dispatcher, false));
+    }
+    Ok(())
 }
 
 const NEVER_BEGAN: Ended = Ended { cut: 0, forced: true };

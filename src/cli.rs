@@ -41,7 +41,14 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Serve; diagnostics go to stderr, the access log to stdout
-    Run(ConfigFile),
+    Run {
+        #[command(flatten)]
+        file: ConfigFile,
+        /// Take over from the running proxy of this configuration (and user): its sockets, sessions and runs; it finishes
+        /// what it has begun, and ends
+        #[arg(long)]
+        upgrade: bool,
+    },
     /// Print every problem of a configuration file
     Check(ConfigFile),
     /// Three built-in agents behind the proxy, and a tour of lines to paste
@@ -142,7 +149,7 @@ struct Admin {
 /// The program: reads the command line, does what it says.
 pub fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Run(file) => run(file.config),
+        Command::Run { file, upgrade } => run(file.config, upgrade),
         Command::Check(file) => check(&file.config),
         Command::Demo { port } => match demo::run(port) {
             Ok(()) => ExitCode::SUCCESS,
@@ -173,9 +180,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(config_path: PathBuf) -> ExitCode {
+fn run(config_path: PathBuf, upgrade: bool) -> ExitCode {
     // First, while there is one thread only: this takes variables out of the environment.
-    let (heritage, predecessor) = match heritage() {
+    let (heritage, predecessor) = match heritage(upgrade.then_some(config_path.as_path())) {
         Ok(given) => given,
         Err(error) => return failure(error),
     };
@@ -211,9 +218,9 @@ fn run(config_path: PathBuf) -> ExitCode {
 }
 
 /// What this process was given by whoever started it.
-fn heritage() -> Result<(Heritage, Option<Predecessor>), String> {
+fn heritage(upgrade: Option<&Path>) -> Result<(Heritage, Option<Predecessor>), String> {
     let mut heritage = Heritage { sockets: Inherited::from_service_manager()?, ..Heritage::default() };
-    let predecessor = Predecessor::greet(&mut heritage)?;
+    let predecessor = Predecessor::greet(&mut heritage, upgrade)?;
     heritage.notifier = Notifier::from_environment(predecessor.is_some()).map_err(|failure| {
         format!("NOTIFY_SOCKET names no socket that the service manager could be told by: {failure}")
     })?;

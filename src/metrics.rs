@@ -70,12 +70,15 @@ pub struct ServiceMetrics {
 }
 
 /// The series of the file that keeps the state.
+#[derive(Clone)]
 pub struct StoreMetrics {
     pub commit_duration_seconds: Histogram,
     /// Keys that are being written.
     pub dirty_keys: IntGauge,
     pub keys_written: IntCounter,
     pub errors: IntCounter,
+    /// 1 while what changes is written.
+    pub keeping: IntGauge,
 }
 
 /// The series of one listener.
@@ -320,12 +323,15 @@ impl Metrics {
                 .expect("a valid metric"),
             errors: IntCounter::new("longhaul_store_errors_total", "Transactions of the state's file that failed.")
                 .expect("a valid metric"),
+            keeping: IntGauge::new("longhaul_store_keeping", "1 while what changes is written to the state's file.")
+                .expect("a valid metric"),
         };
-        let collectors: [Box<dyn Collector>; 4] = [
+        let collectors: [Box<dyn Collector>; 5] = [
             Box::new(store.commit_duration_seconds.clone()),
             Box::new(store.dirty_keys.clone()),
             Box::new(store.keys_written.clone()),
             Box::new(store.errors.clone()),
+            Box::new(store.keeping.clone()),
         ];
         for collector in collectors {
             // A second store of this process counts in series that nobody sees.

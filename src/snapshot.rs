@@ -88,7 +88,7 @@ pub struct Running {
     /// Those that were cut because the proxy's own drain took as long as it may.
     pub cut_exchanges: AtomicUsize,
     pub access_log: AccessLog,
-    /// Keys the digests of `session.scope` values; random for each process that does not take over from another.
+    /// Keys the digests of `session.scope` values: the process before's, what `state.file` keeps, or a random one.
     pub scope_secret: [u8; 16],
     /// Of the threads that must turn.
     pub pulses: Pulses,

@@ -6,12 +6,14 @@
 //! time and one commit, and nothing else; what was committed is whole, whenever the crash came.
 
 mod file;
+mod slot;
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -26,6 +28,7 @@ use crate::state::dispatcher::Dispatcher;
 use crate::state::image::ServiceImage;
 use file::StateFile;
 pub use file::{Secrets, path_in};
+pub use slot::{Expected, StoreSlot};
 
 /// How often what has changed is committed.
 pub const COMMIT_EVERY: Duration = Duration::from_millis(250);
@@ -66,9 +69,6 @@ pub struct Store {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// Where a process has its store, which may come after its start: see [`take_over`]. Empty: the state is in memory alone.
-pub type StoreSlot = Arc<OnceLock<Store>>;
-
 struct Shared {
     path: PathBuf,
     /// Something was marked.
@@ -96,11 +96,23 @@ pub fn open(directory: &Path, metrics: StoreMetrics) -> Result<(Store, Kept), Op
 }
 
 fn start(path: PathBuf, file: StateFile, metrics: StoreMetrics) -> Result<Store, OpenError> {
+    metrics.keeping.set(1);
     let shared = Arc::new(Shared { path: path.clone(), told: Arc::default(), services: Mutex::default(), metrics });
     let (commands, receiver) = sync_channel(1);
     let thread = {
         let shared = Arc::clone(&shared);
-        let spawned = thread::Builder::new().name("store".to_owned()).spawn(move || write(&shared, file, &receiver));
+        let writing = move || {
+            let written = caught(|| {
+                write(&shared, file, &receiver);
+                Ok(())
+            });
+            if let Err(failure) = written {
+                shared.metrics.errors.inc();
+                shared.metrics.keeping.set(0);
+                error!("{}: the state is not kept until the next start: {failure}", shared.path.display());
+            }
+        };
+        let spawned = thread::Builder::new().name("store".to_owned()).spawn(writing);
         spawned.map_err(|failure| OpenError::Unusable { path, failure: failure.to_string() })?
     };
     Ok(Store { shared, commands, thread: Mutex::new(Some(thread)) })
@@ -108,22 +120,11 @@ fn start(path: PathBuf, file: StateFile, metrics: StoreMetrics) -> Result<Store,
 
 /// Opens the file of a directory after the process that had it open has closed it. What is in it was told by that process
 /// already, so all is to be written anew, and under the secrets that both have. Waits for the disk.
-pub fn take_over(directory: &Path, metrics: StoreMetrics, secrets: &Secrets, slot: &StoreSlot) {
-    let errors = metrics.errors.clone();
+fn take_over(directory: &Path, metrics: StoreMetrics, secrets: &Secrets) -> Result<Store, OpenError> {
     let path = path_in(directory);
-    let opened = open_in_time(directory, &path).and_then(|(file, _)| {
-        file.keep_secrets(secrets).map_err(|failure| OpenError::Unusable { path: path.clone(), failure })?;
-        start(path.clone(), file, metrics)
-    });
-    match opened {
-        Ok(store) => {
-            slot.get_or_init(|| store);
-        }
-        Err(failure) => {
-            errors.inc();
-            error!("the state is not kept until the next start: {failure}");
-        }
-    }
+    let (file, _) = open_in_time(directory, &path)?;
+    file.keep_secrets(secrets).map_err(|failure| OpenError::Unusable { path: path.clone(), failure })?;
+    start(path, file, metrics)
 }
 
 fn open_in_time(directory: &Path, path: &Path) -> Result<(StateFile, Kept), OpenError> {
@@ -161,6 +162,17 @@ impl Store {
         services.push(KeptService { name: Arc::clone(dispatcher.name()), dispatcher: Arc::downgrade(dispatcher) });
         drop(services);
         dispatcher.keep_changes(Arc::clone(&self.shared.told), !known);
+    }
+
+    /// Services of the file that the configuration does not name: they leave it with the next commit.
+    pub fn forget(&self, names: impl IntoIterator<Item = String>) {
+        let mut services = self.shared.services();
+        for name in
+            names.into_iter().filter(|name| !services.iter().any(|kept| *kept.name == **name)).collect::<Vec<_>>()
+        {
+            services.push(KeptService { name: name.into(), dispatcher: Weak::new() });
+            self.shared.told.store(true, Ordering::Release);
+        }
     }
 
     /// Writes what has changed and closes the file, so that another process may open it. What changes later is not kept.
@@ -221,14 +233,16 @@ fn write(shared: &Shared, file: StateFile, commands: &Receiver<Command>) {
         pause = COMMIT_EVERY;
         if shared.told.swap(false, Ordering::AcqRel) || look || ends {
             looked = ids::now();
-            match commit(shared, &mut file) {
+            match caught(|| commit(shared, &mut file)) {
                 Ok(()) if failing => {
                     failing = false;
+                    shared.metrics.keeping.set(1);
                     info!("{}: can be written again", shared.path.display());
                 }
                 Ok(()) => {}
                 Err(failure) => {
                     shared.metrics.errors.inc();
+                    shared.metrics.keeping.set(0);
                     if !std::mem::replace(&mut failing, true) {
                         error!(
                             "{}: the state can't be written: {failure}; the proxy goes on, and tries again every {RETRY_AFTER:?}",
@@ -244,7 +258,9 @@ fn write(shared: &Shared, file: StateFile, commands: &Receiver<Command>) {
             break;
         }
     }
-    if let Some(Err(failure)) = file.map(StateFile::close) {
+    if let Some(file) = file
+        && let Err(failure) = caught(|| file.close())
+    {
         warn!("{}: closing it failed: {failure}", shared.path.display());
     }
 }
@@ -265,12 +281,28 @@ fn commit(shared: &Shared, file: &mut Option<StateFile>) -> Result<(), String> {
             StateFile::open(directory, &shared.path).map_err(|failure| failure.to_string())?
         }
     };
-    open.write(&taken)?;
+    if let Err(failure) = caught(|| open.write(&taken)) {
+        // Where that breaks down, too, the file stays locked, which the next try says.
+        let _ = caught(|| {
+            drop(open);
+            Ok(())
+        });
+        return Err(failure);
+    }
     *file = Some(open);
     shared.metrics.dirty_keys.set(0);
     shared.metrics.keys_written.inc_by(keys as u64);
     shared.metrics.commit_duration_seconds.observe(ids::now().saturating_duration_since(began).as_secs_f64());
     Ok(())
+}
+
+/// The database panics where its file is not what it wrote (somebody else did, or the disk): that ends what was being
+/// done, and neither this thread nor the proxy.
+fn caught<T>(act: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        Err(format!("the database broke down: {}", said.unwrap_or("it does not say why")))
+    })
 }
 
 impl Kept {
@@ -283,5 +315,19 @@ impl Kept {
             pin.used = Moment(pin.used.0 + slack).min(now);
         }
         Some(image)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_with_its_words() {
+        let ended = caught::<()>(|| panic!("page {} is torn", 7));
+        assert_eq!(ended, Err("the database broke down: page 7 is torn".to_owned()));
+        let ended = caught::<()>(|| panic!("torn"));
+        assert_eq!(ended, Err("the database broke down: torn".to_owned()));
+        assert_eq!(caught(|| Ok(1)), Ok(1));
     }
 }

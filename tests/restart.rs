@@ -388,3 +388,46 @@ fn fill(directory: &Path, backend: &Backend) {
     store.keep(&dispatcher, false);
     store.close();
 }
+
+#[tokio::test]
+async fn what_the_configuration_names_no_more_leaves_the_file_at_the_next_start() {
+    let runs = Arc::default();
+    let (one, two) = (agent(&runs).await, agent(&runs).await);
+    let service = |name: &str, endpoints: &[&Backend]| {
+        let urls: Vec<&str> = endpoints.iter().map(|backend| backend.url()).collect();
+        format!(
+            "- name: {name}\n  agent_protocol: http\n  session: {{key: [header: x-session]}}\n  \
+             versions: [{{name: stable, endpoints: ['{}']}}]\n",
+            urls.join("', '")
+        )
+    };
+    let both = format!(
+        "routes:\n- {{match: {{path: /other/**}}, service: others}}\n- {{service: agents}}\nservices:\n{}{}",
+        service("agents", &[&one, &two]),
+        service("others", &[&one])
+    );
+    let mut proxy = Restarted::start(&both).await;
+    proxy.say("a").await;
+    let pinned = post(proxy.address, "/other/chat", "x-session: b\r\n", "{}").await;
+    assert_eq!(pinned.header("longhaul-affinity"), Some("new"));
+    let drain = |name: String| format!("/api/v1/services/agents/endpoints/{}/drain", name.replace(':', "%3A"));
+    assert_eq!(proxy.admin("POST", &drain(two.name())).await.status(), 200);
+    proxy.end().await;
+
+    // The service and the drained endpoint go while the proxy is down, and come back two starts later.
+    proxy.edit(&format!("services:\n{}", service("agents", &[&one])));
+    proxy.start_again().await;
+    let told = || proxy.program.lines().iter().filter(|line| line.contains("services=\"others\"")).count();
+    eventually("it is said which", || told() == 1).await;
+    proxy.end().await;
+    proxy.start_again().await;
+    assert!(!proxy.program.lines().iter().any(|line| line.contains("others")), "{:#?}", proxy.program.lines());
+    proxy.end().await;
+    proxy.edit(&both);
+    proxy.start_again().await;
+    let back = post(proxy.address, "/other/chat", "x-session: b\r\n", "{}").await;
+    assert_eq!(back.header("longhaul-affinity"), Some("new"), "it left the file");
+    let status = proxy.admin("GET", "/api/v1/status").await.json();
+    let endpoints = status["services"][0]["versions"][0]["endpoints"].as_array().expect("two").clone();
+    assert!(endpoints.iter().all(|endpoint| endpoint["state"] == "ready"), "{endpoints:#?}");
+}

@@ -121,6 +121,7 @@ impl Pair {
                     lease.was_moved(&endpoint, self.now);
                 }
             }
+            Told::Says { endpoint, drains, .. } => self.new.adopt_says(&endpoint, drains, self.now),
             Told::Pinned { key, alias, endpoint, .. } => {
                 self.new.adopt_pin(&key, alias.as_ref(), &endpoint, self.now);
             }
@@ -425,4 +426,68 @@ fn a_million_sessions_pass() {
         read - written,
         restored - read
     );
+}
+
+fn says(dispatcher: &Dispatcher, port: u16, now: Instant) -> (String, Vec<&'static str>) {
+    let status = dispatcher.status(now);
+    let mut endpoints = status.versions.iter().flat_map(|version| &version.endpoints);
+    let endpoint = endpoints.find(|endpoint| endpoint.address.ends_with(&format!(":{port}"))).expect("it is there");
+    let reasons = endpoint.drain.as_ref().map(|drain| drain.by.clone()).unwrap_or_default();
+    (format!("{:?}", endpoint.state), reasons)
+}
+
+/// What the new one's desk does every 50 ms.
+fn tell_drains(pair: &Pair, known: &mut u64) {
+    if let Some((news, drains)) = pair.new.drains_since(*known, pair.now) {
+        *known = news;
+        let service = placement::SERVICE.to_owned();
+        let text = serde_json::to_string(&Answer::Drains { service, drains }).expect("JSON");
+        pair.old.answered(serde_json::from_str(&text).expect("the same"), pair.now);
+    }
+}
+
+#[test]
+fn drains_pass_both_ways_whoever_told_of_them() {
+    let now = ids::now();
+    let fleet = fleet();
+    let old = dispatcher(&fleet, now);
+    let mut placed: Vec<Placed> = (0..3)
+        .map(|number| {
+            let session = key(&format!("s{number}"));
+            old.pick(start(&session), now, 0).ok().and_then(Picked::placed).expect("there is room")
+        })
+        .collect();
+    placed.sort_by_key(|placed| placed.target.address.to_string());
+    placed[0].lease.endpoint_drains(true, now);
+    assert!(old.drain_endpoint("127.0.0.1:2", now));
+    let mut pair = Pair::hand_over(&old, &fleet, now);
+    let draining = |reasons: &[&'static str]| ("Draining".to_owned(), reasons.to_vec());
+    let ready = ("Ready".to_owned(), Vec::new());
+    assert_eq!(says(&pair.new, 1, now), draining(&["answer"]));
+    assert_eq!(says(&pair.new, 2, now), draining(&["operator"]));
+
+    let mut known = 0;
+    assert!(pair.new.undrain_endpoint("127.0.0.1:2", now) && pair.new.undrain_endpoint("127.0.0.1:1", now));
+    tell_drains(&pair, &mut known);
+    assert_eq!((says(&old, 1, now), says(&old, 2, now)), (ready.clone(), ready.clone()));
+    assert!(pair.new.drain_endpoint("127.0.0.1:2", now));
+    tell_drains(&pair, &mut known);
+    assert_eq!(says(&old, 2, now), draining(&["operator"]));
+
+    // An answer that comes to the old one is heard by the new one, and by everybody who goes on from it.
+    placed[2].lease.endpoint_drains(true, now);
+    pair.settle();
+    assert_eq!(says(&pair.new, 3, now), draining(&["answer"]));
+    tell_drains(&pair, &mut known);
+    assert_eq!(says(&old, 3, now), draining(&["answer"]));
+
+    // Both forget such a drain at its deadline, and the one whose news is late cuts all the same.
+    let count = placed[2].target.cut.count();
+    let late = now + Duration::from_secs(601);
+    pair.new.tick(late);
+    pair.now = late;
+    tell_drains(&pair, &mut known);
+    old.tick(late);
+    assert_eq!(placed[2].target.cut.count(), count + 1, "what the old one carries is cut");
+    assert_eq!(says(&old, 3, late), ready);
 }

@@ -289,8 +289,8 @@ fn session_cookie() -> Kind<'static, SessionCookie> {
                 Err(message) => block.problem("secret_file", message),
             },
             None if !block.has("secret_file") => {
-                let message = "without `secret_file` the key is random for each process: cookies end with a restart and \
-                               are not understood by other replicas";
+                let message = "without `secret_file` the key is random: cookies are not understood by other replicas, and \
+                               end with a restart unless `state: {file: ..}` keeps it";
                 block.warning("", message);
             }
             None => {}

@@ -1,7 +1,8 @@
 //! Handover: a new process takes over from this one without a connection refused, cut or moved.
 //!
 //! On SIGUSR2 the process that serves starts the program anew and gives it, over a socket pair, handles of its listening
-//! sockets. The new one loads the configuration, builds everything and says that it is ready; until then nothing has
+//! sockets; one that was started beside it (`longhaul run --upgrade`) comes to its [`door`] and is given the same. The new
+//! one loads the configuration, builds everything and says that it is ready; until then nothing has
 //! changed, and if it fails the old one goes on. Then the old one gives it all that lives (`state::succession`), in one
 //! message. From there on the new one decides, and accepts; the old one finishes the exchanges that it has, and asks the
 //! new one wherever something has to be decided for them. Listening sockets are never closed, so what connects meanwhile
@@ -18,6 +19,7 @@
 //!   its last exchange ends; exit
 //! ```
 
+mod door;
 mod predecessor;
 mod successor;
 
@@ -35,6 +37,7 @@ use crate::config::Address;
 use crate::state::succession::{Answer, Estate, Told};
 use crate::store::Secrets;
 
+pub use door::Door;
 pub use predecessor::{Link, Predecessor};
 pub use successor::{HandOver, run};
 
@@ -42,7 +45,7 @@ pub use successor::{HandOver, run};
 const ENVIRONMENT: &str = "LONGHAUL_HANDOVER";
 
 /// What both have to understand. Raised when a message changes its meaning.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// How long the other process may take for one step, the load of a configuration included.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -59,6 +62,12 @@ struct Hello {
     sha256: String,
     /// Of the sockets that come with it, in their order.
     sockets: Vec<Passed>,
+}
+
+/// In place of [`Hello`], to a process that came by itself: why there is no handover.
+#[derive(Serialize)]
+struct Refused {
+    refused: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -117,7 +126,8 @@ impl Program {
                 None => std::env::current_exe()?,
             }
         };
-        Ok(Program { path, arguments: arguments.collect() })
+        // That was for this process alone; the next one is started by it.
+        Ok(Program { path, arguments: arguments.filter(|argument| argument != "--upgrade").collect() })
     }
 }
 

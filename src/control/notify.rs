@@ -65,6 +65,11 @@ impl Notifier {
         Ok(Notifier { inner: Some(Arc::new(Inner { socket, to, watchdog, silent: AtomicBool::new(false) })) })
     }
 
+    /// There is a service manager.
+    pub fn tells_somebody(&self) -> bool {
+        self.inner.is_some()
+    }
+
     pub fn ready(&self, status: &str) {
         self.send(&format!("READY=1\nSTATUS={}\n", line(status)));
     }

@@ -285,6 +285,9 @@ impl Reloader {
                 _ => dispatcher.apply(settings, now),
             }
         }
+        if let (Some(store), Some(kept)) = (store.get(), kept) {
+            forget_unnamed(store, kept);
+        }
         builder.client_tls = prepared.client_tls;
         builder.version_metrics = prepared.version_metrics;
         builder.probes = prepared.probes_bound;
@@ -349,6 +352,13 @@ impl Reloader {
         let others = snapshot.loaded.config.admin.probes.map(Address::Tcp).into_iter().chain([address.clone()]);
         let configured: Vec<Address> = listeners.chain(others).collect();
         self.builder.inherited().settle(&configured)
+    }
+
+    /// How an endpoint is reached that the configuration of a service no longer names. `None`: nobody can tell.
+    pub(super) fn unnamed_target(&self, service: &str, place: &Place) -> Option<TargetSettings> {
+        let snapshot = self.running.snapshot.load();
+        let known = snapshot.services.iter().find(|known| *known.name == *service)?;
+        self.builder.unnamed_target(&known.config, place)
     }
 
     fn keep_spare(&mut self, socket: &Socket, configured: Address, purpose: &str) {
@@ -605,6 +615,18 @@ async fn load_aside(path: PathBuf) -> Result<Result<Loaded, Problems>, tokio::ta
     tokio::task::spawn_blocking(move || config::load(&path)).await
 }
 
+/// What was kept of services that the configuration does not name goes, as by a reload without them.
+fn forget_unnamed(store: &Store, kept: Kept) {
+    let mut names: Vec<String> = kept.services.into_keys().collect();
+    if names.is_empty() {
+        return;
+    }
+    names.sort_unstable();
+    let services = names.join(", ");
+    info!(services, "the configuration does not name them any more: what was kept of them is removed");
+    store.forget(names);
+}
+
 /// Logs what is not wrong but worth a line.
 pub fn log_warnings(file: &str, loaded: &Loaded) {
     for problem in &loaded.warnings {
@@ -624,7 +646,8 @@ struct Done {
 struct Builder {
     file: Arc<str>,
     metrics: Arc<Metrics>,
-    /// The secret behind the cookies of services that name none: for the life of the process, so that reloads keep them.
+    /// The secret behind the cookies of services that name none: no reload and no handover changes it, and with
+    /// `state: {file: ..}` no restart.
     cookie_secret: [u8; 32],
     client_tls: Vec<CachedClientTls>,
     /// By service and version.
@@ -855,7 +878,7 @@ impl Builder {
         }
     }
 
-    /// The secret of a service that names none: the same after every reload, another one for every service and process.
+    /// The secret of a service that names none: the same after every reload, another one for every service.
     fn own_secret(&self, service: &str) -> String {
         let mut secret = Sha256::new();
         secret.update(self.cookie_secret);

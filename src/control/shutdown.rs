@@ -134,7 +134,7 @@ async fn drain(running: &Running, reload: &ReloadHandle, reload_state: &ReloadSt
 }
 
 /// Cuts what runs at an endpoint, spread over this time, so that clients don't all come back at once.
-async fn cut_what_is_left(running: &Running, reload_state: &ReloadState, over: Duration) {
+pub(super) async fn cut_what_is_left(running: &Running, reload_state: &ReloadState, over: Duration) {
     let began = ids::now();
     let mut begins = true;
     while running.open_exchanges.load(Ordering::Acquire) > 0 {

@@ -7,6 +7,7 @@ mod apply;
 mod changes;
 mod drain;
 mod image;
+mod outlook;
 mod outstanding;
 mod report;
 mod rollout;
@@ -32,8 +33,9 @@ use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
 use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
 
 pub use changes::Taking;
-pub use drain::SPREAD_PART;
+pub use drain::{Rolling, SPREAD_PART};
 pub use image::Restored;
+pub use outlook::Outlook;
 pub use outstanding::{CancelAnswer, Finish};
 pub(crate) use waiting::Origin;
 pub use waiting::{Arrived, Given};
@@ -87,6 +89,10 @@ pub struct Core {
     changes: Option<Changes>,
     /// The slot of the table from which [`Core::mark_busy`] goes on.
     scanned: u32,
+    /// When it looked last.
+    scanned_at: Option<Instant>,
+    /// Counts what has become of drains.
+    drain_news: u64,
     /// Another process decides; this one only carries what it has.
     successor: Option<succession::Successor>,
 }
@@ -224,6 +230,8 @@ impl Core {
             clock: None,
             changes: None,
             scanned: 0,
+            scanned_at: None,
+            drain_news: 0,
             successor: None,
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use crate::orca::Report;
 use crate::protocols::{Fact, Standing};
 use crate::rollout::{Command, Moment, Refused, Rollout};
 use crate::state::changes::Delta;
-use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant, Restored};
+use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant, Outlook, Restored};
 use crate::state::idempotency::{self, ANSWERS_BYTES_MAX, Start, StartKey, Starts};
 use crate::state::image::{Place, RunsTaken, ServiceImage};
 use crate::state::queue::{Class, Principal};
@@ -29,7 +30,7 @@ use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target,
 /// Copies of starts (`shadow`) that may be under way at once; more are not made.
 const COPIES_MAX: usize = 64;
 
-/// Slots of the session table that are read under one hold of the lock.
+/// Slots of a table that are read under one hold of the lock.
 const SCAN: u32 = 1024;
 
 /// One service's live state. Outlives every configuration that names it.
@@ -279,7 +280,24 @@ impl Dispatcher {
     }
 
     pub fn status(&self, now: Instant) -> ServiceStatus {
-        self.with(|core| core.status(now))
+        let mut estimates = HashMap::new();
+        if self.with(|core| core.drains_with_runs()) {
+            let outlook = self.outlook(now);
+            let draining = self.with(|core| core.draining()).into_iter().filter(|(_, has_runs)| *has_runs);
+            estimates.extend(draining.map(|(number, _)| (number, outlook.empty_in(number))));
+        }
+        self.with(|core| core.status_by(&estimates, now))
+    }
+
+    /// Looks at all outstanding runs, in steps.
+    fn outlook(&self, now: Instant) -> Outlook {
+        let mut outlook = self.with(|core| core.begin_outlook());
+        let mut from = Some(0);
+        while let Some(slot) = from {
+            from = self.with(|core| core.look_at_runs(&mut outlook, slot, SCAN, now));
+        }
+        outlook.conclude();
+        outlook
     }
 
     /// Sessions, those whose key (or alias) is `key` only where that is given, `limit` at most.
@@ -294,7 +312,12 @@ impl Dispatcher {
 
     /// Outstanding runs, those of the session with this key (or alias) only where that is given, `limit` at most.
     pub fn runs(&self, session: Option<&str>, limit: usize, now: Instant) -> Vec<RunInfo> {
-        self.with(|core| core.runs(session, limit, now))
+        let mut found = Vec::new();
+        let mut from = Some(0);
+        while let Some(slot) = from {
+            from = self.with(|core| core.scan_runs(session, slot, SCAN, limit, &mut found, now));
+        }
+        found
     }
 
     /// Forgets the pins of idle sessions, all or those of one key, and says how many. Busy ones stay.
@@ -391,7 +414,7 @@ impl Dispatcher {
         self.starts().expire(now);
         let (mut busy, is_cutting) = self.with(|core| {
             core.tick(now);
-            (core.slots_a_second(), core.is_cutting())
+            (core.slots_to_look_at(now), core.is_cutting())
         });
         while busy > 0 {
             self.with(|core| core.mark_busy(busy.min(SCAN), now));
@@ -415,7 +438,9 @@ impl Dispatcher {
         confidence: f64,
         now: Instant,
     ) -> Option<RollReport> {
-        self.with(|core| core.safe_to_roll(endpoint, grace, confidence, now))
+        let outlook = self.outlook(now);
+        let rolling = self.with(|core| core.safe_to_roll(endpoint, grace, confidence, now))?;
+        Some(rolling.estimated(&outlook))
     }
 
     /// Ends the runs whose time is over and gives the calls that are to be made about others, `limit` at most.

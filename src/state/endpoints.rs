@@ -64,8 +64,9 @@ pub(crate) struct Endpoint {
 }
 
 /// How an endpoint tells that it drains.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Says {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Says {
     /// By the answer to its check: `health.draining_status`, or the field there.
     ByHealth,
     /// An answer of it carried `longhaul-drain: 1`.

@@ -125,6 +125,8 @@ pub(crate) struct Runs {
     free: Vec<u32>,
     outstanding: usize,
     by_key: HashMap<Box<str>, u32>,
+    /// Outstanding runs.
+    by_id: HashMap<RunId, u32, foldhash::fast::RandomState>,
     /// Outstanding runs that nothing carries, or that have to be over at some time: when each is to be looked at next.
     wakes: BTreeSet<(Instant, u32)>,
 }
@@ -170,6 +172,7 @@ impl Runs {
             }
         };
         self.outstanding += 1;
+        self.by_id.insert(id, number);
         self.link(number, first);
         number
     }
@@ -212,6 +215,10 @@ impl Runs {
         let run = self.slots[number as usize].as_mut()?;
         run.ended = true;
         self.outstanding -= 1;
+        // Two never have one id, unless an image names a run twice.
+        if self.by_id.get(&run.id) == Some(&number) {
+            self.by_id.remove(&run.id);
+        }
         if let Some(key) = run.key.take() {
             self.by_key.remove(&key);
         }
@@ -247,8 +254,7 @@ impl Runs {
 
     /// The outstanding run with this id.
     pub fn by_id(&self, id: RunId) -> Option<u32> {
-        let at = self.slots.iter().position(|slot| slot.as_ref().is_some_and(|run| run.id == id && !run.ended));
-        at.map(|number| number as u32)
+        self.by_id.get(&id).copied()
     }
 
     /// To be looked at then, and not before.
@@ -290,6 +296,18 @@ impl Runs {
         for run in self.slots.iter_mut().flatten().filter(|run| !run.ended && run.lasts()) {
             run.stored = true;
         }
+    }
+
+    /// So many slots the table has.
+    pub fn slots(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    /// The outstanding runs of the slots `from..to`.
+    pub fn between(&self, from: u32, to: u32) -> impl Iterator<Item = &Run> {
+        let (from, to) = (from as usize, to as usize);
+        let slots = self.slots.get(from..to.min(self.slots.len())).unwrap_or_default();
+        slots.iter().filter_map(|slot| slot.as_ref().filter(|run| !run.ended))
     }
 
     /// All outstanding runs, with their numbers.

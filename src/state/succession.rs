@@ -10,7 +10,9 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::config::Policy;
 use crate::ids::{self, RunId};
 use crate::protocols;
+use crate::rollout::Moment;
 use crate::state::dispatcher::{Ask, Dispatcher, Lease, Picked, PinHint};
+use crate::state::endpoints::Says;
 use crate::state::image::{Place, RunImage, ServiceImage};
 use crate::state::queue::{Class, Principal, Ticket};
 use crate::state::runs::About;
@@ -22,6 +24,22 @@ use crate::state::{AffinityOutcome, Kind, Refusal, RunOutcome, TargetSettings};
 pub struct Estate {
     pub image: ServiceImage,
     pub health: Vec<HealthLeft>,
+    pub drains: Vec<DrainLeft>,
+}
+
+/// An endpoint that drains, whoever said so.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DrainLeft {
+    /// [`crate::config::EndpointUrl::identity`].
+    pub endpoint: String,
+    /// An operator or the configuration drains it.
+    pub drained: bool,
+    /// It says so itself.
+    pub says: Option<Says>,
+    /// When what is left there is cut; `None`: that has begun.
+    pub deadline: Option<Moment>,
+    /// It is being cut.
+    pub cut: bool,
 }
 
 /// What is known of an endpoint's health, so that it need not be asked before it may be used.
@@ -146,6 +164,12 @@ pub enum Told {
         run: RunId,
         endpoint: String,
     },
+    /// An answer of an endpoint said whether it drains.
+    Says {
+        service: String,
+        endpoint: String,
+        drains: bool,
+    },
     /// A session lives there: an answer of 2xx or 3xx said so.
     Pinned {
         service: String,
@@ -169,6 +193,11 @@ pub enum Answer {
         service: String,
         ticket: Ticket,
         refusal: Refusal,
+    },
+    /// All endpoints that drain; others do not (any more).
+    Drains {
+        service: String,
+        drains: Vec<DrainLeft>,
     },
     /// A run that it carries is to be ended, as this.
     Stop {
@@ -201,6 +230,7 @@ impl Dispatcher {
             Answer::Placed { ticket, endpoint, affinity, .. } => core.placed_there(ticket, &endpoint, affinity, now),
             Answer::Refused { ticket, refusal, .. } => core.refused_there(ticket, refusal),
             Answer::Stop { run, outcome, .. } => core.stop_run(run, outcome, now),
+            Answer::Drains { drains, .. } => core.drains_there(&drains, now),
         });
     }
 
@@ -224,6 +254,16 @@ impl Dispatcher {
 
     pub fn adopt_pin(&self, key: &SessionKey, alias: Option<&SessionKey>, endpoint: &str, now: Instant) {
         self.with(|core| core.adopt_pin(key, alias, endpoint, now));
+    }
+
+    /// An answer that came to the process before said whether its endpoint drains.
+    pub fn adopt_says(&self, endpoint: &str, drains: bool, now: Instant) {
+        self.with(|core| core.adopt_says(endpoint, drains, now));
+    }
+
+    /// All endpoints that drain, and the number of this news; `None`: there is none since that of `known`.
+    pub fn drains_since(&self, known: u64, now: Instant) -> Option<(u64, Vec<DrainLeft>)> {
+        self.with(|core| core.drains_since(known, now))
     }
 
     pub fn adopt_name(&self, run: RunId, key: &str) {

@@ -4,30 +4,33 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
 use std::sync::Arc;
 
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::{Duration, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::control::handover::{
-    ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, channel, in_time, length_of, receive, send,
+    ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, channel, door, in_time, length_of, receive, send,
 };
-use crate::control::reload::Heritage;
+use crate::control::reload::{Heritage, Reloader};
 use crate::ids::{self, RunId};
 use crate::net::inherit::{self, Inherited};
 use crate::snapshot::Running;
 use crate::state::Refusal;
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Dispatcher, Lease, Picked, Placed};
+use crate::state::image::Place;
 use crate::state::queue::Ticket;
 use crate::state::succession::{Answer, AskSent, Told};
 use crate::state::waiting::Waiting;
 
-/// How often it is looked which runs of the old process are to end.
+/// How often it is looked which runs of the old process are to end, and which endpoints drain.
 const STOPS_EVERY: Duration = Duration::from_millis(50);
 
 /// The process that serves until this one takes over from it.
@@ -36,10 +39,11 @@ pub struct Predecessor {
 }
 
 impl Predecessor {
-    /// `None`: this process was started by nobody that it could take over from. What it is given goes to `heritage`.
-    pub fn greet(heritage: &mut Heritage) -> Result<Option<Predecessor>, String> {
+    /// `None`: there is none that this process could take over from. `upgrade` names the configuration of one that is to
+    /// be looked for, where this process was not started by it. What it is given goes to `heritage`.
+    pub fn greet(heritage: &mut Heritage, upgrade: Option<&Path>) -> Result<Option<Predecessor>, String> {
         if std::env::var_os(ENVIRONMENT).is_none() {
-            return Ok(None);
+            return upgrade.map(|config| Predecessor::find(heritage, config)).transpose();
         }
         let said = |failure: io::Error| {
             format!("{ENVIRONMENT} is set, but the process to take over from could not be heard: {failure}")
@@ -50,13 +54,30 @@ impl Predecessor {
         // What is read from the standard input from here on is nothing.
         let nothing = std::fs::File::open("/dev/null").map_err(said)?;
         rustix::stdio::dup2_stdin(&nothing).map_err(|failure| said(failure.into()))?;
+        Ok(Some(Predecessor::take(heritage, hello, stream)))
+    }
+
+    /// Asks the process that serves this configuration.
+    fn find(heritage: &mut Heritage, config: &Path) -> Result<Predecessor, String> {
+        let stream = door::knock(config)?;
+        let hello = hear(&stream, heritage).map_err(|failure| match failure.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                "--upgrade: the running process went, or handed over to another just now; try again".to_owned()
+            }
+            _ => format!("--upgrade: the running process does not hand over: {failure}"),
+        })?;
+        Ok(Predecessor::take(heritage, hello, stream))
+    }
+
+    fn take(heritage: &mut Heritage, hello: Hello, stream: StdUnixStream) -> Predecessor {
         heritage.secrets = Some(hello.secrets);
         heritage.generation = Some((hello.generation, hello.sha256));
-        Ok(Some(Predecessor { stream }))
+        Predecessor { stream }
     }
 
     /// Says that everything is built, and takes the state over. From then on this process decides, and has to serve.
-    pub async fn take_over(self, running: &Arc<Running>) -> io::Result<Link> {
+    /// `reloader` knows how endpoints are reached that the configuration no longer names.
+    pub async fn take_over(self, running: &Arc<Running>, reloader: &Reloader) -> io::Result<Link> {
         self.stream.set_nonblocking(true)?;
         let mut stream = UnixStream::from_std(self.stream)?;
         in_time("the old process was told of readiness", send(&mut stream, &ToOld::Ready)).await?;
@@ -73,8 +94,8 @@ impl Predecessor {
                 continue;
             };
             sessions += estate.image.pins.len();
-            // What the configuration does not name (any more) is the old process's to finish.
-            for (run, lease) in dispatcher.take_over(estate, &|_| None, now) {
+            let unnamed = |place: &Place| reloader.unnamed_target(dispatcher.name(), place);
+            for (run, lease) in dispatcher.take_over(estate, &unnamed, now) {
                 carried += 1;
                 leases.insert(run, lease);
             }
@@ -92,7 +113,7 @@ impl Predecessor {
             leases,
             stopped: Vec::new(),
             waiting: HashMap::new(),
-            released: Arc::default(),
+            released: CancellationToken::new(),
         };
         Ok(link)
     }
@@ -103,11 +124,17 @@ fn hear(stream: &StdUnixStream, heritage: &mut Heritage) -> io::Result<Hello> {
     stream.set_read_timeout(Some(STEP_TIMEOUT))?;
     let mut head = [0; 4];
     let (count, handles) = inherit::receive_with_sockets(stream, &mut head)?;
+    if count == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     let mut reader = stream;
     reader.read_exact(&mut head[count..])?;
     let mut bytes = Vec::new();
     reader.take(length_of(head)? as u64).read_to_end(&mut bytes)?;
     let spoken: serde_json::Value = serde_json::from_slice(&bytes)?;
+    if let Some(reason) = spoken["refused"].as_str() {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+    }
     if spoken["protocol"] != PROTOCOL {
         let reason = format!(
             "it speaks version {} of the handover, this program version {PROTOCOL}; restart the service instead",
@@ -146,18 +173,18 @@ pub struct Link {
     stopped: Vec<RunId>,
     /// Exchanges of the old process that wait here.
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
-    released: Arc<Notify>,
+    released: CancellationToken,
 }
 
 impl Link {
-    /// Told when the old process accepts nothing any more.
-    pub fn released(&self) -> Arc<Notify> {
-        Arc::clone(&self.released)
+    /// Cancelled when the old process accepts nothing any more and has closed the state's file.
+    pub fn released(&self) -> CancellationToken {
+        self.released.clone()
     }
 
     /// Answers the old process until it has gone. What it carries then ends, as unknown.
     pub async fn run(mut self) {
-        let (found, mut placed) = channel::<(RunId, Lease)>();
+        let (found, mut waited) = channel::<Waited>();
         let (mut reader, mut writer) = (self.reader, self.writer);
         let (messages, mut told) = mpsc::channel(64);
         let reading = tokio::spawn(async move {
@@ -180,6 +207,7 @@ impl Link {
             leases: self.leases,
             stopped: self.stopped,
             waiting: self.waiting,
+            drains: HashMap::new(),
             found,
         };
         let mut stops = tokio::time::interval(STOPS_EVERY);
@@ -188,21 +216,25 @@ impl Link {
             tokio::select! {
                 // A lease is noted before the end of its run can be told.
                 biased;
-                Some((run, lease)) = placed.recv() => {
-                    desk.leases.insert(run, lease);
+                Some(Waited { asked, placed }) = waited.recv() => {
+                    desk.waiting.remove(&asked);
+                    desk.leases.extend(placed);
                 }
                 message = told.recv() => match message {
                     Some(ToNew::Told(told)) => desk.take(told),
-                    Some(ToNew::Released) => self.released.notify_one(),
+                    Some(ToNew::Released) => self.released.cancel(),
                     Some(ToNew::Estate(_)) => warn!("the old process gives its state twice"),
                     None => break,
                 },
-                _ = stops.tick() => desk.tell_stops(),
+                _ = stops.tick() => {
+                    desk.tell_stops();
+                    desk.tell_drains();
+                }
             }
         }
         reading.abort();
         writing.abort();
-        self.released.notify_one();
+        self.released.cancel();
         for (_, waiting) in desk.waiting.values() {
             waiting.abort();
         }
@@ -220,7 +252,16 @@ struct Desk {
     leases: HashMap<RunId, Lease>,
     stopped: Vec<RunId>,
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
-    found: mpsc::UnboundedSender<(RunId, Lease)>,
+    /// By service: up to which news of drains the old process knows them.
+    drains: HashMap<String, u64>,
+    found: mpsc::UnboundedSender<Waited>,
+}
+
+/// An exchange of the old process waits no longer.
+struct Waited {
+    asked: (String, Ticket),
+    /// Where it was given a place for a run.
+    placed: Option<(RunId, Lease)>,
 }
 
 impl Desk {
@@ -258,6 +299,11 @@ impl Desk {
                     lease.was_moved(&endpoint, now);
                 }
             }
+            Told::Says { service, endpoint, drains } => {
+                if let Some(dispatcher) = dispatcher(&self.running, &service) {
+                    dispatcher.adopt_says(&endpoint, drains, now);
+                }
+            }
             Told::Pinned { service, key, alias, endpoint } => {
                 if let Some(dispatcher) = dispatcher(&self.running, &service) {
                     dispatcher.adopt_pin(&key, alias.as_ref(), &endpoint, now);
@@ -280,20 +326,17 @@ impl Desk {
             Ok(Picked::Waiting(waiting)) => {
                 let run = waiting.run_id();
                 let (answers, found, key) = (self.answers.clone(), self.found.clone(), (service.clone(), ticket));
+                let asked = key.clone();
                 let task = tokio::spawn(async move {
-                    match wait(waiting).await {
+                    let (answer, placed) = match wait(waiting).await {
                         Ok(placed) => {
-                            let answer = placed_answer(service, ticket, &placed);
-                            // The lease first: what is told of its run comes after the answer.
-                            if let Some(run) = placed.lease.run_id() {
-                                let _ = found.send((run, placed.lease));
-                            }
-                            let _ = answers.send(answer);
+                            (placed_answer(service, ticket, &placed), placed.lease.run_id().zip(Some(placed.lease)))
                         }
-                        Err(refusal) => {
-                            let _ = answers.send(Answer::Refused { service, ticket, refusal });
-                        }
-                    }
+                        Err(refusal) => (Answer::Refused { service, ticket, refusal }, None),
+                    };
+                    // The lease first: what is told of its run comes after the answer.
+                    let _ = found.send(Waited { asked, placed });
+                    let _ = answers.send(answer);
                 });
                 self.waiting.insert(key, (run, task.abort_handle()));
             }
@@ -308,6 +351,17 @@ impl Desk {
     fn answer_placed(&self, service: String, ticket: Ticket, placed: Placed) -> Option<(RunId, Lease)> {
         let _ = self.answers.send(placed_answer(service, ticket, &placed));
         Some((placed.lease.run_id()?, placed.lease))
+    }
+
+    /// What drains here and what no more: that is cut there, too, or not.
+    fn tell_drains(&mut self) {
+        for service in &self.running.snapshot.load().services {
+            let known = self.drains.get(&*service.name).copied().unwrap_or_default();
+            let Some((news, drains)) = service.dispatcher.drains_since(known, ids::now()) else { continue };
+            let service = service.name.to_string();
+            self.drains.insert(service.clone(), news);
+            let _ = self.answers.send(Answer::Drains { service, drains });
+        }
     }
 
     fn tell_stops(&mut self) {

@@ -14,20 +14,22 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::config::Address;
-use crate::control::ReloadHandle;
+use crate::control::handover::door::{Comer, Guest};
 use crate::control::handover::{
-    ENVIRONMENT, Hello, PROTOCOL, Passed, Program, ToNew, ToOld, channel, frame, in_time, receive, send,
+    Door, ENVIRONMENT, Hello, PROTOCOL, Passed, Program, ToNew, ToOld, channel, frame, in_time, receive, send,
 };
 use crate::control::notify::Notifier;
 use crate::control::reload::HandedOver;
-use crate::control::shutdown::Ended;
+use crate::control::shutdown::{self, Ended};
+use crate::control::{ReloadHandle, ReloadState};
 use crate::drain::Phase;
 use crate::ids;
 use crate::net::inherit;
 use crate::snapshot::Running;
+use crate::state::core::SPREAD_PART;
 use crate::state::dispatcher::Dispatcher;
 use crate::state::succession::{Answer, Told};
-use crate::store::{Store, StoreSlot};
+use crate::store::StoreSlot;
 
 /// How often open exchanges are counted while this process finishes.
 const COUNT_EVERY: Duration = Duration::from_millis(20);
@@ -36,6 +38,8 @@ const QUIET: Duration = Duration::from_millis(100);
 /// How often every thread turns before the connections are counted; the first may have begun before.
 const TURNS: u64 = 3;
 const TURNS_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a process that came by itself may take to notice that there is no handover.
+const GUEST_ENDS: Duration = Duration::from_secs(1);
 /// How long the last of what is told may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -43,11 +47,16 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct HandOver {
     pub running: Arc<Running>,
     pub reload: ReloadHandle,
+    pub reload_state: Arc<ReloadState>,
     pub notifier: Notifier,
     /// `None`: there is none to start (this is a part of another program).
     pub program: Option<Program>,
     /// Asked for by SIGUSR2.
     pub asked: Arc<Notify>,
+    /// Where processes that were started beside this one ask for it. `None`: nowhere.
+    pub door: Option<Door>,
+    /// Cancelled when the process before this one has closed the state's file.
+    pub predecessor_released: CancellationToken,
     /// Cancelled when the process before this one has gone.
     pub predecessor_gone: CancellationToken,
     /// Closed before the new process is told that it is free to open it.
@@ -56,26 +65,65 @@ pub struct HandOver {
     pub admin_stop: CancellationToken,
 }
 
+/// Who is to take over.
+enum Next<'p> {
+    /// A process that is to be started.
+    Start(&'p Program),
+    /// One that was started by somebody else.
+    Came(Comer),
+}
+
 /// Hands over when it is asked for, as often as it takes. Returns when a new process serves and this one has finished.
-pub async fn run(hand_over: HandOver) -> Ended {
+pub async fn run(mut hand_over: HandOver) -> Ended {
+    let mut door = hand_over.door.take();
     loop {
-        hand_over.asked.notified().await;
-        let Some(program) = &hand_over.program else {
-            warn!("SIGUSR2 ignored: this process can't tell how it was started");
-            continue;
+        let came = tokio::select! {
+            () = hand_over.asked.notified() => None,
+            comer = knocks(&mut door) => Some(comer),
         };
-        if hand_over.running.drain.phase() != Phase::Serving {
-            warn!("SIGUSR2 ignored: the proxy is draining already");
-            continue;
-        }
-        info!(program = %program.path.display(), "SIGUSR2: starting a new process, which is to take over");
-        match hand_over.start(program).await {
-            Ok(given) => return hand_over.finish(given).await,
+        let next = match (came, &hand_over.program) {
+            (Some(comer), _) => match hand_over.refusal(&comer) {
+                Some(reason) => {
+                    warn!(process = comer.process(), "--upgrade refused: {reason}");
+                    comer.refuse(&reason);
+                    continue;
+                }
+                None => {
+                    info!(process = comer.process(), "--upgrade: a new process asks to take over");
+                    Next::Came(comer)
+                }
+            },
+            (None, None) => {
+                warn!("SIGUSR2 ignored: this process can't tell how it was started");
+                continue;
+            }
+            (None, Some(_)) if hand_over.running.drain.phase() != Phase::Serving => {
+                warn!("SIGUSR2 ignored: the proxy is draining already");
+                continue;
+            }
+            (None, Some(program)) => {
+                info!(program = %program.path.display(), "SIGUSR2: starting a new process, which is to take over");
+                Next::Start(program)
+            }
+        };
+        match hand_over.start(next).await {
+            Ok(given) => {
+                // The new one opens it.
+                drop(door);
+                return hand_over.finish(given).await;
+            }
             Err(failure) => {
                 hand_over.reload.hand_over_failed().await;
                 error!("the new process did not take over, and this one goes on as before: {failure}");
             }
         }
+    }
+}
+
+async fn knocks(door: &mut Option<Door>) -> Comer {
+    match door {
+        Some(door) => door.comer().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -88,7 +136,22 @@ struct Given {
 }
 
 impl HandOver {
-    async fn start(&self, program: &Program) -> io::Result<Given> {
+    /// Why a process that came by itself may not take over.
+    fn refusal(&self, comer: &Comer) -> Option<String> {
+        if self.running.drain.phase() != Phase::Serving {
+            return Some("it is draining already".to_owned());
+        }
+        let ours = std::process::id();
+        // The service would end with its main process, and the new one with the shell that it was started from.
+        self.notifier.tells_somebody().then(|| {
+            format!(
+                "a service manager started it, and would lose sight of process {}; use kill -USR2 {ours} instead",
+                comer.process()
+            )
+        })
+    }
+
+    async fn start(&self, next: Next<'_>) -> io::Result<Given> {
         let HandedOver { sockets, secrets, generation, sha256 } = self.reload.hand_over().await?;
         let passed = sockets.iter().map(|socket| {
             let (tcp, unix) = match &socket.configured {
@@ -98,17 +161,26 @@ impl HandOver {
             Passed { tcp, unix, purpose: socket.purpose.clone(), owns_file: socket.owns_file() }
         });
         let hello = Hello { protocol: PROTOCOL, secrets, generation, sha256, sockets: passed.collect() };
-        let (ours, theirs) = StdUnixStream::pair()?;
-        let mut child = spawn(program, theirs.into())?;
+        let (ours, mut new) = match next {
+            Next::Start(program) => {
+                let (ours, theirs) = StdUnixStream::pair()?;
+                (ours, New::Child(spawn(program, theirs.into())?))
+            }
+            Next::Came(comer) => {
+                let (stream, guest) = comer.into_parts();
+                (stream, New::Guest(guest))
+            }
+        };
+        let process = new.process();
         let given = async {
             inherit::send_with_sockets(&ours, &frame(&hello)?, &sockets)?;
             drop(sockets);
             ours.set_nonblocking(true)?;
-            self.give(UnixStream::from_std(ours)?, child.id()).await
+            self.give(UnixStream::from_std(ours)?, process).await
         };
         match given.await {
             Ok(given) => Ok(given),
-            Err(failure) => Err(io::Error::new(failure.kind(), format!("{failure}{}", end(&mut child).await))),
+            Err(failure) => Err(io::Error::new(failure.kind(), format!("{failure}{}", new.end().await))),
         }
     }
 
@@ -131,7 +203,14 @@ impl HandOver {
             send(&mut stream, &ToNew::Estate(estates)).await?;
             receive(&mut stream).await
         };
-        match in_time("it did not take the state over", serving).await {
+        let served = tokio::select! {
+            biased;
+            served = in_time("it did not take the state over", serving) => served,
+            () = self.running.drain.reached(Phase::Announced) => {
+                Err(io::Error::other("the proxy was told to end meanwhile"))
+            }
+        };
+        match served {
             Ok(ToOld::Serving) => Ok(Given { stream, told, dispatchers, process }),
             failed => {
                 let now = ids::now();
@@ -155,9 +234,12 @@ impl HandOver {
         let (mut reader, mut writer) = stream.into_split();
         let (done, mut finished) = mpsc::channel::<()>(1);
         let (closed, mut is_closed) = oneshot::channel();
-        let (store, retiring) = (Arc::clone(&self.store), dispatchers.clone());
+        let (store, retiring) = (self.store.clone(), dispatchers.clone());
+        let predecessor_released = self.predecessor_released.clone();
         tokio::spawn(async move {
-            let closing = move || store.get().map(Store::close);
+            // The new one relies on it that nobody before it has the file.
+            predecessor_released.cancelled().await;
+            let closing = move || store.give_away();
             if tokio::task::spawn_blocking(closing).await.is_err() {
                 error!("closing the state broke down; the new process may not be able to open it");
             }
@@ -205,11 +287,14 @@ impl HandOver {
                 }
             }
         });
-        let forced = tokio::time::timeout(timeout, self.all_finished()).await.is_err();
-        let cut = self.running.open_exchanges.load(Ordering::Acquire);
-        if forced {
-            warn!(?timeout, cut, "shutdown.timeout has passed");
+        if tokio::time::timeout(timeout, self.all_finished()).await.is_err() {
+            let left = self.running.open_exchanges.load(Ordering::Acquire);
+            let over = timeout / SPREAD_PART;
+            warn!(?timeout, left, ?over, "shutdown.timeout has passed: what is left is cut, one after another");
+            shutdown::cut_what_is_left(&self.running, &self.reload_state, over).await;
         }
+        let open = self.running.open_exchanges.load(Ordering::Acquire);
+        let cut = open + self.running.cut_exchanges.load(Ordering::Acquire);
         self.running.drain.advance(Phase::Forced);
         drop(done);
         if tokio::time::timeout(LAST_WORDS, writing).await.is_err() {
@@ -261,7 +346,10 @@ impl HandOver {
 
 fn service_of(answer: &Answer) -> &str {
     match answer {
-        Answer::Placed { service, .. } | Answer::Refused { service, .. } | Answer::Stop { service, .. } => service,
+        Answer::Placed { service, .. }
+        | Answer::Refused { service, .. }
+        | Answer::Stop { service, .. }
+        | Answer::Drains { service, .. } => service,
     }
 }
 
@@ -278,7 +366,35 @@ fn spawn(program: &Program, socket: OwnedFd) -> io::Result<Child> {
     command.spawn().map_err(failed)
 }
 
-/// Ends a process that did not become what it was to be, and says how it ended.
+/// The process that is to take over.
+enum New {
+    Child(Child),
+    Guest(Guest),
+}
+
+impl New {
+    fn process(&self) -> u32 {
+        match self {
+            New::Child(child) => child.id(),
+            New::Guest(guest) => guest.process,
+        }
+    }
+
+    /// Ends a process that did not become what it was to be, and says how it ended.
+    async fn end(&mut self) -> String {
+        match self {
+            New::Child(child) => end(child).await,
+            New::Guest(guest) => {
+                // It has seen the end of the stream, and says so; this is for one that stands still.
+                tokio::time::sleep(GUEST_ENDS).await;
+                guest.end();
+                format!(" (process {}, which came by itself, has to say why)", guest.process)
+            }
+        }
+    }
+}
+
+/// Ends a child that did not become what it was to be, and says how it ended.
 async fn end(child: &mut Child) -> String {
     // One that has ended by itself says more.
     for _ in 0..50 {

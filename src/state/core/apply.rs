@@ -52,6 +52,7 @@ impl Core {
             }
         }
         removed.retain(|number| !self.endpoints[*number].configured);
+        self.drain_news += 1;
         for number in &removed {
             self.endpoints[*number].drain_deadline.get_or_insert(now + self.rules.drain_timeout);
         }

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::state::changes::{Changes, Delta, Marked};
 use crate::state::core::Core;
 use crate::state::core::image::Places;
 use crate::state::image::RunsTaken;
+
+/// How often busy sessions are looked for. The clock is rarely early, and never by so much that one in two were left out.
+const SCAN_EVERY: Duration = Duration::from_millis(900);
 
 /// A delta in the making: between two steps the lock is released, and what changes then is in the next one.
 pub struct Taking {
@@ -99,8 +102,7 @@ impl Core {
         Some(std::mem::take(delta))
     }
 
-    /// Marks those that have been busy for long as used now. To be called about once a second; looks at `count` slots
-    /// from where it was, and says how many are left to look at.
+    /// Marks those that have been busy for long as used now. Looks at `count` slots from where it was.
     pub fn mark_busy(&mut self, count: u32, now: Instant) {
         let now = self.advance(now);
         let ticks = self.ticks(now);
@@ -120,9 +122,16 @@ impl Core {
         self.scanned = end;
     }
 
-    /// How many slots [`Core::mark_busy`] is to look at every second; 0 where nobody wants to know.
-    pub fn slots_a_second(&self) -> u32 {
-        self.changes.as_ref().map_or(0, |changes| changes.scan(self.sessions.slots()))
+    /// How many slots [`Core::mark_busy`] is to look at now, so that it is the same number every second, however often
+    /// this is asked; 0 where nobody wants to know, or it is not time yet.
+    pub fn slots_to_look_at(&mut self, now: Instant) -> u32 {
+        let now = self.advance(now);
+        let Some(changes) = &self.changes else { return 0 };
+        if self.scanned_at.is_some_and(|last| now.saturating_duration_since(last) < SCAN_EVERY) {
+            return 0;
+        }
+        self.scanned_at = Some(now);
+        changes.scan(self.sessions.slots())
     }
 
     /// What is stored of a session is to be stored anew.
@@ -172,6 +181,7 @@ impl Core {
     }
 
     pub(super) fn drains_changed(&mut self) {
+        self.drain_news += 1;
         if let Some(changes) = &mut self.changes {
             changes.drains();
         }
@@ -181,5 +191,25 @@ impl Core {
         if let Some(changes) = &mut self.changes {
             changes.rollout();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids;
+
+    #[test]
+    fn what_is_looked_at_depends_on_time_and_not_on_how_often_the_clock_ticks() {
+        let start = ids::now();
+        let looked_at = |every: u64| {
+            let mut core = Core::new("agents");
+            core.rules.idle_timeout = Duration::from_secs(160);
+            core.keep_changes(Arc::default(), false);
+            let ticks = (0..60_000).step_by(every as usize);
+            ticks.map(|after| core.slots_to_look_at(start + Duration::from_millis(after))).sum::<u32>()
+        };
+        assert_eq!(looked_at(1000), 60, "one slot at least, every second");
+        assert_eq!(looked_at(100), 67);
     }
 }

@@ -4,9 +4,8 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use crate::estimate::{Ages, Survival};
 use crate::run::RunOutcome;
-use crate::state::core::Core;
+use crate::state::core::{Core, Outlook};
 use crate::state::endpoints::{Cutting, Endpoint, Says};
 use crate::state::status::{DrainEstimate, DrainStatus, RollEndpoint, RollReport};
 
@@ -36,6 +35,9 @@ impl Core {
         let now = self.advance(now);
         // An endpoint that is gone and answers late has nothing to say.
         if self.endpoints.contains(number) && !self.endpoints[number].gone {
+            if drains != self.endpoints[number].says.is_some() {
+                self.tell_says(number, drains);
+            }
             self.endpoint_says(number, drains.then_some(Says::ByAnswer), now);
         }
     }
@@ -55,8 +57,9 @@ impl Core {
         match (was_draining, endpoint.draining()) {
             (false, true) => endpoint.drain_deadline = Some(now + self.rules.drain_timeout),
             (true, false) => endpoint.end_drain(),
-            _ => return,
+            _ => return self.drains_changed(),
         }
+        self.drains_changed();
         self.refresh(number, now);
     }
 
@@ -116,113 +119,107 @@ impl Core {
         }
     }
 
-    /// The ages of the outstanding runs, by endpoint. One look at every run of the service.
-    fn ages(&self, now: Instant) -> HashMap<u32, Ages> {
-        let mut by_endpoint: HashMap<u32, Ages> = HashMap::new();
-        for (_, run) in self.runs.iter() {
-            by_endpoint.entry(run.endpoint).or_default().add(run.age(now));
-        }
-        by_endpoint
+    /// The endpoints that drain, by number, and those among them that have runs.
+    pub fn draining(&self) -> Vec<(u32, bool)> {
+        let numbers = self.endpoints.numbers().into_iter();
+        let draining = numbers.filter(|number| self.endpoints[*number].draining());
+        draining.map(|number| (number, self.endpoints[number].outstanding > 0)).collect()
     }
 
-    /// What is to be told of the drains of endpoints. Nothing is computed where none has a run to finish.
-    pub(super) fn drains(&self, now: Instant) -> HashMap<u32, DrainStatus> {
-        let numbers = self.endpoints.numbers();
-        let draining: Vec<u32> = numbers.into_iter().filter(|number| self.endpoints[*number].draining()).collect();
-        let is_needed = draining.iter().any(|number| self.endpoints[*number].outstanding > 0);
-        let ages = if is_needed { self.ages(now) } else { HashMap::new() };
-        let survival = is_needed.then(|| self.survival(&ages));
-        let none = Ages::default();
-        draining
-            .into_iter()
-            .map(|number| {
-                let endpoint = &self.endpoints[number];
-                let ages = ages.get(&number).unwrap_or(&none);
-                let status = DrainStatus {
-                    by: endpoint.drain_reasons(),
-                    cut_in_ms: endpoint.drain_deadline.map(|deadline| milliseconds(deadline, now)),
-                    empty_in: self.estimate(survival.as_ref(), ages),
-                };
-                (number, status)
-            })
-            .collect()
-    }
-
-    fn survival(&self, ages: &HashMap<u32, Ages>) -> Survival {
-        let mut all = Ages::default();
-        ages.values().for_each(|ages| all.merge(ages));
-        Survival::new(&self.durations, &all)
-    }
-
-    fn estimate(&self, survival: Option<&Survival>, ages: &Ages) -> DrainEstimate {
-        let within = |probability| match survival {
-            Some(survival) => survival.empty_within(ages, probability),
-            None => Some(Duration::ZERO),
-        };
-        let whole = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        DrainEstimate {
-            p50_ms: within(0.5).map(whole),
-            p95_ms: within(0.95).map(whole),
-            runs_seen: self.durations.runs_seen().round() as u64,
-        }
+    /// What is to be told of the drains of endpoints. `estimates` is of those that have runs to finish.
+    pub(super) fn drains(&self, estimates: &HashMap<u32, DrainEstimate>, now: Instant) -> HashMap<u32, DrainStatus> {
+        let runs_seen = self.durations.runs_seen().round() as u64;
+        let draining = self.draining().into_iter().map(|(number, has_runs)| {
+            let endpoint = &self.endpoints[number];
+            let unknown = (!has_runs).then_some(0);
+            let status = DrainStatus {
+                by: endpoint.drain_reasons(),
+                cut_in_ms: endpoint.drain_deadline.map(|deadline| milliseconds(deadline, now)),
+                empty_in: estimates.get(&number).copied().unwrap_or(DrainEstimate {
+                    p50_ms: unknown,
+                    p95_ms: unknown,
+                    runs_seen,
+                }),
+            };
+            (number, status)
+        });
+        draining.collect()
     }
 
     /// What a rollout now would cut if every configured endpoint, or the one at this address (or identity), were given
-    /// so long to finish. `None`: there is no such endpoint. `grace`: [`None`] is `drain.timeout`.
+    /// so long to finish, without what is to be estimated: [`Rolling::estimated`]. `None`: there is no such endpoint. `grace`:
+    /// [`None`] is `drain.timeout`.
     pub fn safe_to_roll(
         &mut self,
         address: Option<&str>,
         grace: Option<Duration>,
         confidence: f64,
         now: Instant,
-    ) -> Option<RollReport> {
-        let now = self.advance(now);
+    ) -> Option<Rolling> {
+        self.advance(now);
         let grace = grace.unwrap_or(self.rules.drain_timeout);
         let named = |endpoint: &Endpoint| {
             address.is_none_or(|name| &*endpoint.target.address == name || &*endpoint.identity == name)
         };
-        let numbers = self.endpoints.numbers();
-        let chosen: Vec<u32> = numbers
-            .into_iter()
-            .filter(|number| self.endpoints[*number].configured && named(&self.endpoints[*number]))
-            .collect();
+        let numbers = self.endpoints.numbers().into_iter();
+        let chosen: Vec<u32> =
+            numbers.filter(|number| self.endpoints[*number].configured && named(&self.endpoints[*number])).collect();
         if chosen.is_empty() && address.is_some() {
             return None;
         }
-        let ages = self.ages(now);
-        let survival = self.survival(&ages);
-        let none = Ages::default();
-        let endpoints: Vec<RollEndpoint> = chosen
-            .into_iter()
-            .map(|number| {
-                let endpoint = &self.endpoints[number];
-                let ages = ages.get(&number).unwrap_or(&none);
-                let probability_none_cut = survival.all_ended(ages, grace);
-                RollEndpoint {
-                    address: endpoint.target.address.to_string(),
-                    version: self.versions[endpoint.version].name.to_string(),
-                    state: self.state(endpoint),
-                    outstanding_runs: endpoint.outstanding,
-                    sessions: endpoint.sessions,
-                    expected_cut_runs: survival.expected_left(ages, grace),
-                    probability_none_cut,
-                    empty_in: self.estimate(Some(&survival), ages),
-                    safe: probability_none_cut >= confidence,
-                }
-            })
-            .collect();
-        let probability_none_cut = endpoints.iter().map(|endpoint| endpoint.probability_none_cut).product();
-        Some(RollReport {
+        let endpoints = chosen.iter().map(|number| {
+            let endpoint = &self.endpoints[*number];
+            RollEndpoint {
+                address: endpoint.target.address.to_string(),
+                version: self.versions[endpoint.version].name.to_string(),
+                state: self.state(endpoint),
+                outstanding_runs: endpoint.outstanding,
+                sessions: endpoint.sessions,
+                expected_cut_runs: 0.0,
+                probability_none_cut: 1.0,
+                empty_in: DrainEstimate { p50_ms: None, p95_ms: None, runs_seen: 0 },
+                safe: true,
+            }
+        });
+        let report = RollReport {
             service: self.name.to_string(),
             grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
             confidence,
-            safe: probability_none_cut >= confidence,
-            outstanding_runs: endpoints.iter().map(|endpoint| u64::from(endpoint.outstanding_runs)).sum(),
-            expected_cut_runs: endpoints.iter().map(|endpoint| endpoint.expected_cut_runs).sum(),
-            probability_none_cut,
-            runs_seen: self.durations.runs_seen().round() as u64,
-            endpoints,
-        })
+            safe: true,
+            outstanding_runs: 0,
+            expected_cut_runs: 0.0,
+            probability_none_cut: 1.0,
+            runs_seen: 0,
+            endpoints: endpoints.collect(),
+        };
+        Some(Rolling { numbers: chosen, grace, report })
+    }
+}
+
+/// A report on a rollout that lacks its estimates still.
+pub struct Rolling {
+    /// Of `report.endpoints`.
+    numbers: Vec<u32>,
+    grace: Duration,
+    report: RollReport,
+}
+
+impl Rolling {
+    /// Computes for a while, without the service's lock.
+    pub fn estimated(self, outlook: &Outlook) -> RollReport {
+        let Rolling { numbers, grace, mut report } = self;
+        for (number, endpoint) in numbers.into_iter().zip(&mut report.endpoints) {
+            (endpoint.probability_none_cut, endpoint.expected_cut_runs) = outlook.after(number, grace);
+            endpoint.empty_in = outlook.empty_in(number);
+            endpoint.safe = endpoint.probability_none_cut >= report.confidence;
+        }
+        let endpoints = &report.endpoints;
+        report.probability_none_cut = endpoints.iter().map(|endpoint| endpoint.probability_none_cut).product();
+        report.expected_cut_runs = endpoints.iter().map(|endpoint| endpoint.expected_cut_runs).sum();
+        report.outstanding_runs = endpoints.iter().map(|endpoint| u64::from(endpoint.outstanding_runs)).sum();
+        report.safe = report.probability_none_cut >= report.confidence;
+        report.runs_seen = outlook.runs_seen();
+        report
     }
 }
 

@@ -195,7 +195,10 @@ impl Core {
             }
         }
         for drain in &drains {
-            self.restore_drain(drain, now);
+            if !self.restore_drain(drain, now) {
+                // It is not to be found again by the next start.
+                self.drains_changed();
+            }
         }
         for number in numbers.into_iter().flatten().flatten() {
             self.settle(number, now);
@@ -230,6 +233,9 @@ impl Core {
     fn restore_run(&mut self, image: &RunImage, endpoint: u32, now: Instant) -> bool {
         let known = image.key.as_deref().is_some_and(|key| self.runs.find(key).is_some());
         let Some(id) = RunId::parse(&image.id).filter(|_| !known && self.runs.len() < RUNS_MAX) else { return false };
+        if self.runs.by_id(id).is_some() {
+            return false;
+        }
         if self.endpoints[endpoint].gone {
             return false;
         }
@@ -281,8 +287,9 @@ impl Core {
         }
     }
 
-    fn restore_drain(&mut self, drain: &DrainImage, now: Instant) {
-        let Some(number) = self.by_identity.get(drain.endpoint.as_str()).copied() else { return };
+    /// False: its endpoint is not configured any more.
+    fn restore_drain(&mut self, drain: &DrainImage, now: Instant) -> bool {
+        let Some(number) = self.by_identity.get(drain.endpoint.as_str()).copied() else { return false };
         let deadline = drain.deadline.map(|deadline| self.instant(deadline));
         let endpoint = &mut self.endpoints[number];
         if endpoint.configured {
@@ -290,6 +297,7 @@ impl Core {
             endpoint.drain_deadline = deadline;
             self.refresh(number, now);
         }
+        self.endpoints[number].configured
     }
 
     /// The endpoint of that identity, whatever version has it now, or one that drains because it is not configured.

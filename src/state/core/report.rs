@@ -8,14 +8,22 @@ use crate::state::core::{BORN_BEFORE, Core};
 use crate::state::endpoints::{Endpoint, HealthStanding, Version};
 use crate::state::sessions::TICK;
 use crate::state::status::{
-    DrainStatus, EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus,
+    DrainEstimate, DrainStatus, EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus,
 };
 
 impl Core {
     /// The service as it is now, in the shape of the admin API.
     pub fn status(&mut self, now: Instant) -> ServiceStatus {
+        let outlook = self.drains_with_runs().then(|| self.outlook(now));
+        let draining = self.draining().into_iter().filter(|(_, has_runs)| *has_runs);
+        let estimates = draining.filter_map(|(number, _)| Some((number, outlook.as_ref()?.empty_in(number))));
+        self.status_by(&estimates.collect(), now)
+    }
+
+    /// As [`Core::status`], with estimates of when the endpoints that drain will be empty, by number.
+    pub fn status_by(&mut self, estimates: &HashMap<u32, DrainEstimate>, now: Instant) -> ServiceStatus {
         let now = self.advance(now);
-        let drains = self.drains(now);
+        let drains = self.drains(estimates, now);
         let versions: Vec<VersionStatus> = self
             .versions
             .iter()
@@ -77,14 +85,32 @@ impl Core {
 
     /// Outstanding runs, those of one session only where its key (or alias) is given.
     pub fn runs(&mut self, session: Option<&str>, limit: usize, now: Instant) -> Vec<RunInfo> {
+        let mut found = Vec::new();
+        self.scan_runs(session, 0, u32::MAX, limit, &mut found, now);
+        found
+    }
+
+    /// Appends the outstanding runs of the slots `from..from + count` to `found`, at most until that holds `limit`; those
+    /// of one session only where its key (or alias) is given. Returns the next slot as [`Core::scan_sessions`].
+    pub fn scan_runs(
+        &mut self,
+        session: Option<&str>,
+        from: u32,
+        count: u32,
+        limit: usize,
+        found: &mut Vec<RunInfo>,
+        now: Instant,
+    ) -> Option<u32> {
         let now = self.advance(now);
         let wanted = |id: Option<u32>| match (session, id) {
             (None, _) => true,
             (Some(key), Some(id)) => self.sessions.answers_to(id, key),
             (Some(_), None) => false,
         };
-        let runs = self.runs.iter().map(|(_, run)| run).filter(|run| wanted(run.session)).take(limit);
-        runs.map(|run| RunInfo {
+        let end = from.saturating_add(count);
+        let left = limit.saturating_sub(found.len());
+        let runs = self.runs.between(from, end).filter(|run| wanted(run.session)).take(left);
+        found.extend(runs.map(|run| RunInfo {
             id: run.id.to_string(),
             version: run.target.version.to_string(),
             endpoint: run.target.address.to_string(),
@@ -95,8 +121,8 @@ impl Core {
             age_ms: milliseconds(run.age(now)),
             carriers: run.carriers,
             attempts: run.attempts,
-        })
-        .collect()
+        }));
+        (end < self.runs.slots() && found.len() < limit).then_some(end)
     }
 
     fn session_info(&self, slot: u32, now: Instant) -> Option<SessionInfo> {

@@ -1,5 +1,6 @@
 //! Succession: gives the whole state of a service to another process, and takes it from one.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,12 @@ use crate::protocols::Cancel;
 use crate::state::core::waiting::{OwnAsk, Waiter};
 use crate::state::core::{Arrived, Core, Grant, Request};
 use crate::state::dispatcher::Ask;
-use crate::state::endpoints::{Health, HealthStanding};
+use crate::state::endpoints::{Endpoint, Health, HealthStanding, Says};
 use crate::state::image::{Place, RunImage, RunsTaken, ServiceImage};
 use crate::state::queue::{self, Arrival, Ticket};
 use crate::state::runs::Cancelling;
 use crate::state::sessions::SessionKey;
-use crate::state::succession::{AskSent, Estate, HealthLeft, Told};
+use crate::state::succession::{AskSent, DrainLeft, Estate, HealthLeft, Told};
 use crate::state::{AffinityOutcome, Refusal, RunOutcome, TargetSettings};
 
 /// How long an exchange waits for the successor's answer at least, which has its own deadline for the queue.
@@ -35,7 +36,8 @@ impl Core {
 
     pub fn hand_over(&mut self, to: UnboundedSender<Told>, now: Instant) -> Estate {
         let now = self.advance(now);
-        let estate = Estate { image: self.image(RunsTaken::All, now), health: self.health_left(now) };
+        let image = self.image(RunsTaken::All, now);
+        let estate = Estate { image, health: self.health_left(now), drains: self.drains_left() };
         let waiting = self.room.queue.everybody().map(|(ticket, class, waiter)| {
             // It has its place in its session's order already, and must only keep it.
             let policy = if waiter.turn.is_some() { Policy::Enqueue } else { Policy::Allow };
@@ -222,6 +224,58 @@ impl Core {
         }
     }
 
+    /// An answer that came here said whether its endpoint drains.
+    pub(super) fn tell_says(&self, number: u32, drains: bool) {
+        self.tell_successor(|service| {
+            let endpoint = self.endpoints[number].identity.to_string();
+            Told::Says { service, endpoint, drains }
+        });
+    }
+
+    /// What drains there drains here, and what no more, no more: it is cut, or not, where it is carried.
+    pub fn drains_there(&mut self, drains: &[DrainLeft], now: Instant) {
+        let now = self.advance(now);
+        let by_identity: HashMap<&str, &DrainLeft> = drains.iter().map(|left| (left.endpoint.as_str(), left)).collect();
+        for number in self.endpoints.numbers() {
+            let endpoint = &self.endpoints[number];
+            // One that was removed here already drains anyhow.
+            if !endpoint.configured {
+                continue;
+            }
+            let left = by_identity.get(&*endpoint.identity);
+            let (drained, says) = left.map_or((false, None), |left| (left.drained, left.says));
+            // A drain that has come to its deadline comes to it here, too, and may be forgotten by it as it is there.
+            let is_over = left.is_some_and(|left| left.cut) && endpoint.draining();
+            if is_over || (drained, says) == (endpoint.drained, endpoint.says) {
+                continue;
+            }
+            let deadline = left.and_then(|left| left.deadline).map(|deadline| self.instant(deadline));
+            let endpoint = &mut self.endpoints[number];
+            let was_draining = endpoint.draining();
+            (endpoint.drained, endpoint.says) = (drained, says);
+            match (was_draining, endpoint.draining()) {
+                (false, true) => endpoint.drain_deadline = deadline,
+                (true, false) => endpoint.end_drain(),
+                _ => {}
+            }
+            self.drains_changed();
+            self.refresh(number, now);
+        }
+    }
+
+    fn drains_left(&self) -> Vec<DrainLeft> {
+        let endpoints = self.endpoints.numbers().into_iter().map(|number| &self.endpoints[number]);
+        let drains = |endpoint: &&Endpoint| !endpoint.gone && (endpoint.draining() || endpoint.cutting.is_some());
+        let left = endpoints.filter(drains).map(|endpoint| DrainLeft {
+            endpoint: endpoint.identity.to_string(),
+            drained: endpoint.drained || !endpoint.configured,
+            says: endpoint.says,
+            deadline: endpoint.drain_deadline.map(|deadline| self.moment(deadline)),
+            cut: endpoint.cutting.is_some(),
+        });
+        left.collect()
+    }
+
     fn health_left(&self, now: Instant) -> Vec<HealthLeft> {
         let endpoints = self.endpoints.numbers().into_iter().map(|number| &self.endpoints[number]);
         let left = endpoints.map(|endpoint| HealthLeft {
@@ -247,13 +301,16 @@ impl Core {
         now: Instant,
     ) -> Vec<Grant> {
         let now = self.advance(now);
-        let Estate { image, health } = estate;
+        let Estate { image, health, drains } = estate;
         for left in &health {
             self.inherit_health(left, now);
         }
         let carried = image.runs.iter().filter(|run| run.carriers > 0).filter_map(|run| RunId::parse(&run.id));
         let carried: Vec<RunId> = carried.collect();
         self.restore(image, settings, now);
+        for left in &drains {
+            self.inherit_drain(left, now);
+        }
         carried.into_iter().filter_map(|run| self.carry_for_another(run)).collect()
     }
 
@@ -272,6 +329,39 @@ impl Core {
             self.ejected.push(number);
         }
         self.refresh(number, now);
+    }
+
+    /// Operators' drains are in the picture; these are those that endpoints told of, and of endpoints that were removed.
+    fn inherit_drain(&mut self, left: &DrainLeft, now: Instant) {
+        let Some(number) = self.by_identity.get(left.endpoint.as_str()).copied() else { return };
+        let deadline = left.deadline.map(|deadline| self.instant(deadline));
+        let is_checked = self.rules.checked;
+        let endpoint = &mut self.endpoints[number];
+        if endpoint.configured {
+            // What a check said that is no more holds against nobody.
+            let says = left.says.filter(|says| is_checked || *says != Says::ByHealth);
+            if says.is_some() && !endpoint.draining() {
+                endpoint.drain_deadline = deadline;
+            }
+            endpoint.says = says;
+        } else if let Some(deadline) = deadline {
+            endpoint.drain_deadline = Some(deadline);
+        }
+        self.drains_changed();
+        self.refresh(number, now);
+    }
+
+    /// All endpoints that drain, where there is news of them since that of this number.
+    pub fn drains_since(&mut self, known: u64, now: Instant) -> Option<(u64, Vec<DrainLeft>)> {
+        self.advance(now);
+        (self.drain_news != known).then(|| (self.drain_news, self.drains_left()))
+    }
+
+    /// An answer that came to another process said whether its endpoint drains.
+    pub fn adopt_says(&mut self, endpoint: &str, drains: bool, now: Instant) {
+        if let Some(number) = self.by_identity.get(endpoint).copied() {
+            self.answer_says(number, drains, now);
+        }
     }
 
     /// The place among the carriers of an outstanding run that an exchange of another process has.

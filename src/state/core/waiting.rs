@@ -203,6 +203,15 @@ impl Room {
         self.serving
     }
 
+    /// Another process hands on what becomes free. What is noted here would only grow; should this one decide again, it
+    /// looks at everybody. Turns that have come stay: each is a waiter's, once.
+    fn leave_it_to_another(&mut self) {
+        self.all_changed |= !(self.freed.is_empty() && self.changed.is_empty() && self.changed_sessions.is_empty());
+        self.freed.clear();
+        self.changed.clear();
+        self.changed_sessions.clear();
+    }
+
     /// A slot is free, of those that are limited.
     pub fn slot_freed(&mut self, now: Instant) {
         self.rate.event(now);
@@ -573,6 +582,7 @@ impl Core {
 
     fn refuse(&mut self, ticket: Ticket, refusal: Refusal) {
         let Some(waiter) = self.room.queue.leave(ticket) else { return };
+        self.tell_leave(ticket, waiter.run);
         self.will_not_start(waiter);
         self.give(ticket, Err(refusal));
     }
@@ -620,9 +630,12 @@ impl Core {
     }
 
     fn hand_on(&mut self) -> Vec<Waker> {
+        if self.has_successor() {
+            self.room.leave_it_to_another();
+        }
         let room = &self.room;
         let nothing_changed = room.changed.is_empty() && room.changed_sessions.is_empty() && !room.all_changed;
-        if self.successor.is_some() || (room.freed.is_empty() && room.due.is_empty() && nothing_changed) {
+        if self.has_successor() || (room.freed.is_empty() && room.due.is_empty() && nothing_changed) {
             return std::mem::take(&mut self.room.wakers);
         }
         if let Some(now) = self.clock {
