@@ -154,7 +154,7 @@ pub fn build(options: Options) -> Result<App, StartError> {
             .map_err(StartError::Refused)?;
     reloader.bound_admin(&admin_address, &admin_socket).map_err(StartError::Admin)?;
 
-    let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
+    let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, discovery } = outlets;
     let bound = Bound { listeners: listeners(&running), admin: admin_bound, probes: probes_address };
     let drain = DrainHandle::new();
     let workers = workers.unwrap_or_else(|| thread::available_parallelism().map_or(WORKERS_DEFAULT, usize::from));
@@ -165,7 +165,6 @@ pub fn build(options: Options) -> Result<App, StartError> {
         watch,
         signals,
         reloader,
-        checks,
         admin_socket,
         probes,
         notifier,
@@ -178,6 +177,7 @@ pub fn build(options: Options) -> Result<App, StartError> {
             reload: reload.clone(),
             reload_state: Arc::clone(&reload_state),
             drain: drain.clone(),
+            discovery,
         }),
     };
     let (ready_sender, ready) = sync_channel(1);
@@ -266,7 +266,6 @@ struct Control {
     watch: bool,
     signals: bool,
     reloader: Reloader,
-    checks: tokio::sync::watch::Receiver<Vec<Arc<health::Check>>>,
     admin_socket: Socket,
     probes: mpsc::Receiver<ProbesCommand>,
     notifier: Notifier,
@@ -305,12 +304,13 @@ impl Control {
     }
 
     async fn serve(self, signals: Option<Signals>, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
-        let Control { config_path, watch, signals: _, reloader, checks, .. } = self;
+        let Control { config_path, watch, signals: _, reloader, .. } = self;
         let Control { admin_socket, probes, notifier, predecessor, program, store, taken_over, context, .. } = self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
-        tokio::spawn(health::run(checks));
+        tokio::spawn(health::run(context.discovery.checks()));
+        context.discovery.start();
         let (mut released, predecessor_gone) = (None, CancellationToken::new());
         match predecessor {
             None => predecessor_gone.cancel(),

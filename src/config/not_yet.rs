@@ -24,11 +24,6 @@ const NOT_YET: &[NotYet] = &[
     not_yet("kubernetes.pod_deletion_cost", "leave it out"),
     not_yet("kubernetes.leader_election", "leave it out"),
     not_yet("services[].runs.resume", "leave it out"),
-    not_yet(
-        "services[].versions[].endpoints[].dns",
-        "list the endpoints, or give a name in the url: it is resolved at each connect",
-    ),
-    not_yet("services[].versions[].endpoints[].kubernetes", "list the endpoints by their addresses"),
 ];
 
 /// Why `path` may not have this value, if it may not. Both values as the effective configuration shows them.
