@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error};
 
 use crate::config::{Address, parse_duration};
+use crate::control::discovery::Discovery;
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, runs};
 use crate::drain::Phase;
 use crate::ids::{self, RunId};
@@ -45,6 +46,7 @@ pub struct Context {
     pub reload: ReloadHandle,
     pub reload_state: Arc<ReloadState>,
     pub drain: DrainHandle,
+    pub discovery: Arc<Discovery>,
 }
 
 /// How much is served.
@@ -186,6 +188,10 @@ async fn readyz(State(context): Shared, Query(parameters): Parameters) -> Result
     let parameters = Known::of(parameters, &["service"])?;
     if draining(&context) {
         return Err(not_ready("the proxy is draining"));
+    }
+    if let Some(source) = context.discovery.awaited() {
+        let why = source.problem.as_deref().unwrap_or("nothing yet");
+        return Err(not_ready(&format!("{} of {} has not answered: {why}", source.source, source.service)));
     }
     if let Some(name) = parameters.text("service") {
         let dispatcher = dispatcher(&context, name)?;

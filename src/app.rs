@@ -195,21 +195,20 @@ fn assemble(options: Options) -> Result<Built, StartError> {
             .map_err(StartError::Refused)?;
     reloader.bound_admin(&admin_address, &admin_socket).map_err(StartError::Admin)?;
 
-    let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
+    let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, discovery } = outlets;
     let bound = Bound { listeners: listeners(&running), admin: admin_bound, probes: probes_address };
     let control = Control {
         config_path,
         watch,
         signals,
         reloader,
-        checks,
         admin_socket,
         probes,
         notifier,
         predecessor,
         program,
         store,
-        context: Arc::new(admin::Context { running, reload, reload_state, drain: DrainHandle::new() }),
+        context: Arc::new(admin::Context { running, reload, reload_state, drain: DrainHandle::new(), discovery }),
     };
     Ok(Built { bound, accept, control })
 }
@@ -280,7 +279,6 @@ struct Control {
     watch: bool,
     signals: bool,
     reloader: Reloader,
-    checks: tokio::sync::watch::Receiver<Vec<Arc<health::Check>>>,
     admin_socket: Socket,
     probes: mpsc::Receiver<ProbesCommand>,
     notifier: Notifier,
@@ -317,12 +315,13 @@ impl Control {
     }
 
     async fn serve(self, signals: Option<Signals>, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
-        let Control { config_path, watch, signals: _, reloader, checks, .. } = self;
+        let Control { config_path, watch, signals: _, reloader, .. } = self;
         let Control { admin_socket, probes, notifier, predecessor, program, store, context, .. } = self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
-        tokio::spawn(health::run(checks));
+        tokio::spawn(health::run(context.discovery.checks()));
+        context.discovery.start();
         let (mut released, predecessor_gone) = (CancellationToken::new(), CancellationToken::new());
         match predecessor {
             None => {

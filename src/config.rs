@@ -5,6 +5,7 @@
 
 mod certificates;
 mod file;
+mod kubernetes;
 mod not_yet;
 mod pattern;
 mod read;
@@ -12,6 +13,7 @@ mod rollout;
 mod routes;
 mod schema;
 mod services;
+mod sources;
 mod substitute;
 mod values;
 mod yaml;
@@ -96,6 +98,7 @@ pub struct Config {
     pub log: Log,
     pub shutdown: Shutdown,
     pub state: State,
+    pub kubernetes: Kubernetes,
     /// First match wins. Never empty: a file without routes gets one that matches everything.
     pub routes: Vec<Route>,
     pub services: Vec<Service>,
@@ -117,6 +120,13 @@ pub enum State {
     Memory,
     /// In this directory.
     File(PathBuf),
+}
+
+/// How longhaul and a cluster work together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Kubernetes {
+    /// `None`: the service account of the pod that longhaul runs in.
+    pub kubeconfig: Option<PathBuf>,
 }
 
 /// Where a socket listens or connects.
@@ -524,6 +534,8 @@ pub struct Version {
     pub name: String,
     pub weight: u32,
     pub endpoints: Vec<Endpoint>,
+    /// Where more of them are found.
+    pub sources: Vec<EndpointSource>,
     pub http: HttpVersion,
     pub host: HostPolicy,
     pub tls: UpstreamTls,
@@ -537,6 +549,72 @@ pub struct Endpoint {
     pub url: EndpointUrl,
     pub weight: u32,
     pub max_runs: Option<u32>,
+}
+
+/// Endpoints that are found while the proxy runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSource {
+    pub source: Source,
+    /// Of each of them.
+    pub weight: u32,
+    pub max_runs: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    Dns(DnsSource),
+    Kubernetes(KubernetesSource),
+}
+
+/// Every address of a name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DnsSource {
+    /// One that begins with `_` has SRV records (RFC 2782).
+    pub name: String,
+    /// `None` for SRV records, which have their own.
+    pub port: Option<u16>,
+    /// How long an answer holds at most.
+    pub refresh: Duration,
+}
+
+impl DnsSource {
+    pub fn is_srv(&self) -> bool {
+        self.port.is_none()
+    }
+}
+
+/// The pods behind a service, by its EndpointSlices.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct KubernetesSource {
+    /// `None`: that of the pod, or of the kubeconfig's context.
+    pub namespace: Option<String>,
+    pub service: String,
+    pub port: PodPort,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum PodPort {
+    /// As the service names it.
+    Name(String),
+    /// Of the pods, whatever ports the service has.
+    Number(u16),
+}
+
+impl fmt::Display for Source {
+    /// How logs, status and metrics call it.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Dns(DnsSource { name, port: Some(port), .. }) => write!(formatter, "dns {name}:{port}"),
+            Source::Dns(DnsSource { name, port: None, .. }) => write!(formatter, "dns {name}"),
+            Source::Kubernetes(KubernetesSource { namespace, service, port }) => {
+                let namespace = namespace.as_deref().map_or(String::new(), |namespace| format!("{namespace}/"));
+                match port {
+                    PodPort::Name(port) => write!(formatter, "kubernetes {namespace}{service}:{port}"),
+                    PodPort::Number(port) => write!(formatter, "kubernetes {namespace}{service}:{port}"),
+                }
+            }
+        }
+    }
 }
 
 /// Where an endpoint is. Its identity within the service is [`EndpointUrl::identity`].

@@ -2,6 +2,7 @@
 
 pub mod call;
 pub mod clock;
+pub mod discovery;
 pub mod handover;
 pub mod health;
 pub mod notify;

@@ -2,6 +2,7 @@
 
 pub mod changes;
 pub mod core;
+pub mod discovery;
 pub mod dispatcher;
 mod endpoints;
 pub mod handover;
@@ -44,6 +45,8 @@ pub struct Target {
     /// `host:port` or `unix:/path`.
     pub address: Arc<str>,
     pub url: config::EndpointUrl,
+    /// What tells it from another at the same address: a pod's UID.
+    pub uid: Option<Arc<str>>,
     pub http: config::HttpVersion,
     pub host: config::HostPolicy,
     pub headers: config::HeaderEdits,
@@ -145,6 +148,7 @@ pub struct TargetSettings {
     pub service: Arc<str>,
     pub version: Arc<str>,
     pub url: config::EndpointUrl,
+    pub uid: Option<Arc<str>>,
     pub http: config::HttpVersion,
     pub host: config::HostPolicy,
     pub headers: config::HeaderEdits,
@@ -153,16 +157,42 @@ pub struct TargetSettings {
     pub metrics: Arc<VersionMetrics>,
 }
 
+impl TargetSettings {
+    /// As [`Target::identity`].
+    pub fn identity(&self) -> String {
+        identity(&self.url, self.uid.as_deref())
+    }
+}
+
+/// What tells endpoints of one service apart: [`config::EndpointUrl::identity`], and `#UID` where there is one.
+pub fn identity(url: &config::EndpointUrl, uid: Option<&str>) -> String {
+    match uid {
+        Some(uid) => format!("{}#{uid}", url.identity()),
+        None => url.identity(),
+    }
+}
+
+/// Reads [`identity`]. `None`: it is something else.
+pub fn of_identity(identity: &str) -> Option<(config::EndpointUrl, Option<&str>)> {
+    // The path of a socket may have any character, and is no pod's.
+    let (url, uid) = match identity.split_once('#') {
+        Some((url, uid)) if !identity.starts_with("unix:") => (url, Some(uid)),
+        _ => (identity, None),
+    };
+    Some((config::EndpointUrl::of_identity(url)?, uid))
+}
+
 impl Target {
     pub fn new(settings: TargetSettings) -> Target {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let TargetSettings { service, version, url, http, host, headers, pool, tls, metrics } = settings;
+        let TargetSettings { service, version, url, uid, http, host, headers, pool, tls, metrics } = settings;
         Target {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             address: url.address().into(),
             service,
             version,
             url,
+            uid,
             http,
             host,
             headers,
@@ -183,6 +213,11 @@ impl Target {
     pub fn replaced(&self, settings: TargetSettings) -> Target {
         let failing = AtomicBool::new(self.failing.load(Ordering::Relaxed));
         Target { cut: Arc::clone(&self.cut), failing, ..Target::new(settings) }
+    }
+
+    /// What tells it apart within its service, in this and in every other process.
+    pub fn identity(&self) -> String {
+        identity(&self.url, self.uid.as_deref())
     }
 
     /// Whether [`Evidence::Good`] would change anything; what is replaced can't tell.

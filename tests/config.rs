@@ -470,11 +470,21 @@ snapshot_of_mistakes!(
 );
 
 snapshot_of_mistakes!(
-    not_available_yet_in_endpoints,
+    mistakes_in_sources,
     with_endpoints,
     [
-        "[{dns: {name: agents.svc, port: 8000, refresh: 5s}}]",
-        "[{kubernetes: {namespace: agents, service: support, port: http}}]"
+        "[{dns: {name: 'http://agents.svc', port: 8000}}]",
+        "[{dns: {name: 10.0.0.1, port: 8000}}]",
+        "[{dns: {name: agents.svc}}]",
+        "[{dns: {name: _http._tcp.agents.svc, port: 8000}}]",
+        "[{dns: {name: agents.svc, port: 8000, refresh: 10ms}}]",
+        "[{dns: {name: agents.svc, port: 8000}}, {dns: {name: agents.svc, port: 8000, refresh: 9s}}]",
+        "[{dns: {name: agents.svc, port: 8000}, url: 'http://a:1'}]",
+        "[{kubernetes: {namespace: Agents, service: support, port: http}}]",
+        "[{kubernetes: {service: support}}]",
+        "[{kubernetes: {service: support, port: 70000}}]",
+        "[{kubernetes: {service: support, port: Http!}}]",
+        "[{kubernetes: {service: support, port: http}}, {kubernetes: {service: support, port: http}}]",
     ]
 );
 

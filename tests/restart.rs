@@ -358,6 +358,7 @@ fn fill(directory: &Path, backend: &Backend) {
         service: service.name.as_str().into(),
         version: version.name.as_str().into(),
         url: version.endpoints[0].url.clone(),
+        uid: None,
         http: version.http,
         host: version.host,
         headers: version.headers,
@@ -367,7 +368,7 @@ fn fill(directory: &Path, backend: &Backend) {
     };
     let dispatcher = Dispatcher::new("agents", metrics.service("agents"));
     let now = longhaul::ids::now();
-    dispatcher.apply(ServiceSettings { config: service, targets: vec![vec![target]] }, now);
+    dispatcher.apply(ServiceSettings { config: service, targets: vec![vec![target]], discovered: Vec::new() }, now);
     let used = Moment::of(longhaul::ids::wall_clock());
     let pin = |n| Pin {
         key: SessionKey { scope: None, text: name_of(n).into() },

@@ -10,6 +10,8 @@ use serde_json::{Map, Value, json};
 use crate::admin::guard::Reader;
 use crate::admin::{Context, draining};
 use crate::config::State;
+use crate::control::discovery::SourceStatus;
+use crate::ids;
 use crate::logging;
 use crate::metrics::{Scrape, ScrapedEndpoint, ScrapedService, ScrapedVersion};
 use crate::state::dispatcher::Dispatcher;
@@ -72,6 +74,22 @@ pub fn status(context: &Context, now: Instant) -> Value {
         "open_exchanges": context.running.open_exchanges.load(Ordering::Relaxed),
         "listeners": listeners,
         "services": services(context, now),
+        "discovery": context.discovery.status().iter().map(discovery).collect::<Vec<Value>>(),
+    })
+}
+
+/// A source of endpoints.
+fn discovery(source: &SourceStatus) -> Value {
+    let age = source.last_success.map(|at| ids::wall_clock().duration_since(at).unwrap_or_default());
+    json!({
+        "service": *source.service,
+        "version": *source.version,
+        "source": *source.source,
+        "answered": source.answered,
+        "endpoints": {"ready": source.ready, "not_ready": source.not_ready, "draining": source.draining},
+        "last_success_ms": age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+        "failures": source.failures,
+        "problem": source.problem.as_deref(),
     })
 }
 

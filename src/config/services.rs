@@ -7,15 +7,16 @@ use super::file::{authorities_file, check_pair};
 use super::read::{Block, Kind, Located, block};
 use super::rollout::{rollout, shadow};
 use super::routes::header_edits;
+use super::sources;
 use super::values::{
     boolean, choice, cookie_name, count, duration, endpoint_url, header_name, headers, json_pointer, method, name,
     parse_authority, path, path_pattern, port, positive_duration, ratio, size, small, status_ranges, text,
 };
 use super::yaml::quote;
 use super::{
-    Affinity, AgentProtocol, Balance, DoubleTexting, Endpoint, EndpointUrl, Health, HostPolicy, HttpVersion,
-    Idempotency, KeySource, OnDisconnect, Outlier, Policy, Pool, Queue, Rollout, RunMatch, Runs, Service, Session,
-    SessionCookie, Timeouts, UpstreamTls, Version, WhenDraining, WhenLost,
+    Affinity, AgentProtocol, Balance, DoubleTexting, Endpoint, EndpointSource, EndpointUrl, Health, HostPolicy,
+    HttpVersion, Idempotency, KeySource, OnDisconnect, Outlier, Policy, Pool, Queue, Rollout, RunMatch, Runs, Service,
+    Session, SessionCookie, Source, Timeouts, UpstreamTls, Version, WhenDraining, WhenLost,
 };
 
 const WEIGHT_MAX: u32 = 1_000_000;
@@ -160,7 +161,13 @@ fn fits_protocol(double_texting: DoubleTexting, protocol: AgentProtocol) -> Resu
 /// A version with where its endpoints stand.
 struct ReadVersion {
     version: Version,
-    endpoints: Vec<Located<EndpointUrl>>,
+    endpoints: Vec<Located<Place>>,
+}
+
+/// Where an item of `endpoints` says that endpoints are.
+enum Place {
+    At(EndpointUrl),
+    FoundBy(Source),
 }
 
 fn check_versions(block: &mut Block, versions: &[Located<ReadVersion>]) {
@@ -176,10 +183,13 @@ fn check_versions(block: &mut Block, versions: &[Located<ReadVersion>]) {
         }
         names.entry(name).or_insert(version.spot.line);
         for endpoint in &version.value.endpoints {
-            let identity = endpoint.value.identity();
+            let (what, identity) = match &endpoint.value {
+                Place::At(url) => ("endpoint", url.identity()),
+                Place::FoundBy(source) => ("source", source.to_string()),
+            };
             if let Some(line) = identities.get(&identity) {
                 let message = format!(
-                    "the endpoint {identity} is already in line {line}; list each once in a service (`weight` gives it more)"
+                    "the {what} {identity} is already in line {line}; list each once in a service (`weight` gives it more)"
                 );
                 block.context().problem(endpoint.spot, &endpoint.path, message);
             }
@@ -555,26 +565,40 @@ fn version() -> Kind<'static, ReadVersion> {
         let about = "New sessions and keyless exchanges with these headers go here, whatever the weights.";
         let matches = block.key("match", about, version_match(), "{}");
 
-        let mut list = Vec::new();
-        let mut located = Vec::new();
-        for endpoint in endpoints? {
-            if let Some(found) = endpoint.value.clone() {
-                located.push(endpoint.with(|_| found.url.clone()));
-                list.push(found);
+        let (mut list, mut sources, mut located) = (Vec::new(), Vec::new(), Vec::new());
+        for item in endpoints? {
+            match item.value.clone() {
+                Item::None => {}
+                Item::Endpoint(endpoint) => {
+                    located.push(item.with(|_| Place::At(endpoint.url.clone())));
+                    list.push(endpoint);
+                }
+                Item::Source(source) => {
+                    located.push(item.with(|_| Place::FoundBy(source.source.clone())));
+                    sources.push(source);
+                }
             }
         }
         let name = name?;
-        let version = Version { name, weight, endpoints: list, http, host, tls, headers, matches };
+        let version = Version { name, weight, endpoints: list, sources, http, host, tls, headers, matches };
         Some(ReadVersion { version, endpoints: located })
     })
 }
 
-/// `None`: found in a way that is not available yet.
-fn endpoint() -> Kind<'static, Option<Endpoint>> {
+/// An item of `endpoints`.
+#[derive(Clone)]
+enum Item {
+    Endpoint(Endpoint),
+    Source(EndpointSource),
+    /// With a problem that was told.
+    None,
+}
+
+fn endpoint() -> Kind<'static, Item> {
     let full = block("{url: http://10.0.0.12:8000, weight: 2, max_runs: 20}", |block| {
         let url = block.variant("url", "http://host:port, https://host:port or unix:/path.", endpoint_url());
-        let dns = block.variant("dns", "Every address of a name.", dns_source());
-        let kubernetes = block.variant("kubernetes", "The ready pods of a service.", kubernetes_source());
+        let dns = block.variant("dns", "Every address of a name.", sources::dns());
+        let kubernetes = block.variant("kubernetes", "The pods of a service.", sources::kubernetes());
         let weight = block.key("weight", "Its share, relative to the other endpoints.", small(1, WEIGHT_MAX), "1");
         let about = "Outstanding runs it may have; goes before runs.max_per_endpoint.";
         let max_runs = block.optional("max_runs", about, small(1, u32::MAX));
@@ -588,28 +612,14 @@ fn endpoint() -> Kind<'static, Option<Endpoint>> {
                 block.problem(more[1], message);
             }
         }
-        let _ = (dns, kubernetes);
-        Some(url.map(|url| Endpoint { url, weight, max_runs }))
+        let source = dns.map(Source::Dns).or(kubernetes.map(Source::Kubernetes));
+        Some(match (url, source) {
+            (Some(url), _) => Item::Endpoint(Endpoint { url, weight, max_runs }),
+            (None, Some(source)) => Item::Source(EndpointSource { source, weight, max_runs }),
+            (None, None) => Item::None,
+        })
     });
-    endpoint_url().map(|url| Some(Endpoint { url, weight: 1, max_runs: None })).or_block(full)
-}
-
-fn dns_source() -> Kind<'static, ()> {
-    block("{name: agents.svc, port: 8000, refresh: 5s}", |block| {
-        block.required("name", "The name to resolve.", text());
-        block.required("port", "The port of every address.", port());
-        block.key("refresh", "How often.", positive_duration(), "5s");
-        Some(())
-    })
-}
-
-fn kubernetes_source() -> Kind<'static, ()> {
-    block("{namespace: agents, service: support, port: http}", |block| {
-        block.optional("namespace", "null: the pod's own.", text());
-        block.required("service", "The service's name.", text());
-        block.required("port", "The port's name or number.", text());
-        Some(())
-    })
+    endpoint_url().map(|url| Item::Endpoint(Endpoint { url, weight: 1, max_runs: None })).or_block(full)
 }
 
 fn host_policy() -> Kind<'static, HostPolicy> {

@@ -18,6 +18,7 @@ use tracing::{error, info, warn};
 
 use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
 use crate::control::call::Way;
+use crate::control::discovery::{Discovery, Plan, Surroundings, Template};
 use crate::control::health::{Check, OwnLoad, Probe};
 use crate::control::notify::Notifier;
 use crate::drain::Drain;
@@ -33,7 +34,7 @@ use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, 
 use crate::state::core::Restored;
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::image::Place;
-use crate::state::{ClientTls, TargetSettings};
+use crate::state::{self, ClientTls, TargetSettings};
 use crate::store::{Kept, Secrets, Store, StoreSlot};
 
 /// Between the swap and the drain of a removed service's endpoints.
@@ -120,6 +121,8 @@ pub struct Heritage {
     pub store: StoreSlot,
     /// What the store had in it. `None`: there is none, or another process has it still.
     pub kept: Option<Kept>,
+    /// Where endpoints are looked for.
+    pub surroundings: Surroundings,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -181,7 +184,7 @@ impl ReloadState {
             // Not at once: a request that was routed by the snapshot before may be about to pick.
             if !gone.emptied && now.saturating_duration_since(gone.at) >= REMOVAL_GRACE {
                 let config = config::Service { versions: Vec::new(), ..gone.config.clone() };
-                gone.dispatcher.apply(ServiceSettings { config, targets: Vec::new() }, now);
+                gone.dispatcher.apply(ServiceSettings { config, targets: Vec::new(), discovered: Vec::new() }, now);
                 gone.emptied = true;
             }
             is_cutting |= gone.dispatcher.tick(now);
@@ -214,8 +217,8 @@ pub struct Outlets {
     pub probes: mpsc::Receiver<ProbesCommand>,
     /// The address of `admin.probes` that was bound at the start.
     pub probes_address: Option<Address>,
-    /// For the health checks.
-    pub checks: watch::Receiver<Vec<Arc<Check>>>,
+    /// Where endpoints come from that the configuration does not list.
+    pub discovery: Arc<Discovery>,
 }
 
 /// Called with every configuration that has taken effect by a reload (not with the first).
@@ -230,7 +233,7 @@ pub struct Reloader {
     requests: mpsc::Receiver<Request>,
     accept: mpsc::Sender<AcceptCommand>,
     probes: mpsc::Sender<ProbesCommand>,
-    checks: watch::Sender<Vec<Arc<Check>>>,
+    discovery: Arc<Discovery>,
     after_reload: Option<AfterReload>,
     /// What the first configuration has to tell, until [`Reloader::run`] does.
     first: Announcements,
@@ -255,7 +258,7 @@ impl Reloader {
         after_reload: Option<AfterReload>,
         heritage: Heritage,
     ) -> Result<(Reloader, Outlets), Problems> {
-        let Heritage { sockets, secrets, generation, notifier, store, mut kept } = heritage;
+        let Heritage { sockets, secrets, generation, notifier, store, mut kept, surroundings } = heritage;
         let file: Arc<str> = path.display().to_string().into();
         let secrets = secrets.or(kept.as_ref().map(|kept| kept.secrets.clone())).unwrap_or_else(Secrets::generate);
         let mut builder = Builder {
@@ -276,10 +279,12 @@ impl Reloader {
         let (request_sender, requests) = mpsc::channel(WAITING_MAX);
         let (accept, accept_receiver) = mpsc::channel(COMMANDS_MAX);
         let (probes, probes_receiver) = mpsc::channel(1);
-        let checks = watch::Sender::new(prepared.checks);
+        let discovery = Discovery::new(surroundings);
+        discovery.take(prepared.plans, prepared.checks, &prepared.snapshot.loaded.config.kubernetes);
 
         let now = ids::now();
-        for (dispatcher, settings) in prepared.dispatchers {
+        for (dispatcher, mut settings) in prepared.dispatchers {
+            settings.discovered = discovery.of_service(&settings.config);
             match (store.get(), &mut kept) {
                 (Some(store), Some(kept)) => builder.go_on(&dispatcher, settings, store, kept, now),
                 _ => dispatcher.apply(settings, now),
@@ -319,7 +324,7 @@ impl Reloader {
             accept: accept_receiver,
             probes: probes_receiver,
             probes_address: builder.probes.as_ref().map(|bound| bound.local.clone()),
-            checks: checks.subscribe(),
+            discovery: Arc::clone(&discovery),
         };
         let first = prepared.announcements;
         let listeners_closed = false;
@@ -331,7 +336,7 @@ impl Reloader {
             requests,
             accept,
             probes,
-            checks,
+            discovery,
             after_reload,
             first,
             listeners_closed,
@@ -481,7 +486,9 @@ impl Reloader {
             .collect();
         // Dispatchers first: the new snapshot must never route to a service whose endpoints are not known yet. Those of
         // removed services come last (by the clock): the old snapshot must not route into an emptied one.
-        for (dispatcher, settings) in prepared.dispatchers {
+        self.discovery.take(prepared.plans, prepared.checks, &prepared.snapshot.loaded.config.kubernetes);
+        for (dispatcher, mut settings) in prepared.dispatchers {
+            settings.discovered = self.discovery.of_service(&settings.config);
             if let Some(store) = self.store.get() {
                 store.keep(&dispatcher, false);
             }
@@ -491,7 +498,6 @@ impl Reloader {
         self.running.snapshot.store(Arc::clone(&snapshot));
         self.running.access_log.configure(&snapshot.loaded.config.log);
         self.state.lock_removed().extend(leaving);
-        self.checks.send_replace(prepared.checks);
         self.builder.client_tls = prepared.client_tls;
         self.builder.version_metrics = prepared.version_metrics;
         self.builder.probes = prepared.probes_bound;
@@ -678,7 +684,9 @@ struct Prepared {
     snapshot: Snapshot,
     /// In the order of the services.
     dispatchers: Vec<(Arc<Dispatcher>, ServiceSettings)>,
+    /// Of the endpoints that are listed.
     checks: Vec<Arc<Check>>,
+    plans: Vec<Plan>,
     announcements: Announcements,
     client_tls: Vec<CachedClientTls>,
     version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
@@ -697,7 +705,7 @@ impl Builder {
     fn means_the_same(&self, current: &Snapshot, loaded: &Loaded) -> bool {
         current.loaded.config == loaded.config
             && loaded.config.services.iter().flat_map(|service| &service.versions).all(|version| {
-                !version.endpoints.iter().any(|endpoint| is_https(&endpoint.url))
+                !(version.endpoints.iter().any(|endpoint| is_https(&endpoint.url)) || finds_https(version))
                     || find_client_tls(&self.client_tls, version, &file_content(&version.tls)).is_some()
             })
     }
@@ -731,9 +739,9 @@ impl Builder {
 
         let generation = current.map_or(1, |current| current.generation + 1);
         let loaded_at = ids::wall_clock();
-        let Services { list, dispatchers, checks, client_tls, version_metrics } = services;
+        let Services { list, dispatchers, checks, plans, client_tls, version_metrics } = services;
         let snapshot = Snapshot { generation, loaded, loaded_at, listeners, services: list };
-        Ok(Prepared { snapshot, dispatchers, checks, announcements, client_tls, version_metrics, probes_bound })
+        Ok(Prepared { snapshot, dispatchers, checks, plans, announcements, client_tls, version_metrics, probes_bound })
     }
 
     fn service(
@@ -797,6 +805,7 @@ impl Builder {
                     service: Arc::clone(&name),
                     version: Arc::clone(&version_name),
                     url: endpoint.url.clone(),
+                    uid: None,
                     http: version.http,
                     host: version.host.clone(),
                     headers: version.headers.clone(),
@@ -805,9 +814,36 @@ impl Builder {
                     metrics: Arc::clone(&metrics),
                 });
             }
+            if !version.sources.is_empty() {
+                let tls = match self.tls_of_sources(version, &mut services.client_tls) {
+                    Ok(tls) => tls,
+                    Err(message) => {
+                        problems.push(problem(&format!("{path}.tls"), message));
+                        continue;
+                    }
+                };
+                services.plans.extend(version.sources.iter().map(|source| Plan {
+                    service: Arc::clone(&name),
+                    dispatcher: Arc::clone(&dispatcher),
+                    version: Arc::clone(&version_name),
+                    source: source.clone(),
+                    template: Template {
+                        http: version.http,
+                        host: version.host.clone(),
+                        headers: version.headers.clone(),
+                        pool: service.pool.clone(),
+                        metrics: Arc::clone(&metrics),
+                        https: finds_https(version),
+                        tls: tls.clone(),
+                        server_name: version.tls.server_name.as_ref().and_then(|name| server_name(name).ok()),
+                        health: service.health.clone(),
+                        own_load: OwnLoad::of(recognition),
+                    },
+                }));
+            }
             targets.push(of_version);
         }
-        let settings = ServiceSettings { config: service.clone(), targets };
+        let settings = ServiceSettings { config: service.clone(), targets, discovered: Vec::new() };
         services.dispatchers.push((Arc::clone(&dispatcher), settings));
         services.list.push(Arc::new(Service {
             name,
@@ -844,7 +880,7 @@ impl Builder {
     /// How an endpoint is reached that the configuration no longer names: as its version's others, if that is still there.
     /// `None`: nobody can tell.
     fn unnamed_target(&self, service: &config::Service, place: &Place) -> Option<TargetSettings> {
-        let url = EndpointUrl::of_identity(&place.endpoint)?;
+        let (url, uid) = state::of_identity(&place.endpoint)?;
         let version = service.versions.iter().find(|version| version.name == place.version);
         let tls = match version {
             Some(version) => self.endpoint_tls(version, &url, &mut Vec::new()).ok()?,
@@ -856,6 +892,7 @@ impl Builder {
             service: service.name.as_str().into(),
             version: place.version.as_str().into(),
             url,
+            uid: uid.map(Arc::from),
             http: version.map_or(config::HttpVersion::Auto, |version| version.http),
             host: version.map_or(config::HostPolicy::Preserve, |version| version.host.clone()),
             headers: version.map(|version| version.headers.clone()).unwrap_or_default(),
@@ -914,6 +951,22 @@ impl Builder {
         let config = Arc::clone(&cached.config);
         next.push(cached);
         Ok(Some(ClientTls { config, server_name }))
+    }
+
+    /// By which endpoints that are found are reached over https. `None`: that is neither wanted nor possible.
+    fn tls_of_sources(
+        &self,
+        version: &config::Version,
+        next: &mut Vec<CachedClientTls>,
+    ) -> Result<Option<Arc<rustls::ClientConfig>>, String> {
+        // Any: each endpoint has a name of its own.
+        let host = EndpointHost::Ip(std::net::Ipv4Addr::LOCALHOST.into());
+        let url = EndpointUrl::Tcp { https: true, host, port: 443 };
+        match self.endpoint_tls(version, &url, next) {
+            Ok(tls) => Ok(tls.map(|tls| tls.config)),
+            Err(failure) if finds_https(version) => Err(failure.message()),
+            Err(_) => Ok(None),
+        }
     }
 
     /// The listeners of the next snapshot. A listener is its address: whatever else changes, the socket stays.
@@ -1017,8 +1070,14 @@ struct Services {
     list: Vec<Arc<Service>>,
     dispatchers: Vec<(Arc<Dispatcher>, ServiceSettings)>,
     checks: Vec<Arc<Check>>,
+    plans: Vec<Plan>,
     client_tls: Vec<CachedClientTls>,
     version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
+}
+
+/// Endpoints that are found have no scheme: it is https where the version says anything of TLS.
+fn finds_https(version: &config::Version) -> bool {
+    !version.sources.is_empty() && version.tls != config::UpstreamTls::default()
 }
 
 /// Why there is no TLS towards an endpoint.

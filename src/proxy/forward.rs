@@ -693,7 +693,6 @@ fn cookie_to_set(
     if !(identity.issue_cookie || (by_cookie && moved)) {
         return None;
     }
-    let pin =
-        crate::state::dispatcher::PinHint { version: target.version.to_string(), endpoint: target.url.identity() };
+    let pin = crate::state::dispatcher::PinHint { version: target.version.to_string(), endpoint: target.identity() };
     Some(sealer.seal(&CookieSession { id: key.text.to_string(), pin }, &identity.principal, secure, ids::wall_clock()))
 }

@@ -5,6 +5,7 @@
 
 mod apply;
 mod changes;
+mod discovery;
 mod drain;
 mod image;
 mod outlook;
@@ -108,8 +109,8 @@ struct Rules {
     checked: bool,
     /// The check can tell that an endpoint drains.
     asks_draining: bool,
-    /// Endpoints have a limit of runs unless they say otherwise.
-    limited: bool,
+    /// The limit of runs of endpoints that have none of their own.
+    max_per_endpoint: Option<u32>,
     unhealthy_after: u32,
     healthy_after: u32,
     outlier: config::Outlier,
@@ -485,7 +486,9 @@ impl Core {
                 } else {
                     // Should it still say so itself, it drains again when it next does.
                     endpoint.says = None;
-                    endpoint.end_drain();
+                    if !endpoint.draining() {
+                        endpoint.end_drain();
+                    }
                 }
                 found = true;
                 self.drains_changed();
@@ -980,7 +983,7 @@ impl Core {
     fn standing(&self, number: u32) -> Standing {
         let endpoint = &self.endpoints[number];
         let unhealthy = self.rules.checked && endpoint.health.standing == HealthStanding::Unhealthy;
-        if endpoint.gone || unhealthy || endpoint.ejected_until.is_some() {
+        if endpoint.gone || unhealthy || !endpoint.serves() || endpoint.ejected_until.is_some() {
             Standing::Lost
         } else if endpoint.draining() {
             Standing::Draining
@@ -992,6 +995,8 @@ impl Core {
 
     fn is_ready(&self, endpoint: &Endpoint) -> bool {
         !endpoint.draining()
+            && endpoint.serves()
+            && !endpoint.awaited
             && endpoint.ejected_until.is_none()
             && (!self.rules.checked || endpoint.health.standing == HealthStanding::Healthy)
     }
@@ -1179,7 +1184,7 @@ impl Rules {
             when_lost: service.session.when_lost,
             checked: service.health.path.is_some() || service.health.tcp,
             asks_draining: service.health.path.is_some() && !service.health.draining_status.is_empty(),
-            limited: service.runs.max_per_endpoint.is_some(),
+            max_per_endpoint: service.runs.max_per_endpoint,
             unhealthy_after: service.health.unhealthy_after,
             healthy_after: service.health.healthy_after,
             outlier: service.outlier.clone(),
@@ -1189,7 +1194,8 @@ impl Rules {
             unseen_timeout: service.runs.unseen_timeout,
             max_duration: service.runs.max_duration,
             any_limit: service.runs.max_per_endpoint.is_some()
-                || service.versions.iter().flat_map(|version| &version.endpoints).any(|one| one.max_runs.is_some()),
+                || service.versions.iter().flat_map(|version| &version.endpoints).any(|one| one.max_runs.is_some())
+                || service.versions.iter().flat_map(|version| &version.sources).any(|one| one.max_runs.is_some()),
             queue_max: service.runs.queue.max as usize,
             queue_timeout: service.runs.queue.timeout,
             double_texting: service.runs.double_texting,
@@ -1206,7 +1212,7 @@ impl Rules {
             when_lost: config::WhenLost::Rebind,
             checked: false,
             asks_draining: false,
-            limited: false,
+            max_per_endpoint: None,
             unhealthy_after: 1,
             healthy_after: 1,
             outlier: config::Outlier { consecutive_failures: 0, eject_for: Duration::ZERO, max_ejected: 0.0 },

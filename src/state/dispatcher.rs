@@ -17,6 +17,7 @@ use crate::protocols::{Fact, Standing};
 use crate::rollout::{Command, Moment, Refused, Rollout};
 use crate::state::changes::Delta;
 use crate::state::core::{Arrived, CancelAnswer, Core, Ended, Finish, Grant, Outlook, Restored};
+use crate::state::discovery::{Change, OfSources};
 use crate::state::idempotency::{self, ANSWERS_BYTES_MAX, Start, StartKey, Starts};
 use crate::state::image::{Place, RunsTaken, ServiceImage};
 use crate::state::queue::{Class, Principal};
@@ -110,6 +111,8 @@ pub struct ServiceSettings {
     /// By version and endpoint, in the order of `config.versions[].endpoints`. TLS settings count as unchanged while
     /// their `Arc` is the same.
     pub targets: Vec<Vec<TargetSettings>>,
+    /// By version: what its sources have found so far. Where there is nothing for a version, it has none.
+    pub discovered: Vec<OfSources>,
 }
 
 /// A reserved endpoint.
@@ -238,6 +241,11 @@ impl Dispatcher {
         }
         self.judged.store(settings.config.rollout.is_some(), Ordering::Relaxed);
         self.with(|core| core.apply(settings, now));
+    }
+
+    /// Takes what has changed of the endpoints that a version's sources find: see [`Core::discover`].
+    pub fn discover(&self, version: &str, changes: Vec<Change>, now: Instant) {
+        self.with(|core| core.discover(version, changes, now));
     }
 
     /// A start with a key comes; `run` is the id of its run if it is the first.

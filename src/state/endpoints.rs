@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::balance::Score;
 use crate::config;
 use crate::state::Target;
+use crate::state::discovery::Found;
 use crate::state::ordered::Ordered;
 use crate::state::status::Dealt;
 
@@ -35,8 +36,14 @@ pub(crate) struct Endpoint {
     pub sessions: u32,
     /// Runs that it says it has, those included that started elsewhere, and until when that holds.
     pub reported: Option<(u32, Instant)>,
-    /// The newest configuration names it.
+    /// The newest configuration names it, or a source of it does.
     pub configured: bool,
+    /// Set where a source gives it, not the configuration.
+    pub found: Option<Found>,
+    /// It is known from before, and its version's sources have not answered yet: its sessions stay, nobody new comes.
+    pub awaited: bool,
+    /// Its source does not list it any more because it does not answer any more.
+    pub lost: bool,
     /// An operator drains it.
     pub drained: bool,
     /// It says itself that it drains.
@@ -168,7 +175,9 @@ pub(crate) struct Version {
     pub dealt: Dealing,
     /// The newest configuration names it.
     pub configured: bool,
-    /// In the order of the configuration; removed ones after.
+    /// One of its sources has not answered yet.
+    pub awaited: bool,
+    /// In the order of the configuration, then as they were found; removed ones after.
     pub endpoints: Vec<u32>,
     /// Ready endpoints with a free slot, least loaded first, least recently picked first among equals.
     by_load: Ordered<ByLoad>,
@@ -196,6 +205,9 @@ impl Endpoint {
             sessions: 0,
             reported: None,
             configured: true,
+            found: None,
+            awaited: false,
+            lost: false,
             drained: false,
             says: None,
             gone: false,
@@ -223,7 +235,12 @@ impl Endpoint {
     }
 
     pub fn draining(&self) -> bool {
-        self.drained || self.says.is_some() || !self.configured
+        self.drained || self.says.is_some() || !self.configured || self.found.as_ref().is_some_and(Found::drains)
+    }
+
+    /// Its source has nothing against its work.
+    pub fn serves(&self) -> bool {
+        !self.lost && self.found.as_ref().is_none_or(Found::serves)
     }
 
     /// Why it drains; none where it does not.
@@ -232,7 +249,9 @@ impl Endpoint {
             Says::ByHealth => "health",
             Says::ByAnswer => "answer",
         });
-        let reasons = [self.drained.then_some("operator"), (!self.configured).then_some("removed"), says];
+        let found = self.configured && self.found.as_ref().is_some_and(Found::drains);
+        let removed = (!self.configured).then_some("removed");
+        let reasons = [self.drained.then_some("operator"), removed, says, found.then_some("source")];
         reasons.into_iter().flatten().collect()
     }
 
@@ -275,6 +294,7 @@ impl Version {
             effective_weight: 0,
             dealt: Dealing::default(),
             configured: false,
+            awaited: false,
             endpoints: Vec::new(),
             by_load: Ordered::default(),
             ramping: Vec::new(),
@@ -397,6 +417,7 @@ impl Version {
 
     /// Forgets every order, before all endpoints are put in again.
     pub fn clear(&mut self) {
+        self.awaited = false;
         self.endpoints.clear();
         self.by_load.clear();
         self.ramping.clear();

@@ -71,6 +71,14 @@ pub struct Share {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct EndpointStatus {
     pub address: String,
+    /// Where it was found; absent where the configuration lists it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// The pod's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
     pub state: EndpointState,
     pub outstanding_runs: u32,
     /// Runs that it says it has itself, where it does.
@@ -89,7 +97,8 @@ pub struct EndpointStatus {
 /// How far the drain of an endpoint is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DrainStatus {
-    /// Who wants it: `operator`, `removed`, `health` (`health.draining_status`), `answer` (`longhaul-drain: 1`).
+    /// Who wants it: `operator`, `removed`, `health` (`health.draining_status`), `answer` (`longhaul-drain: 1`),
+    /// `source` (Kubernetes: its pod terminates).
     pub by: Vec<&'static str>,
     /// When what is left begins to be cut; `None`: it was, and what came after it goes on.
     pub cut_in_ms: Option<u64>,

@@ -248,7 +248,30 @@ pub(super) struct Shared {
 impl Backend {
     /// A backend on a loopback port that answers `200 ok` until it is told otherwise.
     pub async fn start() -> Backend {
-        Backend::listen(Kind::Tcp).await
+        Backend::listen_at(Kind::Tcp, None).await
+    }
+
+    /// As [`Backend::start`], at this address (a free port of it, where that is 0).
+    pub async fn start_at(address: impl Into<SocketAddr>) -> Backend {
+        Backend::listen_at(Kind::Tcp, Some(address.into())).await
+    }
+
+    /// Backends on one port of addresses of their own, as the pods of a service are.
+    pub async fn start_fleet(count: u8) -> Vec<Backend> {
+        let mut fleet: Vec<Backend> = Vec::new();
+        // Somebody else may have the port on one of the addresses.
+        'ports: loop {
+            fleet.clear();
+            let port = Backend::start_at(([127, 0, 0, 1], 0)).await.address().port();
+            for last in 2..2 + count {
+                let address = SocketAddr::from(([127, 0, 0, last], port));
+                if TcpListener::bind(address).await.is_err() {
+                    continue 'ports;
+                }
+                fleet.push(Backend::start_at(address).await);
+            }
+            return fleet;
+        }
     }
 
     pub async fn start_unix(path: &Path) -> Backend {
@@ -266,6 +289,10 @@ impl Backend {
     }
 
     async fn listen(kind: Kind) -> Backend {
+        Backend::listen_at(kind, None).await
+    }
+
+    async fn listen_at(kind: Kind, address: Option<SocketAddr>) -> Backend {
         let (drips, dripped) = mpsc::channel(10_000);
         let shared = Arc::new(Shared {
             requests: Mutex::default(),
@@ -278,7 +305,7 @@ impl Backend {
             in_flight: AtomicUsize::new(0),
             cut: watch::Sender::new(0),
         });
-        let mut backend = Backend { address: None, url: String::new(), shared, accepting: None, reserved: None, kind };
+        let mut backend = Backend { address, url: String::new(), shared, accepting: None, reserved: None, kind };
         backend.resume().await;
         backend
     }

@@ -5,7 +5,9 @@ mod backend;
 mod certificate;
 mod client;
 mod counting;
+mod dns;
 mod http2;
+mod kubernetes;
 mod peer;
 mod program;
 mod proxy;
@@ -19,10 +21,12 @@ pub use backend::{Backend, Body, Drip, Gate, Request, Script, Step};
 pub use certificate::Certificate;
 pub use client::{Head, RawClient, Response, fetch, get, post};
 pub use counting::{Counting, Seen};
+pub use dns::{NameServer, Srv};
 pub use http2::{Http2Client, Http2Stream, request as http2_request};
+pub use kubernetes::{ApiServer, Pod, slice};
 pub use peer::{Fleet, Peer, PeerClient, PeerScript, Peers, Transcript, assert_same, post_json, transcript};
 pub use program::Program;
-pub use proxy::{Proxy, ask_admin, start_proxy};
+pub use proxy::{Proxy, ask_admin, start_proxy, start_proxy_in};
 
 /// How long a test waits for something that must happen. Far more than it ever takes: only a failure waits so long.
 pub const DEADLINE: Duration = Duration::from_secs(5);

@@ -109,6 +109,7 @@ impl Fleet {
             name: name.to_owned(),
             weight,
             endpoints: endpoints.collect(),
+            sources: Vec::new(),
             http: config::HttpVersion::Auto,
             host: config::HostPolicy::Preserve,
             tls: config::UpstreamTls::default(),
@@ -131,6 +132,7 @@ impl Fleet {
                 service: SERVICE.into(),
                 version: version.name.as_str().into(),
                 url: endpoint.url.clone(),
+                uid: None,
                 http: version.http,
                 host: version.host.clone(),
                 headers: version.headers.clone(),
@@ -140,7 +142,7 @@ impl Fleet {
             };
             version.endpoints.iter().map(target).collect()
         });
-        ServiceSettings { config: self.config.clone(), targets: targets.collect() }
+        ServiceSettings { config: self.config.clone(), targets: targets.collect(), discovered: Vec::new() }
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use longhaul::app::{self, App, Options};
 use longhaul::config::Address;
+use longhaul::control::discovery::Surroundings;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -25,25 +26,32 @@ pub struct Proxy {
 /// Starts the product with this configuration. Where the text has no `listeners` or `admin`, they are added, on port 0;
 /// without `log` there is no access log.
 pub async fn start_proxy(config: &str) -> Proxy {
+    let proxy = start_proxy_in(Surroundings::default(), config);
+    eventually_async("the proxy is ready", || async { proxy.admin("GET", "/readyz").await.status() == 200 }).await;
+    proxy
+}
+
+/// As [`start_proxy`], where endpoints are looked for in these surroundings, and without waiting for it to be ready.
+pub fn start_proxy_in(surroundings: Surroundings, config: &str) -> Proxy {
     let directory = tempfile::tempdir().expect("a directory");
     let file = write_config(directory.path(), config);
-    let app = launch(&file).unwrap_or_else(|problem| panic!("{problem}\n{config}"));
+    let app = launch(&file, surroundings).unwrap_or_else(|problem| panic!("{problem}\n{config}"));
     let listeners: Vec<SocketAddr> = app.bound.listeners.iter().filter_map(|(_, address)| tcp(address)).collect();
-    let proxy = Proxy {
+    Proxy {
         address: listeners.first().copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
         listeners,
         admin: tcp(&app.bound.admin).expect("the admin API of tests listens on TCP"),
         app,
         directory,
-    };
-    eventually_async("the proxy is ready", || async { proxy.admin("GET", "/readyz").await.status() == 200 }).await;
-    proxy
+    }
 }
 
 /// The one call into the product.
-fn launch(file: &Path) -> Result<App, String> {
+fn launch(file: &Path, surroundings: Surroundings) -> Result<App, String> {
     let loaded = longhaul::config::load(file).map_err(|problems| problems.to_string())?;
-    app::build(Options::new(file.to_owned(), loaded)).map_err(|error| error.to_string())
+    let mut options = Options::new(file.to_owned(), loaded);
+    options.heritage.surroundings = surroundings;
+    app::build(options).map_err(|error| error.to_string())
 }
 
 /// The socket address of a TCP listener.

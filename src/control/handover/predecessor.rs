@@ -378,7 +378,7 @@ impl Desk {
 }
 
 fn placed_answer(service: String, ticket: Ticket, placed: &Placed) -> Answer {
-    let (endpoint, affinity) = (placed.target.url.identity(), placed.affinity);
+    let (endpoint, affinity) = (placed.target.identity(), placed.affinity);
     Answer::Placed { service, ticket, endpoint, affinity }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::state::core::{Core, Rules};
+use crate::state::discovery::OfSources;
 use crate::state::dispatcher::ServiceSettings;
 use crate::state::endpoints::{Endpoint, Health, HealthStanding, Says, Version};
 use crate::state::{ClientTls, Target, TargetSettings};
@@ -13,7 +14,7 @@ impl Core {
     /// names drain.
     pub fn apply(&mut self, settings: ServiceSettings, now: Instant) {
         let now = self.advance(now);
-        let ServiceSettings { config, targets } = settings;
+        let ServiceSettings { config, targets, discovered } = settings;
         let old = std::mem::replace(&mut self.rules, Rules::of(&config));
         if let Some(changes) = &mut self.changes {
             changes.set_idle_timeout(self.rules.idle_timeout);
@@ -48,7 +49,27 @@ impl Core {
                 let live = &mut self.endpoints[number];
                 live.weight = endpoint.weight;
                 live.max_runs = endpoint.max_runs.or(config.runs.max_per_endpoint);
+                live.found = None;
                 self.versions[index].endpoints.push(number);
+            }
+        }
+        for (index, OfSources { found, awaited }) in discovered.into_iter().enumerate() {
+            self.versions[index].awaited = awaited;
+            for found in found {
+                // Listed as well, or found by another version before.
+                let known = self.by_identity.get(&*found.settings.identity());
+                if known.is_none_or(|number| !self.endpoints[*number].configured) {
+                    let number = self.take_discovered(index, found, now);
+                    self.versions[index].endpoints.push(number);
+                }
+            }
+        }
+        for number in &removed {
+            let endpoint = &mut self.endpoints[*number];
+            let version = &mut self.versions[endpoint.version];
+            if endpoint.awaited && version.awaited {
+                endpoint.configured = true;
+                version.endpoints.push(*number);
             }
         }
         removed.retain(|number| !self.endpoints[*number].configured);
@@ -124,8 +145,8 @@ impl Core {
     }
 
     /// The endpoint that these settings describe: the one that lives under that identity, or a new one.
-    fn take_endpoint(&mut self, version: usize, settings: TargetSettings) -> u32 {
-        let identity = settings.url.identity();
+    pub(super) fn take_endpoint(&mut self, version: usize, settings: TargetSettings) -> u32 {
+        let identity = settings.identity();
         let Some(number) = self.by_identity.get(identity.as_str()).copied() else {
             let mut endpoint = Endpoint::new(&identity, Arc::new(Target::new(settings)), version);
             endpoint.original = !self.applied;
@@ -135,6 +156,8 @@ impl Core {
         };
         let endpoint = &mut self.endpoints[number];
         endpoint.configured = true;
+        endpoint.awaited = false;
+        endpoint.lost = false;
         if !endpoint.draining() {
             endpoint.end_drain();
         }
@@ -158,10 +181,11 @@ impl Core {
 
 /// Nothing that connections to the target depend on has changed.
 fn describes(settings: &TargetSettings, target: &Target) -> bool {
-    let TargetSettings { service, version, url, http, host, headers, pool, tls, metrics: _ } = settings;
+    let TargetSettings { service, version, url, uid, http, host, headers, pool, tls, metrics: _ } = settings;
     *service == target.service
         && *version == target.version
         && *url == target.url
+        && *uid == target.uid
         && *http == target.http
         && *host == target.host
         && *headers == target.headers

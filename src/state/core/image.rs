@@ -318,8 +318,11 @@ impl Core {
             self.versions.len() - 1
         });
         let mut endpoint = Endpoint::new(&place.endpoint, Arc::new(Target::new(settings)), version);
-        endpoint.configured = false;
-        endpoint.drain_deadline = Some(now + self.rules.drain_timeout);
+        // A source may be about to find it.
+        endpoint.awaited = self.versions[version].awaited;
+        endpoint.configured = endpoint.awaited;
+        endpoint.max_runs = self.rules.max_per_endpoint;
+        endpoint.drain_deadline = (!endpoint.awaited).then(|| now + self.rules.drain_timeout);
         let number = self.endpoints.insert(endpoint);
         self.by_identity.insert(place.endpoint.as_str().into(), number);
         self.versions[version].endpoints.push(number);

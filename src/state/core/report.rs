@@ -165,8 +165,13 @@ impl Core {
     }
 
     fn endpoint_status(&self, endpoint: &Endpoint, drain: Option<DrainStatus>) -> EndpointStatus {
+        let origin = endpoint.found.as_ref().map(|found| &found.origin);
+        let text = |text: &std::sync::Arc<str>| text.to_string();
         EndpointStatus {
             address: endpoint.target.address.to_string(),
+            source: origin.map(|origin| text(&origin.source)),
+            pod: origin.and_then(|origin| origin.pod.as_ref()).map(text),
+            zone: origin.and_then(|origin| origin.zone.as_ref()).map(text),
             state: self.state(endpoint),
             outstanding_runs: endpoint.outstanding,
             reported_runs: endpoint.reported.map(|(runs, _)| runs),
@@ -184,7 +189,10 @@ impl Core {
             EndpointState::Gone
         } else if endpoint.draining() {
             EndpointState::Draining
-        } else if self.rules.checked && endpoint.health.standing != HealthStanding::Healthy {
+        } else if !endpoint.serves()
+            || endpoint.awaited
+            || self.rules.checked && endpoint.health.standing != HealthStanding::Healthy
+        {
             EndpointState::Unhealthy
         } else if endpoint.ejected_until.is_some() {
             EndpointState::Ejected
@@ -198,7 +206,7 @@ impl Core {
         let endpoints = || version.endpoints.iter().map(|number| &self.endpoints[*number]);
         let configured = || endpoints().filter(|endpoint| endpoint.configured);
         if configured().any(|endpoint| endpoint.max_runs.is_none())
-            || (configured().next().is_none() && !self.rules.limited)
+            || (configured().next().is_none() && self.rules.max_per_endpoint.is_none())
         {
             return None;
         }

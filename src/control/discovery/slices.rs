@@ -1,0 +1,327 @@
+//! Slices: what the EndpointSlices of a service say together of its pods. Pure: slices in, changes of endpoints out.
+//!
+//! A pod is one endpoint, however many slices and families of addresses it stands in: its identity has its UID, and of its
+//! addresses it keeps the first that it is known by while that is listed. Terminating and serving is draining; terminating
+//! and not serving is gone. An address that belongs to another pod by now is no longer that of the one that terminates.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use crate::config::{EndpointHost, PodPort};
+use crate::control::discovery::{Found, Update};
+use crate::state::discovery::Readiness;
+
+/// Pods of one source; more are left out.
+const PODS_MAX: usize = 10_000;
+
+/// `discovery.k8s.io/v1`: what of it is looked at.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointSlice {
+    pub metadata: Metadata,
+    pub address_type: Option<String>,
+    pub endpoints: Option<Vec<Endpoint>>,
+    pub ports: Option<Vec<Port>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Metadata {
+    #[serde(default)]
+    pub name: String,
+    pub resource_version: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Endpoint {
+    /// They are interchangeable: the first is used.
+    #[serde(default)]
+    pub addresses: Vec<String>,
+    pub conditions: Option<Conditions>,
+    pub target_ref: Option<TargetRef>,
+    pub zone: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct Conditions {
+    pub ready: Option<bool>,
+    pub serving: Option<bool>,
+    pub terminating: Option<bool>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct TargetRef {
+    pub kind: Option<String>,
+    pub name: Option<String>,
+    pub uid: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Port {
+    pub name: Option<String>,
+    pub port: Option<u16>,
+    pub protocol: Option<String>,
+    pub app_protocol: Option<String>,
+}
+
+/// What one slice says of one endpoint. The better, the less: of two slices the better is believed, and whoever does not
+/// terminate is better than who does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Standing {
+    Ready,
+    NotReady,
+    Draining,
+    Gone,
+}
+
+impl Standing {
+    /// `ready` is true for all where the service publishes addresses that are not ready, so terminating is looked at first.
+    fn of(conditions: Conditions) -> Standing {
+        let ready = conditions.ready.unwrap_or(true);
+        let serving = conditions.serving.unwrap_or(ready);
+        match (conditions.terminating.unwrap_or(false), serving, ready) {
+            (true, true, _) => Standing::Draining,
+            (true, false, _) => Standing::Gone,
+            (false, _, true) => Standing::Ready,
+            (false, _, false) => Standing::NotReady,
+        }
+    }
+
+    fn terminates(self) -> bool {
+        self >= Standing::Draining
+    }
+}
+
+/// A pod's UID, or the address of what is none.
+type PodId = Arc<str>;
+
+#[derive(Clone, Debug, PartialEq)]
+struct Listed {
+    standing: Standing,
+    /// As far as the slice says; its readiness is not used.
+    found: Found,
+}
+
+/// The slices of one service.
+pub struct Slices {
+    port: PodPort,
+    /// The service's name within the cluster.
+    name: Arc<str>,
+    slices: HashMap<Box<str>, HashMap<PodId, Listed>>,
+    /// Who is, or was, at an address.
+    by_address: HashMap<(EndpointHost, u16), Vec<PodId>>,
+    /// Pods of which something may have changed.
+    touched: HashSet<PodId>,
+    told: HashMap<PodId, Found>,
+    /// By slice: why its endpoints can't be used.
+    portless: HashMap<Box<str>, String>,
+}
+
+impl Slices {
+    pub fn new(port: PodPort, name: Arc<str>) -> Slices {
+        Slices {
+            port,
+            name,
+            slices: HashMap::new(),
+            by_address: HashMap::new(),
+            touched: HashSet::new(),
+            told: HashMap::new(),
+            portless: HashMap::new(),
+        }
+    }
+
+    /// Takes all slices that there are.
+    pub fn replace(&mut self, all: Vec<EndpointSlice>) {
+        let mut gone: HashSet<Box<str>> = self.slices.keys().cloned().collect();
+        for slice in all {
+            gone.remove(slice.metadata.name.as_str());
+            self.put(slice);
+        }
+        for name in gone {
+            self.remove(&name);
+        }
+    }
+
+    /// Takes a slice that is new or has changed.
+    pub fn put(&mut self, slice: EndpointSlice) {
+        let name: Box<str> = slice.metadata.name.as_str().into();
+        let next = self.read(slice, &name);
+        let old = self.slices.remove(&name).unwrap_or_default();
+        self.touched.extend(old.keys().filter(|pod| !next.contains_key(*pod)).cloned());
+        for (pod, listed) in &next {
+            if old.get(pod) == Some(listed) {
+                continue;
+            }
+            self.touched.insert(Arc::clone(pod));
+            let there = self.by_address.entry((listed.found.host.clone(), listed.found.port)).or_default();
+            if !there.contains(pod) {
+                there.push(Arc::clone(pod));
+            }
+        }
+        self.slices.insert(name, next);
+    }
+
+    pub fn remove(&mut self, name: &str) {
+        if let Some(old) = self.slices.remove(name) {
+            self.touched.extend(old.into_keys());
+        }
+        self.portless.remove(name);
+    }
+
+    fn read(&mut self, slice: EndpointSlice, name: &str) -> HashMap<PodId, Listed> {
+        let endpoints = slice.endpoints.unwrap_or_default();
+        let ports = slice.ports.unwrap_or_default();
+        let is_tcp = |port: &&Port| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
+        let (port, of_service) = match &self.port {
+            PodPort::Name(wanted) => {
+                let found = ports.iter().filter(is_tcp).find(|port| port.name.as_deref().unwrap_or("") == wanted);
+                (found.and_then(|port| port.port), found)
+            }
+            PodPort::Number(number) => {
+                (Some(*number), ports.iter().filter(is_tcp).find(|port| port.port == Some(*number)))
+            }
+        };
+        let Some(port) = port else {
+            if !endpoints.is_empty() {
+                self.portless.insert(name.into(), no_port(&self.port, &ports));
+            }
+            return HashMap::new();
+        };
+        self.portless.remove(name);
+        let https = of_service.is_some_and(|port| port.app_protocol.as_deref() == Some("https"));
+        let is_name = slice.address_type.as_deref() == Some("FQDN");
+        let listed = endpoints.into_iter().filter_map(|endpoint| {
+            let address = endpoint.addresses.into_iter().next()?;
+            let host = if is_name { EndpointHost::Name(address) } else { EndpointHost::Ip(address.parse().ok()?) };
+            let pod = endpoint.target_ref.filter(|target| target.kind.as_deref() == Some("Pod")).unwrap_or_default();
+            let found = Found {
+                host,
+                port,
+                https,
+                name: Arc::clone(&self.name),
+                uid: pod.uid.filter(|uid| !uid.is_empty()).map(Arc::from),
+                pod: pod.name.map(Arc::from),
+                zone: endpoint.zone.map(Arc::from),
+                readiness: Readiness::Ready,
+                weight: 1,
+            };
+            let id = found.uid.clone().unwrap_or_else(|| found.key().0.into());
+            Some((id, Listed { standing: Standing::of(endpoint.conditions.unwrap_or_default()), found }))
+        });
+        let mut all: HashMap<PodId, Listed> = HashMap::new();
+        for (id, listed) in listed {
+            // Twice in one slice is as once in each of two.
+            match all.get(&id) {
+                Some(known) if known.standing <= listed.standing => {}
+                _ => {
+                    all.insert(id, listed);
+                }
+            }
+        }
+        all
+    }
+
+    /// What has changed since the last time.
+    pub fn take_update(&mut self) -> Update {
+        let touched = self.with_neighbours();
+        let mut update = Update { lost: true, problem: self.problem(), ..Update::default() };
+        for pod in touched {
+            let now = self.stands(&pod).filter(|_| self.told.contains_key(&pod) || self.told.len() < PODS_MAX);
+            let before = self.told.get(&pod);
+            if before == now.as_ref() {
+                continue;
+            }
+            if let Some(before) = before
+                && now.as_ref().is_none_or(|now| now.key() != before.key())
+            {
+                update.removed.push(before.key());
+            }
+            match now {
+                Some(now) => {
+                    update.put.push(now.clone());
+                    self.told.insert(pod, now);
+                }
+                None => {
+                    self.told.remove(&pod);
+                }
+            }
+        }
+        update
+    }
+
+    /// Those who were touched, and who shares an address with them.
+    fn with_neighbours(&mut self) -> HashSet<PodId> {
+        let mut all = std::mem::take(&mut self.touched);
+        let mut addresses: HashSet<(EndpointHost, u16)> = HashSet::new();
+        for pod in &all {
+            let listed = self.slices.values().filter_map(|slice| slice.get(pod)).map(|listed| &listed.found);
+            addresses.extend(listed.chain(self.told.get(pod)).map(|found| (found.host.clone(), found.port)));
+        }
+        for address in addresses {
+            let Some(there) = self.by_address.get_mut(&address) else { continue };
+            let is_there = |found: &Found| found.host == address.0 && found.port == address.1;
+            there.retain(|pod| self.slices.values().any(|slice| slice.get(pod).is_some_and(|it| is_there(&it.found))));
+            all.extend(there.iter().cloned());
+            if there.is_empty() {
+                self.by_address.remove(&address);
+            }
+        }
+        all
+    }
+
+    /// What all slices together say of a pod; `None`: it is gone, or was never there.
+    fn stands(&self, pod: &PodId) -> Option<Found> {
+        let listed = || self.slices.values().filter_map(|slice| slice.get(pod));
+        let standing = self.standing(pod)?;
+        let before = self.told.get(pod);
+        let chosen = listed().map(|listed| &listed.found).min_by_key(|found| {
+            (before.is_none_or(|before| before.key() != found.key()), is_v6(&found.host), found.key())
+        })?;
+        let neighbours = self.by_address.get(&(chosen.host.clone(), chosen.port)).into_iter().flatten();
+        let mut others = neighbours.filter(|other| *other != pod).filter_map(|other| self.standing(other));
+        if standing.terminates() && others.any(|other| !other.terminates()) {
+            return None;
+        }
+        let readiness = match standing {
+            Standing::Ready => Readiness::Ready,
+            Standing::NotReady => Readiness::NotReady,
+            Standing::Draining => Readiness::Draining,
+            Standing::Gone => return None,
+        };
+        Some(Found { readiness, ..chosen.clone() })
+    }
+
+    fn standing(&self, pod: &PodId) -> Option<Standing> {
+        self.slices.values().filter_map(|slice| slice.get(pod)).map(|listed| listed.standing).min()
+    }
+
+    fn problem(&self) -> Option<String> {
+        if self.told.len() >= PODS_MAX {
+            return Some(format!(
+                "the service has more than {PODS_MAX} pods, of which the rest is left out; divide it"
+            ));
+        }
+        self.portless.values().min().cloned()
+    }
+}
+
+fn is_v6(host: &EndpointHost) -> bool {
+    matches!(host, EndpointHost::Ip(address) if address.is_ipv6())
+}
+
+fn no_port(wanted: &PodPort, ports: &[Port]) -> String {
+    let wanted = match wanted {
+        PodPort::Name(name) => name.clone(),
+        PodPort::Number(number) => number.to_string(),
+    };
+    let names: Vec<&str> =
+        ports.iter().filter_map(|port| port.name.as_deref()).filter(|name| !name.is_empty()).collect();
+    let there = if names.is_empty() { "it names none".to_owned() } else { format!("it has {}", names.join(", ")) };
+    format!(
+        "the service has no TCP port of the name {wanted} ({there}); name one of those, or the number of a port of its pods"
+    )
+}
