@@ -29,7 +29,9 @@ pub fn warning(shutdown: &Shutdown, environment: &dyn Fn(&str) -> Option<String>
         Err(_) => match parse_duration(text.trim()) {
             Ok(grace) => grace,
             Err(message) => {
-                return Some(format!("{GRACE_VARIABLE} is not understood, so the grace period is not checked: {message}"));
+                return Some(format!(
+                    "{GRACE_VARIABLE} is not understood, so the grace period is not checked: {message}"
+                ));
             }
         },
     };
