@@ -351,7 +351,7 @@ async fn a_sidecar_s_agent_is_stopped_after_its_runs() {
     let pods = proxies(&objects);
     let hook = |container: &str| -> Vec<String> {
         let command = &pods[0].container(container).expect("there")["lifecycle"]["preStop"]["exec"]["command"];
-        command.as_array().expect("a command").iter().map(|word| text_of(word)).collect()
+        command.as_array().expect("a command").iter().map(text_of).collect()
     };
     // Only places are other ones: where things listen here, and no sleep of eleven seconds.
     let drain: Vec<String> =
