@@ -3,6 +3,8 @@
 //! Manifests and the rendered chart are held against Kubernetes' own schemas, offline. The chart is rendered by
 //! scripts/render-chart, with Helm; here its result is held against the chart's files.
 
+#[path = "deploy/metrics.rs"]
+mod metrics;
 #[path = "deploy/objects.rs"]
 mod objects;
 #[path = "deploy/schema.rs"]
@@ -376,6 +378,151 @@ async fn a_sidecar_s_agent_is_stopped_after_its_runs() {
     })
     .await;
     assert!(program.ended().await.success(), "nothing was cut");
+}
+
+/// What a dashboard or an alert asks for has to be there: a wrong name is an empty panel and an alert that never fires.
+#[test]
+fn dashboards_and_alerts_ask_for_metrics_that_exist() {
+    let promised = metrics::promised(&read(&root().join("docs/operations.md")));
+    // What Prometheus adds to every series.
+    let of_prometheus = ["instance", "job", "pod"];
+    let mut files = files_in(&root().join("deploy/grafana"), ".json");
+    files.extend(files_in(&root().join("deploy/prometheus"), ".yaml"));
+    files.extend(["docs/hpa.md", "docs/deploy.md"].map(|file| root().join(file)));
+    files.extend(files_in(&root().join("tests/data/chart"), ".yaml"));
+    files.extend(files_in(&root().join("deploy/kubernetes"), ".yaml"));
+    assert!(files.len() > 10, "{files:?}");
+    for file in files {
+        let text = read(&file).replace("\\\"", "\"");
+        for (name, labels) in metrics::used(&text) {
+            let place = file.display();
+            let known = promised.get(&name).unwrap_or_else(|| panic!("{place}: there is no metric {name}"));
+            for label in labels.iter().filter(|label| !of_prometheus.contains(&label.as_str())) {
+                assert!(known.contains(label), "{place}: {name} has no label {label}");
+            }
+        }
+        let all: std::collections::BTreeSet<&String> = promised.values().flatten().collect();
+        for label in metrics::grouped_by(&text).iter().filter(|label| !of_prometheus.contains(&label.as_str())) {
+            let plain = label.chars().all(|c| c.is_ascii_lowercase() || c == '_') && !label.is_empty();
+            assert!(!plain || all.contains(label), "{}: no metric has the label {label}", file.display());
+        }
+    }
+}
+
+#[test]
+fn panels_don_t_overlap_and_ask_something() {
+    for file in files_in(&root().join("deploy/grafana"), ".json") {
+        let dashboard: Value = serde_json::from_str(&read(&file)).expect("JSON");
+        let panels = dashboard["panels"].as_array().expect("panels");
+        assert!(panels.len() > 10);
+        let mut taken = std::collections::HashSet::new();
+        let mut numbers = std::collections::HashSet::new();
+        for panel in panels {
+            let title = text(&panel["title"]);
+            assert!(numbers.insert(panel["id"].as_u64().expect("a number")), "{title}: its id is another's");
+            let at = |name: &str| panel["gridPos"][name].as_u64().expect("a number");
+            assert!(at("x") + at("w") <= 24, "{title}");
+            for cell in (at("x")..at("x") + at("w")).flat_map(|x| (at("y")..at("y") + at("h")).map(move |y| (x, y))) {
+                assert!(taken.insert(cell), "{title} lies on another panel");
+            }
+            let asks = panel["targets"].as_array().is_some_and(|all| all.iter().all(|one| one["expr"].is_string()));
+            assert!(panel["type"] == "row" || asks, "{title} asks nothing");
+        }
+    }
+}
+
+/// Prometheus's own tool: it knows the language, and alerts.test.yaml says when each alert fires and when it doesn't.
+#[test]
+fn the_alerts_pass_promtool() {
+    let directory = root().join("deploy/prometheus");
+    for arguments in [["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"]] {
+        let Ok(output) = Command::new("promtool").args(arguments).current_dir(&directory).output() else {
+            eprintln!("skipped: promtool is not installed (on Debian: apt-get install prometheus)");
+            return;
+        };
+        let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        assert!(output.status.success(), "promtool {}:\n{said}", arguments.join(" "));
+    }
+}
+
+/// An alert that no test makes fire may never fire.
+#[test]
+fn every_alert_is_tested() {
+    let alerts = read(&root().join("deploy/prometheus/alerts.yaml"));
+    let tests = read(&root().join("deploy/prometheus/alerts.test.yaml"));
+    let names: Vec<&str> = alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    assert!(names.len() > 8);
+    for name in names {
+        assert!(tests.contains(&format!("alertname: {name},")), "nothing says when {name} is silent");
+        assert!(tests.contains(&format!("- alertname: {name}\n")), "nothing makes {name} fire");
+    }
+}
+
+#[test]
+fn the_autoscalers_behave_as_the_document_recommends() {
+    let document = read(&root().join("docs/hpa.md"));
+    let block = document.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a block of YAML");
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("behavior.yaml");
+    std::fs::write(&file, block).expect("writable");
+    let recommended = Objects::read(&file).list[0]["behavior"].clone();
+    let mut seen = 0;
+    for objects in all() {
+        for scaler in objects.of("HorizontalPodAutoscaler") {
+            assert_eq!(scaler["spec"]["behavior"], recommended, "{}", objects.name);
+            seen += 1;
+        }
+        for scaled in objects.of("ScaledObject") {
+            let behavior = &scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"];
+            assert_eq!(*behavior, recommended, "{}", objects.name);
+            seen += 1;
+        }
+    }
+    assert!(seen >= 4, "{seen} autoscalers");
+}
+
+/// No image is built here (that takes a registry): what can be known without is checked.
+#[test]
+fn the_dockerfile_fits_the_program_and_the_repository() {
+    let dockerfile = read(&root().join("deploy/docker/Dockerfile"));
+    let joined = dockerfile.replace("\\\n", " ");
+    let lines: Vec<&str> =
+        joined.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let last_from = lines.iter().rposition(|line| line.starts_with("FROM ")).expect("a stage");
+    let of = |instruction: &str| -> Vec<String> {
+        let lines = lines[last_from..].iter().filter_map(|line| line.strip_prefix(instruction));
+        lines.map(|rest| rest.trim().to_owned()).collect()
+    };
+    let user = of("USER ").pop().expect("a user");
+    let numeric = user.split(':').all(|part| part.parse::<u32>().is_ok_and(|number| number > 0));
+    assert!(numeric, "{user}: Kubernetes can tell only of a number that it is not root");
+    assert_eq!(of("ENTRYPOINT "), ["[\"/usr/local/bin/longhaul\"]"]);
+    assert!(of("COPY ").iter().any(|copy| copy.ends_with("/longhaul /usr/local/bin/longhaul")));
+    for name in ["HEALTHCHECK", "CMD"] {
+        let line = of(&format!("{name} ")).pop().unwrap_or_else(|| panic!("no {name}"));
+        let words: Vec<String> = serde_json::from_str(&line[line.find('[').expect("a list")..]).expect("a JSON list");
+        let command = words.iter().find(|word| !word.starts_with('/')).expect("a command of the program");
+        let known =
+            Command::new(env!("CARGO_BIN_EXE_longhaul")).args([command, "--help"]).output().expect("the binary");
+        assert!(known.status.success(), "{name}: longhaul has no command {command}");
+    }
+    // What is copied from here is here, and is not kept out.
+    let ignored = read(&root().join(".dockerignore"));
+    for copy in lines.iter().filter_map(|line| line.strip_prefix("COPY ")).filter(|copy| !copy.starts_with("--from")) {
+        let mut words: Vec<&str> = copy.split_whitespace().collect();
+        words.pop();
+        for source in words {
+            assert!(root().join(source).exists(), "{source} is copied and not there");
+            assert!(ignored.lines().any(|line| line == format!("!{source}")), "{source} is copied and ignored");
+        }
+    }
+    let cargo = read(&root().join("Cargo.toml"));
+    let rust =
+        cargo.lines().find_map(|line| line.strip_prefix("rust-version = ")).expect("a version").trim_matches('"');
+    assert!(lines.contains(&format!("ARG RUST={rust}").as_str()), "the image is not built with Rust {rust}");
+    if let Ok(output) = Command::new("hadolint").arg(root().join("deploy/docker/Dockerfile")).output() {
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
 }
 
 fn address_in(line: &str) -> std::net::SocketAddr {
