@@ -88,6 +88,22 @@ fn the_schemas_refuse_what_the_api_server_would() {
     );
 }
 
+/// kubectl reads them, and sees as many objects as are read here. (It asks a cluster for more than that.)
+#[test]
+fn kubectl_reads_every_manifest() {
+    let files = [root().join("deploy/kubernetes"), root().join("tests/data/chart")];
+    for file in files.iter().flat_map(|directory| files_in(directory, ".yaml")) {
+        let local = ["label", "--local", "checked=yes", "--output=name", "--filename"];
+        let Ok(output) = Command::new("kubectl").args(local).arg(&file).env("KUBECONFIG", "/dev/null").output() else {
+            eprintln!("skipped: kubectl is not installed");
+            return;
+        };
+        assert!(output.status.success(), "{}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
+        let seen = String::from_utf8_lossy(&output.stdout).lines().filter(|line| line.contains('/')).count();
+        assert_eq!(seen, Objects::read(&file).list.len(), "{}", file.display());
+    }
+}
+
 /// YAML 1.1, which Kubernetes reads, takes these for booleans; YAML 1.2, which is read here, for text.
 #[test]
 fn no_manifest_has_words_that_mean_other_things_to_kubernetes() {
@@ -385,7 +401,7 @@ async fn a_sidecar_s_agent_is_stopped_after_its_runs() {
 fn dashboards_and_alerts_ask_for_metrics_that_exist() {
     let promised = metrics::promised(&read(&root().join("docs/operations.md")));
     // What Prometheus adds to every series.
-    let of_prometheus = ["instance", "job", "pod"];
+    let of_prometheus = ["__name__", "instance", "job", "namespace", "pod"];
     let mut files = files_in(&root().join("deploy/grafana"), ".json");
     files.extend(files_in(&root().join("deploy/prometheus"), ".yaml"));
     files.extend(["docs/hpa.md", "docs/deploy.md"].map(|file| root().join(file)));
