@@ -5,7 +5,6 @@
 
 mod certificates;
 mod file;
-mod grace;
 mod not_yet;
 mod pattern;
 mod read;
@@ -14,6 +13,7 @@ mod routes;
 mod schema;
 mod services;
 mod substitute;
+mod termination;
 mod values;
 mod yaml;
 
@@ -74,7 +74,7 @@ pub fn check(
     let mut context = read::Context::new(base);
     substitute::prepare(&mut root, "", environment, &mut context);
     let found = file::file().read(&mut context, &root, "");
-    if let Some(message) = found.as_ref().and_then(|read| grace::warning(&read.value.shutdown, environment)) {
+    if let Some(message) = found.as_ref().and_then(|read| termination::warning(&read.value.shutdown, environment)) {
         let spot = root.child("shutdown").map_or(yaml::Spot::START, |node| node.spot);
         context.warning(spot, "shutdown", message);
     }

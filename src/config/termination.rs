@@ -1,4 +1,4 @@
-//! Grace: whether the time that a process manager lets a process finish is long enough for `shutdown`.
+//! Termination: whether the time that a process manager lets a process finish is long enough for `shutdown`.
 //!
 //! Nothing tells a container its pod's `terminationGracePeriodSeconds` (the downward API doesn't have it), so the manifest
 //! says it twice: there, and in an environment variable.
