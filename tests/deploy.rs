@@ -206,6 +206,31 @@ fn pods_are_given_the_time_that_their_drain_may_take() {
     }
 }
 
+#[tokio::test]
+async fn check_and_run_say_where_the_grace_period_is_too_short() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("longhaul.yaml");
+    let text = "listeners: [{address: \"127.0.0.1:0\"}]\nadmin: {address: \"127.0.0.1:0\"}\n\
+                shutdown: {delay: 5s, timeout: 10m}\nroutes: [{respond: {status: 404}}]\n";
+    std::fs::write(&path, text).expect("a file");
+    let check = |grace: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
+        let output = command.args(["check", "-c"]).arg(&path).env(GRACE_VARIABLE, grace).output().expect("the binary");
+        assert!(output.status.success(), "a warning is no problem");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let short = check("30s");
+    assert!(
+        short.contains("longhaul.yaml:3:11: shutdown: warning: the process is killed 30s after SIGTERM"),
+        "{short}"
+    );
+    assert!(short.contains("terminationGracePeriodSeconds to 666 or more"), "{short}");
+    assert!(!check("666").contains("warning"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
+    let program = Program::spawn(command.args(["run", "-c"]).arg(&path).env(GRACE_VARIABLE, "665s"));
+    program.after("the process is killed 665s after SIGTERM").await;
+}
+
 /// `shutdown.delay` and `shutdown.timeout` of a configuration, which may ask for what is not available yet.
 fn shutdown_of(configuration: &str) -> (Duration, Duration) {
     let mut alone = String::new();

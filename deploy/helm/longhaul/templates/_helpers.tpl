@@ -71,13 +71,17 @@ unix:/run/longhaul/admin.sock
 {{- $admin := dict "address" (include "longhaul.adminAddress" .) "probes" $probes -}}
 {{- $shutdown := dict "delay" (printf "%ds" (int64 .Values.shutdown.delaySeconds)) "timeout" (printf "%ds" (int64 .Values.shutdown.timeoutSeconds)) -}}
 {{- $kubernetes := dict -}}
+{{- $replicas := dict "dns" (printf "%s-headless.%s.svc" (include "longhaul.fullname" .) .Release.Namespace) "port" 9900 -}}
 {{- if .Values.externalMetrics.enabled -}}
 {{- $tls := dict "cert_file" "external-metrics/tls.crt" "key_file" "external-metrics/tls.key" -}}
-{{- $replicas := dict "dns" (printf "%s-headless.%s.svc" (include "longhaul.fullname" .) .Release.Namespace) "port" 9900 -}}
 {{- $_ := set $kubernetes "external_metrics" (dict "address" (printf "%s:%d" .Values.bindAddress (int64 .Values.externalMetrics.port)) "tls" $tls "replicas" $replicas) -}}
 {{- end -}}
 {{- if .Values.keda.enabled -}}
-{{- $_ := set $kubernetes "keda" (dict "address" (printf "%s:%d" .Values.bindAddress (int64 .Values.keda.port))) -}}
+{{- $keda := dict "address" (printf "%s:%d" .Values.bindAddress (int64 .Values.keda.port)) -}}
+{{- if not .Values.externalMetrics.enabled -}}
+{{- $_ := set $keda "replicas" $replicas -}}
+{{- end -}}
+{{- $_ := set $kubernetes "keda" $keda -}}
 {{- end -}}
 {{- if .Values.podDeletionCost.enabled -}}
 {{- $_ := set $kubernetes "pod_deletion_cost" true -}}
@@ -138,7 +142,7 @@ readinessProbe:
     port: probes
   periodSeconds: 2
   failureThreshold: 1
-{{- if eq .Values.mode "sidecar" }}
+{{- if and (eq .Values.mode "sidecar") .Values.sidecar.drainFirst }}
 lifecycle:
   preStop:
     # Hooks of all containers run at once, when the pod is told to end: so the drain begins before the agent is stopped, and
