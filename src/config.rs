@@ -15,6 +15,7 @@ mod schema;
 mod services;
 mod sources;
 mod substitute;
+mod termination;
 mod values;
 mod yaml;
 
@@ -75,6 +76,10 @@ pub fn check(
     let mut context = read::Context::new(base);
     substitute::prepare(&mut root, "", environment, &mut context);
     let found = file::file().read(&mut context, &root, "");
+    if let Some(message) = found.as_ref().and_then(|read| termination::warning(&read.value.shutdown, environment)) {
+        let spot = root.child("shutdown").map_or(yaml::Spot::START, |node| node.spot);
+        context.warning(spot, "shutdown", message);
+    }
     context.problems.sort_by_key(|problem| (problem.line, problem.column));
     context.warnings.sort_by_key(|problem| (problem.line, problem.column));
     match found {

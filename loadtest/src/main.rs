@@ -8,6 +8,7 @@ mod command;
 mod compare;
 mod event;
 mod floor;
+mod hpa;
 mod plan;
 mod plot;
 mod process;
@@ -40,6 +41,8 @@ enum Command {
     Compare(compare::CompareOptions),
     /// Copy bytes between sockets: the least that a proxy can cost
     Floor(floor::FloorOptions),
+    /// Simulate a day of agents under Kubernetes' HorizontalPodAutoscaler, scaled by run demand and by CPU
+    Hpa(hpa::HpaOptions),
     /// Send load to a target, check every event, report
     Run(Box<command::RunOptions>),
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Agent(options) => agent::main(&options).map(|()| true),
         Command::Compare(options) => compare::main(&options),
         Command::Floor(options) => floor::main(&options).map(|()| true),
+        Command::Hpa(options) => hpa::main(&options),
         Command::Run(options) => command::main(&options),
     };
     match result {
