@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use support::{
-    Backend, Body, Proxy, RawClient, Request, Script, Step, eventually, eventually_async, get, post, start_proxy,
+    Backend, Body, Gate, Proxy, RawClient, Request, Script, Step, eventually, eventually_async, get, post, start_proxy,
 };
 
 const THREAD: &str = "11111111-1111-4111-8111-111111111111";
@@ -114,6 +114,39 @@ async fn a_background_run_counts_until_its_endpoint_says_that_it_has_ended() {
     eventually("its status is asked", || backend.requests().iter().any(|request| request.method == "GET")).await;
     outstanding(&proxy, 1.0).await;
     agent.set(&run, "success");
+    ended(&proxy, "completed", 1.0).await;
+    outstanding(&proxy, 0.0).await;
+}
+
+#[tokio::test]
+async fn a_background_run_counts_though_its_client_leaves_before_it_is_answered() {
+    let backend = Backend::start().await;
+    let gate = Gate::default();
+    let (answer, runs) = (gate.clone(), Arc::new(Mutex::new("running")));
+    let status = runs.clone();
+    backend.each(move |request| {
+        let json = ("content-type", "application/json");
+        if request.method == "GET" {
+            return Script::answer(200, &[json], &format!(r#"{{"status":"{}"}}"#, status.lock().expect("a status")));
+        }
+        let location = format!("{}/r-1", request.target);
+        let Script(steps) = Script::answer(200, &[json, ("content-location", &location)], r#"{"run_id":"r-1"}"#);
+        Script([Step::ReadBody, Step::Wait(answer.clone())].into_iter().chain(steps).collect())
+    });
+    let proxy = start_proxy(&config(&[&backend], "    agent_protocol: langgraph\n")).await;
+    let mut client = proxy.connect().await;
+    let body = r#"{"assistant_id":"agent"}"#;
+    let head = format!("POST /threads/{THREAD}/runs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n");
+    client.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len())).await;
+    eventually("the endpoint has the start", || backend.request_count() == 1).await;
+    drop(client);
+    let began = longhaul::ids::now();
+    eventually("time goes by, in which the proxy sees that", || began.elapsed() > Duration::from_millis(200)).await;
+    outstanding(&proxy, 1.0).await;
+    gate.open();
+    eventually("its status is asked", || backend.requests().iter().any(|request| request.method == "GET")).await;
+    outstanding(&proxy, 1.0).await;
+    *runs.lock().expect("a status") = "success";
     ended(&proxy, "completed", 1.0).await;
     outstanding(&proxy, 0.0).await;
 }

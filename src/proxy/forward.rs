@@ -125,6 +125,8 @@ pub async fn forward(
     let wanted = Wanted { service, policy: asked.policy, request: &request, identity: &identity, about: &about, id };
     let found = pick::pick(wanted, client, timer, record).await?;
     let Found::Placed(Placed { mut target, affinity, mut lease }) = found else { return Ok(Forwarded::ClientGone) };
+    // Such a run has begun at its endpoint, or will, whoever leaves: only the answer says by which name it can be asked about.
+    let outlives = about.goes_on && identity.kind == Kind::Start;
     let mut watching = Watching::new(identity.recognised.as_mut(), about, identity.scope);
     let mut cuts = target.cut.count();
     record.affinity = affinity;
@@ -176,6 +178,7 @@ pub async fn forward(
                 connect_timeout,
                 fresh,
                 goes_on: kept.is_some(),
+                outlives,
                 begun: record.begun,
             },
             client,
@@ -330,6 +333,8 @@ struct Attempt<'a> {
     fresh: bool,
     /// The answer is wanted though its client may leave.
     goes_on: bool,
+    /// It is from the moment on in which the endpoint has been sent anything.
+    outlives: bool,
     /// Its stream was begun while it waited.
     begun: bool,
 }
@@ -363,7 +368,7 @@ async fn try_once(
     exchange: &mut Option<Upstream>,
     timer: &mut Timer,
 ) -> Tried {
-    let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh, goes_on, begun } = attempt;
+    let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh, goes_on, outlives, begun } = attempt;
     let pool = &asked.connection.worker.pool;
     let kept = if fresh { None } else { upstream::pooled(pool, target) };
     let connected = match kept {
@@ -422,7 +427,7 @@ async fn try_once(
         direction,
         (deadlines, &target.cut, cuts, stop),
         interim_passes,
-        goes_on,
+        goes_on || outlives,
         timer,
     )
     .await

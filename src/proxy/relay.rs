@@ -230,7 +230,8 @@ pub async fn until_answer(
     let mut told = pin!(cut.told());
     let mut cut = Hearing::new(Since::new(cut, cuts), stop);
     poll_fn(|context| {
-        // An answer that is recorded is wanted though its client is gone, which is seen once it has begun.
+        // An answer that is recorded, or names a run that goes on, is wanted though its client is gone, which is seen once
+        // it has begun.
         let is_gone = |client: &mut Peer, context: &mut Context<'_>| !goes_on && client.poll_gone(context).is_ready();
         if request.over() {
             if is_gone(client, context) {

@@ -167,6 +167,7 @@ impl Agent {
         let carrier = Carrier::Connection(wire.stream.connection());
         let work = self.begin_work(world, errand.session.clone(), carrier, &errand.token);
         let kept = self.carry(wire, &errand).await;
+        world.oracle.borrow_mut().answered(self.index, errand.failure == "none");
         // Where the agent has died meanwhile it is gone already.
         world.oracle.borrow_mut().end(work);
         world.trace.note(format!(
@@ -255,6 +256,7 @@ impl Agent {
     async fn begin_run(self: &Rc<Agent>, world: &Rc<World>, wire: &mut Wire, errand: Errand, thread: &str) -> bool {
         let carrier = Carrier::Connection(wire.stream.connection());
         let work = self.begin_work(world, Some(thread.to_owned()), carrier, &errand.token);
+        world.oracle.borrow_mut().answered(self.index, errand.failure == "none");
         match errand.failure.as_str() {
             "none" | "cut" => {}
             "status" => {
@@ -269,10 +271,12 @@ impl Agent {
                 return false;
             }
         }
+        // It takes its time to answer that it has begun, and does not look whether anybody still waits for that.
+        sleep(errand.gap).await;
         self.next_run.set(self.next_run.get() + 1);
         let run = format!("22222222-2222-4222-8{:03}-{:012}", self.index, self.next_run.get());
         self.runs.borrow_mut().insert(run.clone(), BackgroundRun { status: "running", work });
-        let takes = errand.gap * errand.events as u32;
+        let takes = errand.gap * errand.events.max(1) as u32;
         {
             let (agent, world, run) = (Rc::clone(self), Rc::clone(world), run.clone());
             self.tasks.borrow_mut().spawn_local(async move {

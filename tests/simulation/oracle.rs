@@ -17,6 +17,10 @@ use tokio::time::Instant;
 const AFTERMATH: Duration = Duration::from_secs(70);
 /// A run that was placed under an older limit may arrive so much later: it connects first, and again.
 const LIMIT_MEMORY: Duration = Duration::from_secs(10);
+/// So many failures in a row have an endpoint ejected (`outlier.consecutive_failures`), in the order in which the proxy
+/// hears of them: among so many that the agent has done last.
+const FAILURES_THAT_EJECT: usize = 3;
+const LAST_ANSWERS: usize = 8;
 
 /// A run that an agent works on.
 pub struct Work {
@@ -47,11 +51,13 @@ pub struct Oracle {
     limits: Vec<VecDeque<(Instant, Option<u32>)>>,
     /// Something that touches every agent.
     trouble_of_all: Option<Instant>,
+    /// By agent: how its last answers were, the newest last.
+    answers: Vec<VecDeque<bool>>,
 }
 
 impl Oracle {
     pub fn new(network: Network, limits: Vec<Option<u32>>) -> Oracle {
-        let now = Instant::now();
+        let (now, agents) = (Instant::now(), limits.len());
         Oracle {
             network,
             next: 0,
@@ -59,12 +65,25 @@ impl Oracle {
             troubles: vec![None; limits.len()],
             limits: limits.into_iter().map(|limit| VecDeque::from([(now, limit)])).collect(),
             trouble_of_all: None,
+            answers: vec![VecDeque::new(); agents],
         }
     }
 
     /// Something happens to an agent, or to the way to it, that may fail its runs or move its sessions.
     pub fn trouble(&mut self, agent: usize) {
         self.troubles[agent] = Some(Instant::now());
+    }
+
+    /// An agent has answered, or failed to because its request said so. Whoever fails again and again is taken for dead.
+    pub fn answered(&mut self, agent: usize, well: bool) {
+        let answers = &mut self.answers[agent];
+        answers.push_back(well);
+        if answers.len() > LAST_ANSWERS {
+            answers.pop_front();
+        }
+        if answers.iter().filter(|well| !**well).count() >= FAILURES_THAT_EJECT {
+            self.trouble(agent);
+        }
     }
 
     pub fn trouble_all(&mut self) {
