@@ -443,3 +443,54 @@ async fn the_newest_of_quick_handovers_writes_the_file_when_it_is_ended_at_once(
         }
     }
 }
+
+#[tokio::test]
+async fn a_new_process_that_dies_at_once_leaves_the_streams_and_the_pins() {
+    let backend = agent().await;
+    let config = format!("state: {{file: state}}\n{}", service(&[&backend], ""));
+    let mut chain = Chain::start(&config).await;
+    let (client, drip) = chain.stream("a", &backend).await;
+    drip.event("first").await;
+    let mut program = chain.begin_upgrade();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while count(&program, "took over from the process before") == 0 {
+        assert!(tokio::time::Instant::now() < deadline, "{:#?}", program.lines());
+        tokio::time::sleep(Duration::from_micros(200)).await;
+    }
+    program.signal("KILL");
+    program.ended().await;
+    eventually("the old one notices", || count(chain.newest(), "deciding alone") == 1).await;
+    finish(client, drip).await;
+    chain.ends_well(0).await;
+    chain.start_again().await;
+    backend.next(Script::ok("here"));
+    assert_eq!(chain.say("a").await, ("here".to_owned(), "hit".to_owned()));
+}
+
+#[tokio::test]
+async fn an_old_process_that_dies_at_the_switch_leaves_all_to_the_new_one() {
+    let backend = agent().await;
+    let config = format!("state: {{file: state}}\n{}", service(&[&backend], ""));
+    let mut chain = Chain::start(&config).await;
+    let (mut client, drip) = chain.stream("a", &backend).await;
+    let program = chain.begin_upgrade();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while count(&program, "took over from the process before") == 0 {
+        assert!(tokio::time::Instant::now() < deadline, "{:#?}", program.lines());
+        tokio::time::sleep(Duration::from_micros(200)).await;
+    }
+    chain.newest().signal("KILL");
+    chain.programs.push(program);
+    drip.until_gone().await;
+    client.read_to_end_of_body().await;
+    backend.next(Script::ok("here"));
+    assert_eq!(chain.say("a").await, ("here".to_owned(), "hit".to_owned()));
+    eventually_async("nobody carries that run", || async { chain.endpoint(&backend).await["outstanding_runs"] == 0 })
+        .await;
+    eventually_within(Duration::from_secs(20), "it has the file", || has_the_file(chain.newest().id())).await;
+    chain.newest().signal("TERM");
+    chain.ends_well(1).await;
+    chain.start_again().await;
+    backend.next(Script::ok("here"));
+    assert_eq!(chain.say("a").await.1, "hit");
+}

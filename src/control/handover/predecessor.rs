@@ -1,6 +1,6 @@
 //! Predecessor: the side of the process that takes over.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::poll_fn;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -111,7 +111,7 @@ impl Predecessor {
             to_write,
             answers,
             leases,
-            stopped: Vec::new(),
+            stopped: HashSet::new(),
             waiting: HashMap::new(),
             released: CancellationToken::new(),
         };
@@ -170,7 +170,7 @@ pub struct Link {
     /// Of the runs that the old process carries.
     leases: HashMap<RunId, Lease>,
     /// Those of them that it was told to end.
-    stopped: Vec<RunId>,
+    stopped: HashSet<RunId>,
     /// Exchanges of the old process that wait here.
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
     released: CancellationToken,
@@ -250,7 +250,7 @@ struct Desk {
     running: Arc<Running>,
     answers: mpsc::UnboundedSender<Answer>,
     leases: HashMap<RunId, Lease>,
-    stopped: Vec<RunId>,
+    stopped: HashSet<RunId>,
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
     /// By service: up to which news of drains the old process knows them.
     drains: HashMap<String, u64>,
@@ -368,8 +368,7 @@ impl Desk {
         self.stopped.retain(|run| self.leases.contains_key(run));
         for (run, lease) in &self.leases {
             let Some(outcome) = lease.stop().and_then(|stop| stop.outcome()) else { continue };
-            if !self.stopped.contains(run) {
-                self.stopped.push(*run);
+            if self.stopped.insert(*run) {
                 let service = lease.service().to_string();
                 let _ = self.answers.send(Answer::Stop { service, run: *run, outcome });
             }
