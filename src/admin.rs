@@ -345,9 +345,15 @@ fn endpoint_answer(dispatcher: &Dispatcher, address: &str, found: bool, done: &s
     Ok(Json(json!({ "service": **service, "endpoint": address, "result": done })).into_response())
 }
 
-async fn drain(State(context): Shared) -> Response {
+async fn drain(State(context): Shared) -> Result<Response, Problem> {
+    // This process ends anyhow once another serves; who asks means that one.
+    let has_handed_over = context.running.drain.phase() >= Phase::Draining
+        && view::dispatchers(&context).iter().any(|dispatcher| dispatcher.has_successor());
+    if has_handed_over {
+        return Err(handing_over());
+    }
     context.drain.drain();
-    (StatusCode::ACCEPTED, Json(json!({ "draining": true }))).into_response()
+    Ok((StatusCode::ACCEPTED, Json(json!({ "draining": true }))).into_response())
 }
 
 fn draining(context: &Context) -> bool {

@@ -371,10 +371,16 @@ fn has_the_file(process: u32) -> bool {
     open.filter_map(|entry| std::fs::read_link(entry.path()).ok()).any(|path| path.ends_with("longhaul.redb"))
 }
 
+/// A connection that a process has accepted just before it was stopped is given up, for another.
 async fn pin(chain: &Chain, homes: &mut Vec<(String, String)>, session: &str) {
-    let (home, affinity) = chain.say(session).await;
-    assert_eq!(affinity, "new");
-    homes.push((session.to_owned(), home));
+    for _ in 0..5 {
+        if let Ok((home, affinity)) = tokio::time::timeout(Duration::from_secs(2), chain.say(session)).await {
+            assert_eq!(affinity, "new");
+            homes.push((session.to_owned(), home));
+            return;
+        }
+    }
+    panic!("nobody serves {session}: {:#?}", chain.newest().lines());
 }
 
 /// Two handovers, the second before the first process has closed the file, as it is held up by SIGSTOP. Then the newest
