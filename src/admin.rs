@@ -254,7 +254,7 @@ async fn forget_sessions(State(context): Shared, Query(parameters): Parameters) 
     if parameters.0.get("key").is_some_and(String::is_empty) {
         return Err(Problem::bad_request("the key is empty; leave `key` out to forget every idle session"));
     }
-    let forgotten = dispatcher(&context, service)?.forget_sessions(parameters.text("key"), ids::now());
+    let forgotten = steerable(&context, service)?.forget_sessions(parameters.text("key"), ids::now());
     Ok(Json(json!({ "forgotten": forgotten })).into_response())
 }
 
@@ -274,6 +274,9 @@ async fn end_run(State(context): Shared, Path(id): Path<String>) -> Result<Respo
     let id =
         RunId::parse(&id).ok_or_else(|| Problem::bad_request("a run's id is a UUID, as `longhaul runs` shows it"))?;
     for dispatcher in view::dispatchers(&context) {
+        if dispatcher.has_successor() {
+            return Err(handing_over());
+        }
         let Some((report, call)) = dispatcher.cancel(id, ids::now()) else { continue };
         if let Some(call) = call {
             tokio::spawn(async move { runs::make(&dispatcher, &call).await });
@@ -287,7 +290,7 @@ async fn drain_endpoint(
     State(context): Shared,
     Path((service, address)): Path<(String, String)>,
 ) -> Result<Response, Problem> {
-    let dispatcher = dispatcher(&context, &service)?;
+    let dispatcher = steerable(&context, &service)?;
     let found = dispatcher.drain_endpoint(&address, ids::now());
     endpoint_answer(&dispatcher, &address, found, "draining")
 }
@@ -296,7 +299,7 @@ async fn undrain_endpoint(
     State(context): Shared,
     Path((service, address)): Path<(String, String)>,
 ) -> Result<Response, Problem> {
-    let dispatcher = dispatcher(&context, &service)?;
+    let dispatcher = steerable(&context, &service)?;
     let found = dispatcher.undrain_endpoint(&address, ids::now());
     endpoint_answer(&dispatcher, &address, found, "undrained")
 }
@@ -344,9 +347,15 @@ fn endpoint_answer(dispatcher: &Dispatcher, address: &str, found: bool, done: &s
     Ok(Json(json!({ "service": **service, "endpoint": address, "result": done })).into_response())
 }
 
-async fn drain(State(context): Shared) -> Response {
+async fn drain(State(context): Shared) -> Result<Response, Problem> {
+    // This process ends anyhow once another serves; who asks means that one.
+    let has_handed_over = context.running.drain.phase() >= Phase::Draining
+        && view::dispatchers(&context).iter().any(|dispatcher| dispatcher.has_successor());
+    if has_handed_over {
+        return Err(handing_over());
+    }
     context.drain.drain();
-    (StatusCode::ACCEPTED, Json(json!({ "draining": true }))).into_response()
+    Ok((StatusCode::ACCEPTED, Json(json!({ "draining": true }))).into_response())
 }
 
 fn draining(context: &Context) -> bool {
@@ -360,6 +369,18 @@ fn dispatcher(context: &Context, service: &str) -> Result<Arc<Dispatcher>, Probl
     }
     let known: Vec<&str> = all.iter().map(|dispatcher| dispatcher.name().as_ref()).take(NAMES_MAX).collect();
     Err(Problem::not_found(&format!("there is no service {service}; there are: {}", known.join(", "))))
+}
+
+/// As [`dispatcher`], for what changes something. From the moment in which another process was given the state (by this
+/// thread, so nothing comes between the look and the deed) it is that one's to do.
+fn steerable(context: &Context, service: &str) -> Result<Arc<Dispatcher>, Problem> {
+    let found = dispatcher(context, service)?;
+    if found.has_successor() { Err(handing_over()) } else { Ok(found) }
+}
+
+fn handing_over() -> Problem {
+    let detail = "another process is taking over, or has; nothing was done: ask again in a moment, on a new connection";
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "handing_over", detail)
 }
 
 /// That of the named service, or all.

@@ -500,6 +500,50 @@ async fn a_new_process_that_fails_changes_nothing() {
 }
 
 #[tokio::test]
+async fn commands_and_signals_during_a_handover_are_not_lost() {
+    let agents = agents(2).await;
+    let service = Service::start(&agents_config(&agents, "", 10)).await;
+    let path =
+        format!("/api/v1/services/support/endpoints/{}/drain", agents[0].address.to_string().replace(':', "%3A"));
+    let drain = async || ask_admin(service.admin, "POST", &path).await;
+    // It is ready, takes the state, and says nothing to that until it is left alone.
+    let script = service.directory.path().join("script");
+    std::fs::write(
+        &script,
+        "#!/bin/sh\ndd bs=65536 count=1 of=/dev/null 2>/dev/null\nprintf '\\000\\000\\000\\007\"ready\"' >&0\necho hesitates >&2\nexec cat >/dev/null\n",
+    )
+    .expect("a file");
+    make_executable(&script);
+    std::fs::rename(&script, &service.binary).expect("same directory");
+    service.signal("USR2");
+    let end = tokio::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        // Until the state is given away it is done, which does no harm.
+        let answer = drain().await;
+        if answer.head.status == 503 {
+            assert_eq!(answer.code().as_deref(), Some("handing_over"));
+            break;
+        }
+        assert!(tokio::time::Instant::now() < end, "{:#?}", service.program.lines());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    for (method, path) in [
+        ("DELETE", "/api/v1/sessions?service=support"),
+        ("POST", "/api/v1/services/support/versions/stable/evict"),
+        ("DELETE", "/api/v1/runs/0194d1c2-0000-7000-8000-000000000000"),
+    ] {
+        assert_eq!(ask_admin(service.admin, method, path).await.head.status, 503, "{path}");
+    }
+    // Whoever asks for a place meanwhile waits, and is served by the old one when that is told to end: it takes all back.
+    let mut waits = RawClient::connect(service.address).await;
+    waits.send(request("/short", "a")).await;
+    service.signal("TERM");
+    service.gone(service.newest()).await;
+    assert_eq!(waits.read_response().await.head.status, 200);
+    assert_eq!(service.count("the new process serves"), 0);
+}
+
+#[tokio::test]
 async fn a_chain_of_processes_counts_for_the_newest_and_ends_in_order() {
     let agents = agents(1).await;
     let service = Service::start(&agents_config(&agents, "", 2)).await;

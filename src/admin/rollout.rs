@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::admin::document::Json;
 use crate::admin::problem::Problem;
-use crate::admin::{NAMES_MAX, Shared, dispatcher};
+use crate::admin::{NAMES_MAX, Shared, dispatcher, steerable};
 use crate::ids;
 use crate::rollout::Command;
 use crate::state::dispatcher::Dispatcher;
@@ -28,7 +28,7 @@ pub async fn steer(
         let known = COMMANDS.map(|(name, _)| name).join(", ");
         Problem::not_found(&format!("a rollout does not {action}; it knows {known}"))
     })?;
-    let dispatcher = dispatcher(&context, &service)?;
+    let dispatcher = steerable(&context, &service)?;
     match dispatcher.steer_rollout(command, ids::now()) {
         Some(Ok(rollout)) => Ok(Json(rollout.report()).into_response()),
         Some(Err(refused)) => Err(Problem::new(StatusCode::CONFLICT, "rollout_refused", &refused.to_string())),
@@ -41,7 +41,7 @@ pub async fn evict(
     State(context): Shared,
     Path((service, version)): Path<(String, String)>,
 ) -> Result<Response, Problem> {
-    let dispatcher = dispatcher(&context, &service)?;
+    let dispatcher = steerable(&context, &service)?;
     let evicted = dispatcher.evict_sessions(&version, ids::now()).ok_or_else(|| no_version(&dispatcher, &version))?;
     Ok(Json(json!({ "service": service, "version": version, "evicted": evicted })).into_response())
 }

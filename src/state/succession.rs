@@ -214,6 +214,11 @@ impl Dispatcher {
         self.with(|core| core.hand_over(to, now))
     }
 
+    /// Another process decides: what is asked of this one would be lost.
+    pub fn has_successor(&self) -> bool {
+        self.with(|core| core.has_successor())
+    }
+
     /// Decides again: there is no successor (any more).
     pub fn reinstate(&self, now: Instant) {
         self.with(|core| core.reinstate(now));

@@ -148,25 +148,33 @@ fn refuse(stream: &StdUnixStream, reason: &str) {
     }
 }
 
+/// Why nobody opened: a sentence each.
+#[derive(Debug)]
+pub(super) enum Unheard {
+    Nobody(String),
+    /// Another user's.
+    Other(String),
+}
+
 /// Asks the process that serves this configuration to hand over.
-pub(super) fn knock(config: &Path) -> Result<StdUnixStream, String> {
+pub(super) fn knock(config: &Path) -> Result<StdUnixStream, Unheard> {
     let none = |failure: io::Error| {
-        format!(
+        Unheard::Nobody(format!(
             "--upgrade: no running longhaul of user {} and {} was found to take over from ({failure}); start it without \
              --upgrade, or give -c the same path as the running one",
             geteuid().as_raw(),
             config.display()
-        )
+        ))
     };
     let stream = StdUnixStream::connect_addr(&address(config).map_err(none)?).map_err(none)?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|failure| none(failure.into()))?;
     if peer.uid != geteuid() {
-        return Err(format!(
+        return Err(Unheard::Other(format!(
             "--upgrade: process {} answers for {}, but it is user {}'s; end that one",
             peer.pid,
             config.display(),
             peer.uid.as_raw()
-        ));
+        )));
     }
     Ok(stream)
 }
@@ -217,7 +225,7 @@ mod tests {
     async fn a_door_opens_when_the_one_before_has_closed() {
         let directory = tempfile::tempdir().unwrap();
         let config = directory.path().join("longhaul.yaml");
-        let said = knock(&config).unwrap_err();
+        let Err(Unheard::Nobody(said)) = knock(&config) else { panic!("there is none") };
         assert!(said.contains("no running longhaul") && said.contains("start it without --upgrade"), "{said}");
         let mut first = Door::of(&config).unwrap();
         let mut second = Door::of(&config).unwrap();

@@ -1,6 +1,6 @@
 //! Predecessor: the side of the process that takes over.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::poll_fn;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -15,6 +15,7 @@ use tokio::time::{Duration, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::control::handover::door::Unheard;
 use crate::control::handover::{
     ENVIRONMENT, Hello, PROTOCOL, STEP_TIMEOUT, ToNew, ToOld, channel, door, in_time, length_of, receive, send,
 };
@@ -32,6 +33,10 @@ use crate::state::waiting::Waiting;
 
 /// How often it is looked which runs of the old process are to end, and which endpoints drain.
 const STOPS_EVERY: Duration = Duration::from_millis(50);
+
+/// For how long a process that serves is looked for, and how often.
+const FOUND_WITHIN: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The process that serves until this one takes over from it.
 pub struct Predecessor {
@@ -57,16 +62,28 @@ impl Predecessor {
         Ok(Some(Predecessor::take(heritage, hello, stream)))
     }
 
-    /// Asks the process that serves this configuration.
+    /// Asks the process that serves this configuration. While one hands over to another there is none for a moment.
     fn find(heritage: &mut Heritage, config: &Path) -> Result<Predecessor, String> {
-        let stream = door::knock(config)?;
-        let hello = hear(&stream, heritage).map_err(|failure| match failure.kind() {
-            io::ErrorKind::UnexpectedEof => {
-                "--upgrade: the running process went, or handed over to another just now; try again".to_owned()
+        let since = ids::now();
+        loop {
+            let failure = match door::knock(config) {
+                Ok(stream) => match hear(&stream, heritage) {
+                    Ok(hello) => return Ok(Predecessor::take(heritage, hello, stream)),
+                    Err(failure) if failure.kind() == io::ErrorKind::UnexpectedEof => {
+                        "--upgrade: the running process went, or handed over to another just now; try again".to_owned()
+                    }
+                    Err(failure) => {
+                        return Err(format!("--upgrade: the running process does not hand over: {failure}"));
+                    }
+                },
+                Err(Unheard::Other(failure)) => return Err(failure),
+                Err(Unheard::Nobody(failure)) => failure,
+            };
+            if ids::now().saturating_duration_since(since) >= FOUND_WITHIN {
+                return Err(failure);
             }
-            _ => format!("--upgrade: the running process does not hand over: {failure}"),
-        })?;
-        Ok(Predecessor::take(heritage, hello, stream))
+            std::thread::sleep(LOOK_EVERY);
+        }
     }
 
     fn take(heritage: &mut Heritage, hello: Hello, stream: StdUnixStream) -> Predecessor {
@@ -111,7 +128,7 @@ impl Predecessor {
             to_write,
             answers,
             leases,
-            stopped: Vec::new(),
+            stopped: HashSet::new(),
             waiting: HashMap::new(),
             released: CancellationToken::new(),
         };
@@ -170,7 +187,7 @@ pub struct Link {
     /// Of the runs that the old process carries.
     leases: HashMap<RunId, Lease>,
     /// Those of them that it was told to end.
-    stopped: Vec<RunId>,
+    stopped: HashSet<RunId>,
     /// Exchanges of the old process that wait here.
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
     released: CancellationToken,
@@ -250,7 +267,7 @@ struct Desk {
     running: Arc<Running>,
     answers: mpsc::UnboundedSender<Answer>,
     leases: HashMap<RunId, Lease>,
-    stopped: Vec<RunId>,
+    stopped: HashSet<RunId>,
     waiting: HashMap<(String, Ticket), (Option<RunId>, AbortHandle)>,
     /// By service: up to which news of drains the old process knows them.
     drains: HashMap<String, u64>,
@@ -368,8 +385,7 @@ impl Desk {
         self.stopped.retain(|run| self.leases.contains_key(run));
         for (run, lease) in &self.leases {
             let Some(outcome) = lease.stop().and_then(|stop| stop.outcome()) else { continue };
-            if !self.stopped.contains(run) {
-                self.stopped.push(*run);
+            if self.stopped.insert(*run) {
                 let service = lease.service().to_string();
                 let _ = self.answers.send(Answer::Stop { service, run: *run, outcome });
             }

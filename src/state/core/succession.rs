@@ -71,7 +71,7 @@ impl Core {
     }
 
     #[inline]
-    pub(super) fn has_successor(&self) -> bool {
+    pub fn has_successor(&self) -> bool {
         self.successor.is_some()
     }
 

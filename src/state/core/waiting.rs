@@ -836,3 +836,29 @@ impl Unplaced {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids;
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "nobody reads it")]
+    fn what_is_freed_while_another_process_decides_is_not_gathered() {
+        let now = ids::now();
+        let mut core = Core::new("agents");
+        core.hand_over(tokio::sync::mpsc::unbounded_channel().0, now);
+        let waits = core.ask_successor(&Ask::new(Kind::Start, None), Some(RunId::generate()), now);
+        assert!(matches!(waits, Arrived::Waiting(_)));
+        core.room.all_changed = false;
+        for endpoint in 0..1000 {
+            core.room.touched(endpoint);
+            core.room.changed.push(Place::Endpoint(endpoint));
+            core.room.changed_for_session(|| SessionKey { scope: None, text: "a".into() });
+            core.settle_up();
+        }
+        let Room { freed, changed, changed_sessions, all_changed, .. } = &core.room;
+        assert!(freed.is_empty() && changed.is_empty() && changed_sessions.is_empty());
+        assert!(all_changed, "should this one decide again, it looks at everybody");
+    }
+}
