@@ -33,6 +33,8 @@ use crate::store::{self, Expected, StoreSlot};
 
 /// How long the data plane may take to end after everything was cut.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a process that takes over looks for endpoints before it does.
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Workers where the number of cores is not known.
 const WORKERS_DEFAULT: usize = 2;
 
@@ -329,20 +331,24 @@ impl Control {
                 predecessor_gone.cancel();
             }
             // Everything is there; only now is anything taken from the process that serves.
-            Some(predecessor) => match predecessor.take_over(running, &reloader).await {
-                Ok(link) => {
-                    released = link.released();
-                    let gone = predecessor_gone.clone();
-                    tokio::spawn(async move {
-                        link.run().await;
-                        gone.cancel();
-                    });
+            Some(predecessor) => {
+                // While the other serves there is time to find endpoints; but it does not wait for ever.
+                let _ = tokio::time::timeout(DISCOVERY_TIMEOUT, context.discovery.complete()).await;
+                match predecessor.take_over(running, &reloader).await {
+                    Ok(link) => {
+                        released = link.released();
+                        let gone = predecessor_gone.clone();
+                        tokio::spawn(async move {
+                            link.run().await;
+                            gone.cancel();
+                        });
+                    }
+                    Err(failure) => {
+                        let _ = ready.send(Err(failure));
+                        return NEVER_BEGAN;
+                    }
                 }
-                Err(failure) => {
-                    let _ = ready.send(Err(failure));
-                    return NEVER_BEGAN;
-                }
-            },
+            }
         }
         tokio::spawn(reloader.run());
         tokio::spawn(clock::run(Arc::clone(running), Arc::clone(state)));

@@ -106,7 +106,25 @@ pub struct Scrape {
     /// The newest reload took effect or changed nothing; so before the first.
     pub last_reload_successful: bool,
     pub services: Vec<ScrapedService>,
+    pub sources: Vec<ScrapedSource>,
 }
+
+/// A source of endpoints at the moment of a scrape.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ScrapedSource {
+    pub service: String,
+    pub version: String,
+    pub source: String,
+    /// In the order of [`READINESS`].
+    pub endpoints: [u64; 3],
+    /// Since the epoch; 0: never.
+    pub last_success_seconds: f64,
+    pub failures: u64,
+    pub has_problem: bool,
+}
+
+/// The label `readiness` of `longhaul_discovery_endpoints`.
+const READINESS: [&str; 3] = ["ready", "not_ready", "draining"];
 
 /// A service at the moment of a scrape.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -539,6 +557,25 @@ fn families(scrape: &Scrape) -> Vec<Family> {
     for family in [&mut sessions_begun, &mut runs_ended, &mut run_seconds] {
         family.kind = "counter";
     }
+    let source = &["service", "version", "source"];
+    let mut discovered = Family::new(
+        "longhaul_discovery_endpoints",
+        "Endpoints that a source lists, by what it says of them.",
+        &["service", "version", "source", "readiness"],
+    );
+    let mut discovery_success = Family::new(
+        "longhaul_discovery_last_success_timestamp_seconds",
+        "When a source last said what there is, since the epoch; 0 if never.",
+        source,
+    );
+    let mut discovery_problem = Family::new(
+        "longhaul_discovery_problem",
+        "1 while something is wrong with a source; what it knows stays in use.",
+        source,
+    );
+    let mut discovery_failures =
+        Family::new("longhaul_discovery_failures_total", "Times that a source was asked in vain.", source);
+    discovery_failures.kind = "counter";
     let mut generation = Family::new("longhaul_config_generation", "Counts the configurations that took effect.", &[]);
     let mut last_reload = Family::new(
         "longhaul_config_last_reload_successful",
@@ -557,6 +594,16 @@ fn families(scrape: &Scrape) -> Vec<Family> {
     reloads.add(&["failure"], scrape.reloads_failed as f64);
     draining.add(&[], f64::from(u8::from(scrape.draining)));
     build.add(&[env!("CARGO_PKG_VERSION"), option_env!("LONGHAUL_COMMIT").unwrap_or("unknown")], 1.0);
+    for source in &scrape.sources {
+        let labels = [source.service.as_str(), source.version.as_str(), source.source.as_str()];
+        let [service, version, name] = labels;
+        for (readiness, count) in READINESS.into_iter().zip(source.endpoints) {
+            discovered.add(&[service, version, name, readiness], count as f64);
+        }
+        discovery_success.set(&labels, source.last_success_seconds);
+        discovery_problem.set(&labels, f64::from(u8::from(source.has_problem)));
+        discovery_failures.add(&labels, source.failures as f64);
+    }
     for service in &scrape.services {
         let name = service.name.as_str();
         queued.add(&[name], service.queued_runs as f64);
@@ -612,6 +659,10 @@ fn families(scrape: &Scrape) -> Vec<Family> {
         sessions_begun,
         runs_ended,
         run_seconds,
+        discovered,
+        discovery_success,
+        discovery_problem,
+        discovery_failures,
         generation,
         last_reload,
         reloads,

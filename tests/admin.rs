@@ -37,11 +37,15 @@ services:
 ";
 
 fn start(admin: &str) -> Proxy {
+    start_with(CONFIG, admin)
+}
+
+fn start_with(config: &str, admin: &str) -> Proxy {
     let directory = tempfile::tempdir().unwrap();
     let admin = admin.replace("DIR", directory.path().to_str().unwrap());
     let path = directory.path().join("longhaul.yaml");
     std::fs::write(directory.path().join("token"), "s3cret\n").unwrap();
-    std::fs::write(&path, format!("{CONFIG}admin: {admin}\n")).unwrap();
+    std::fs::write(&path, format!("{config}admin: {admin}\n")).unwrap();
     let loaded = config::load(&path).unwrap_or_else(|problems| panic!("{problems}"));
     let app = app::build(app::Options::new(path, loaded)).unwrap();
     Proxy { app, directory }
@@ -377,7 +381,10 @@ fn the_document_names_every_metric_and_every_code() {
     // As where the state has a file.
     let _store = proxy.app.running.metrics.store();
     assert_eq!(proxy.ask("POST /api/v1/services/support/endpoints/10.0.0.11%3A8000/drain").status, 200);
-    let text = proxy.ask("GET /metrics").body;
+    // As where endpoints are found.
+    let source = CONFIG.replace("endpoints: []", "endpoints: [{dns: {name: agents.invalid., port: 8000}}]");
+    let finds = start_with(&source, "{address: \"127.0.0.1:0\"}");
+    let text = proxy.ask("GET /metrics").body + &finds.ask("GET /metrics").body;
     let mut served: Vec<&str> = text
         .lines()
         .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())

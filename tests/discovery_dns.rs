@@ -3,7 +3,6 @@
 mod support;
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use longhaul::control::discovery::Surroundings;
 use support::*;
@@ -16,7 +15,7 @@ fn config(sources: &str, rest: &str) -> String {
 }
 
 fn start(server: &NameServer, config: &str) -> Proxy {
-    start_proxy_in(Surroundings { name_servers: Some(vec![server.address]) }, config)
+    start_proxy_in(Surroundings { name_servers: Some(vec![server.address]), ..Surroundings::default() }, config)
 }
 
 async fn ready(proxy: &Proxy) {
@@ -267,7 +266,47 @@ async fn what_is_found_is_checked_as_what_is_listed() {
     ready(&proxy).await;
     are_ready(&proxy, &[well]).await;
     eventually_async("it is ill", || async { endpoints(&proxy, "unhealthy").await == [ill.name()] }).await;
-    tokio::time::sleep(Duration::ZERO).await;
     ill.each(|_| Script::ok("well"));
     are_ready(&proxy, &[well, ill]).await;
+}
+
+#[tokio::test]
+async fn after_a_restart_sessions_stay_where_they_were_until_the_first_answer() {
+    let server = NameServer::start().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let fleet = Backend::start_fleet(3).await;
+    let (a, b, other) = (&fleet[0], &fleet[1], &fleet[2]);
+    server.addresses("agents.test", 0, &[&ip(a), &ip(b)]);
+    let source = format!("{{dns: {{name: agents.test., port: {}, refresh: 100ms}}}}", port(a));
+    let config = format!("state: {{file: {}}}\n{}", directory.path().display(), config(&source, ""));
+    let proxy = start(&server, &config);
+    ready(&proxy).await;
+    are_ready(&proxy, &[a, b]).await;
+    for session in ["one", "two"] {
+        assert_eq!(run(proxy.address, session).await.status(), 200);
+    }
+    let before = (a.request_count(), b.request_count());
+    assert_eq!(before, (1, 1));
+    assert!(proxy.admin("POST", "/api/v1/drain").await.status() < 300);
+    let app = proxy.app;
+    tokio::task::spawn_blocking(move || app.wait()).await.expect("it ends");
+
+    server.code("agents.test", 2);
+    let proxy = start(&server, &config);
+    for session in ["one", "two"] {
+        assert_eq!(run(proxy.address, session).await.header("longhaul-affinity"), Some("hit"));
+    }
+    assert_eq!((a.request_count(), b.request_count()), (2, 2));
+    assert_eq!(run(proxy.address, "three").await.code().as_deref(), Some("no_endpoint"));
+    // A reload meanwhile changes nothing of that.
+    let more = config.replace("services:", "debug_from: []\nservices:");
+    assert_eq!(proxy.reload(&more).await.status(), 200);
+    assert_eq!(run(proxy.address, "one").await.header("longhaul-affinity"), Some("hit"));
+    server.addresses("agents.test", 0, &[&ip(b), &ip(other)]);
+    are_ready(&proxy, &[b, other]).await;
+    let answers = [run(proxy.address, "one").await, run(proxy.address, "two").await];
+    let mut outcomes: Vec<&str> = answers.iter().filter_map(|answer| answer.header("longhaul-affinity")).collect();
+    outcomes.sort_unstable();
+    assert_eq!(outcomes, ["hit", "lost"]);
+    assert!(proxy.endpoint(&a.name()).await.is_none());
 }

@@ -4,11 +4,14 @@
 mod support;
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use longhaul::control::discovery::Surroundings;
 use support::*;
 use tempfile::TempDir;
+use tokio::time::Instant;
 
 /// An API server, and where its kubeconfig is.
 async fn cluster() -> (ApiServer, TempDir) {
@@ -144,7 +147,7 @@ async fn a_pod_in_two_slices_and_two_families_is_one_endpoint() {
     let v4 = Pod::of(&backend, 1);
     let v6 = Pod { address: "::1".to_owned(), ..v4.clone() };
     server.put(slice("support-v6", port(&backend), &[v6]));
-    server.put(slice("support-a", port(&backend), &[v4.clone()]));
+    server.put(slice("support-a", port(&backend), std::slice::from_ref(&v4)));
     server.put(slice("support-b", port(&backend), &[v4.clone().terminating(true)]));
     let proxy = start(&config(&directory, "")).await;
     are("ready", &proxy, &[&backend]).await;
@@ -210,4 +213,242 @@ async fn what_is_refused_is_told_with_what_to_do() {
     server.refuse(None);
     are("ready", &proxy, &[&backend]).await;
     assert_eq!(proxy.admin("GET", "/readyz").await.status(), 200);
+}
+
+/// Whether everything is to be shown as long as it takes: minutes.
+fn in_full() -> bool {
+    std::env::var_os("LONGHAUL_DISCOVERY_FULL").is_some()
+}
+
+/// Clients that start one run after another, each in a session of its own, and note what fails.
+struct Load {
+    stopped: Arc<AtomicBool>,
+    answered: Arc<AtomicUsize>,
+    failed: Arc<Mutex<Vec<String>>>,
+    clients: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Load {
+    fn start(address: SocketAddr, clients: usize) -> Load {
+        let (stopped, answered, failed) = (Arc::new(AtomicBool::new(false)), Arc::default(), Arc::default());
+        let client = |number: usize| {
+            let (stopped, answered, failed): (_, Arc<AtomicUsize>, Arc<Mutex<Vec<String>>>) =
+                (Arc::clone(&stopped), Arc::clone(&answered), Arc::clone(&failed));
+            tokio::spawn(async move {
+                while !stopped.load(Ordering::SeqCst) {
+                    let answer = run(address, &format!("client-{number}")).await;
+                    if answer.status() == 200 && answer.text() == "done" {
+                        answered.fetch_add(1, Ordering::SeqCst);
+                    } else {
+                        failed.lock().unwrap().push(format!("{}: {}", answer.status(), answer.text()));
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            })
+        };
+        let clients = (0..clients).map(client).collect();
+        Load { stopped, answered, failed, clients }
+    }
+
+    /// Ends it and says how many were answered; panics if one was not.
+    async fn end(self) -> usize {
+        self.stopped.store(true, Ordering::SeqCst);
+        for client in self.clients {
+            client.await.expect("an answer to each");
+        }
+        assert_eq!(*self.failed.lock().unwrap(), Vec::<String>::new());
+        self.answered.load(Ordering::SeqCst)
+    }
+}
+
+/// Its runs last so long.
+fn works(backend: &Backend, time: Duration) {
+    backend.each(move |_| {
+        let gate = Gate::new();
+        let ends = gate.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            ends.open();
+        });
+        Script(vec![
+            Step::ReadBody,
+            Step::Head { status: 200, headers: vec![], body: Body::Chunked },
+            Step::Data(b"do".to_vec()),
+            Step::Wait(gate),
+            Step::Data(b"ne".to_vec()),
+            Step::End,
+        ])
+    });
+}
+
+#[tokio::test]
+async fn a_rollout_cuts_no_run_and_nobody_is_sent_to_a_pod_that_is_gone() {
+    let (server, directory) = cluster().await;
+    const PODS: usize = 10;
+    let fleet = Backend::start_fleet(2 * PODS as u8).await;
+    for backend in &fleet {
+        works(backend, Duration::from_millis(100));
+    }
+    let (old, new) = fleet.split_at(PODS);
+    let at = port(&fleet[0]);
+    // The controller writes the whole slice with each change.
+    let mut pods: Vec<Pod> = old.iter().map(|backend| Pod::of(backend, 1)).collect();
+    server.put(slice("support-a", at, &pods));
+    let queue = "    runs: {max_per_endpoint: 3, queue: {max: 100, timeout: 10s}}\n";
+    let proxy = start(&config(&directory, queue)).await;
+    are("ready", &proxy, &old.iter().collect::<Vec<_>>()).await;
+    let load = Load::start(proxy.address, 20);
+    eventually("every pod works", || old.iter().all(|backend| backend.request_count() > 0)).await;
+    let mut gone = Vec::new();
+    for (leaving, coming) in old.iter().zip(new) {
+        let change = |pods: &mut Vec<Pod>, backend: &Backend, change: &dyn Fn(Pod) -> Pod| {
+            let address = backend.address().ip().to_string();
+            let pod = pods.iter_mut().find(|pod| pod.address == address).expect("it is there");
+            *pod = change(pod.clone());
+        };
+        pods.push(Pod::of(coming, 1).not_ready());
+        server.put(slice("support-a", at, &pods));
+        change(&mut pods, coming, &|_| Pod::of(coming, 1));
+        server.put(slice("support-a", at, &pods));
+        change(&mut pods, leaving, &|pod| pod.terminating(true));
+        server.put(slice("support-a", at, &pods));
+        // The pod's grace: what it has is finished, what is on its way still comes.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        eventually("its runs are over", || leaving.in_flight() == 0).await;
+        let address = leaving.name();
+        eventually_async("no run is there", || async {
+            proxy.endpoint(&address).await.is_none_or(|endpoint| endpoint["outstanding_runs"] == 0)
+        })
+        .await;
+        gone.push((leaving, leaving.request_count()));
+        change(&mut pods, leaving, &|pod| pod.terminating(false));
+        server.put(slice("support-a", at, &pods));
+        pods.retain(|pod| pod.address != leaving.address().ip().to_string());
+        server.put(slice("support-a", at, &pods));
+    }
+    are("ready", &proxy, &new.iter().collect::<Vec<_>>()).await;
+    let answered = load.end().await;
+    println!("rollout of {PODS} pods: {answered} runs, none failed");
+    assert!(answered > 100, "{answered}");
+    for (backend, count) in gone {
+        assert_eq!(backend.request_count(), count, "{} is gone", backend.name());
+    }
+    for outcome in ["failed", "truncated", "cancelled", "rejected"] {
+        let label = format!("outcome=\"{outcome}\"");
+        assert!(matches!(proxy.metric("longhaul_runs_total", &[&label]).await, None | Some(0.0)), "{outcome}");
+    }
+}
+
+/// Waits until the endpoint is ready, and says how long that took.
+async fn until_ready(proxy: &Proxy, backend: &Backend) -> Duration {
+    let began = Instant::now();
+    let name = backend.name();
+    eventually_async(&format!("{name} is ready"), || async {
+        proxy.endpoint(&name).await.is_some_and(|endpoint| endpoint["state"] == "ready")
+    })
+    .await;
+    began.elapsed()
+}
+
+/// As a rule of the product; a busy machine is given more where nothing is measured.
+fn in_time(what: &str, took: Duration) {
+    println!("{what}: converged {} ms after the API server's return", took.as_millis());
+    if in_full() {
+        assert!(took < Duration::from_secs(2), "{what}: {took:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_api_server_that_is_gone_or_killed_again_and_again_changes_nothing_for_traffic() {
+    let (server, directory) = cluster().await;
+    let fleet = Backend::start_fleet(3).await;
+    let [old, while_gone, while_killed] = &fleet[..] else { panic!("three") };
+    for backend in &fleet {
+        works(backend, Duration::from_millis(20));
+    }
+    server.put(slice("support-a", port(old), &[Pod::of(old, 1)]));
+    let proxy = start(&config(&directory, "")).await;
+    are("ready", &proxy, &[old]).await;
+    let load = Load::start(proxy.address, 4);
+
+    server.kill().await;
+    server.put(slice("support-a", port(old), &[Pod::of(old, 1), Pod::of(while_gone, 1)]));
+    let away = if in_full() { Duration::from_secs(60) } else { Duration::from_secs(2) };
+    tokio::time::sleep(away).await;
+    assert_eq!(endpoints(&proxy, "ready").await, [old.name()], "what is known stays");
+    assert!(proxy.metric("longhaul_discovery_problem", &[]).await == Some(1.0));
+    server.revive();
+    in_time("gone", until_ready(&proxy, while_gone).await);
+    proxy.metric_becomes("longhaul_discovery_problem", &[], 0.0).await;
+
+    let (times, life) = if in_full() { (6, Duration::from_secs(5)) } else { (4, Duration::from_millis(300)) };
+    for round in 0..times {
+        tokio::time::sleep(life).await;
+        server.kill().await;
+        if round % 2 == 1 {
+            // It comes back without a memory of what happened.
+            server.expire();
+        }
+        let pods = match round % 2 {
+            0 => vec![Pod::of(old, 1), Pod::of(while_gone, 1), Pod::of(while_killed, 1)],
+            _ => vec![Pod::of(old, 1), Pod::of(while_gone, 1)],
+        };
+        server.put(slice("support-a", port(old), &pods));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        server.revive();
+        let began = Instant::now();
+        let wanted = names(&fleet.iter().take(pods.len()).collect::<Vec<_>>());
+        eventually_async("it converges", || async { endpoints(&proxy, "ready").await == wanted }).await;
+        in_time("killed", began.elapsed());
+    }
+    println!("{} runs, none failed", load.end().await);
+}
+
+#[tokio::test]
+async fn an_api_server_that_freezes_or_is_replaced_without_a_word_is_noticed() {
+    let (server, directory) = cluster().await;
+    let fleet = Backend::start_fleet(3).await;
+    let [old, while_frozen, while_replaced] = &fleet[..] else { panic!("three") };
+    for backend in &fleet {
+        works(backend, Duration::from_millis(20));
+    }
+    server.put(slice("support-a", port(old), &[Pod::of(old, 1)]));
+    let silence = if in_full() { Duration::from_secs(10) } else { Duration::from_millis(300) };
+    let proxy = start_proxy_in(Surroundings { silence, ..Surroundings::default() }, &config(&directory, ""));
+    are("ready", &proxy, &[old]).await;
+    let load = Load::start(proxy.address, 4);
+
+    server.freeze();
+    server.put(slice("support-a", port(old), &[Pod::of(old, 1), Pod::of(while_frozen, 1)]));
+    let away = if in_full() { Duration::from_secs(60) } else { Duration::from_secs(3) };
+    tokio::time::sleep(away).await;
+    assert_eq!(endpoints(&proxy, "ready").await, [old.name()], "what is known stays");
+    proxy.metric_becomes("longhaul_discovery_problem", &[], 1.0).await;
+    server.thaw();
+    in_time("frozen", until_ready(&proxy, while_frozen).await);
+
+    // The watch's own connection stays open and is silent for ever.
+    server.freeze();
+    tokio::time::sleep(away).await;
+    server.put(slice("support-a", port(old), &[Pod::of(old, 1), Pod::of(while_replaced, 1)]));
+    server.replace();
+    in_time("replaced", until_ready(&proxy, while_replaced).await);
+    are("ready", &proxy, &[old, while_replaced]).await;
+    println!("{} runs, none failed", load.end().await);
+}
+
+#[tokio::test]
+async fn at_the_start_an_api_server_that_is_not_there_is_waited_for() {
+    let (server, directory) = cluster().await;
+    let backend = Backend::start_at(([127, 0, 0, 2], 0)).await;
+    server.put(slice("support-a", port(&backend), &[Pod::of(&backend, 1)]));
+    server.kill().await;
+    let queue = "    runs: {queue: {max: 10, timeout: 30s}}\n";
+    let proxy = start_proxy_in(Surroundings::default(), &config(&directory, queue));
+    let address = proxy.address;
+    let waiting = tokio::spawn(async move { run(address, "s").await });
+    eventually_async("it waits", || async { proxy.status().await["services"][0]["queue"]["length"] == 1 }).await;
+    assert_eq!(proxy.admin("GET", "/readyz").await.status(), 503);
+    server.revive();
+    assert_eq!(within("it is placed", waiting).await.expect("no panic").status(), 200);
 }

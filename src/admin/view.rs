@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -13,7 +13,7 @@ use crate::config::State;
 use crate::control::discovery::SourceStatus;
 use crate::ids;
 use crate::logging;
-use crate::metrics::{Scrape, ScrapedEndpoint, ScrapedService, ScrapedVersion};
+use crate::metrics::{Scrape, ScrapedEndpoint, ScrapedService, ScrapedSource, ScrapedVersion};
 use crate::state::dispatcher::Dispatcher;
 use crate::state::status::{RunInfo, ServiceStatus, SessionInfo};
 use crate::store;
@@ -119,6 +119,20 @@ pub fn scrape(context: &Context, now: Instant) -> Scrape {
         reloads_failed: reload.failed,
         last_reload_successful: reload.last_error.is_none(),
         services: services(context, now).into_iter().map(scraped).collect(),
+        sources: context.discovery.status().iter().map(scraped_source).collect(),
+    }
+}
+
+fn scraped_source(source: &SourceStatus) -> ScrapedSource {
+    let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    ScrapedSource {
+        service: source.service.to_string(),
+        version: source.version.to_string(),
+        source: source.source.to_string(),
+        endpoints: [source.ready, source.not_ready, source.draining].map(|count| count as u64),
+        last_success_seconds: source.last_success.map_or(0.0, since),
+        failures: source.failures,
+        has_problem: source.problem.is_some(),
     }
 }
 

@@ -12,7 +12,7 @@ mod slices;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls_pki_types::ServerName;
 use tokio::sync::watch;
@@ -28,11 +28,22 @@ use crate::state::discovery::{Change, Discovered, OfSources, Origin, Readiness};
 use crate::state::dispatcher::Dispatcher;
 use crate::state::{ClientTls, TargetSettings};
 
+/// Between two looks at whether every source has answered.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 /// What the ways to find endpoints take from their surroundings. Tests give their own.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Surroundings {
     /// `None`: what `/etc/resolv.conf` says.
     pub name_servers: Option<Vec<SocketAddr>>,
+    /// After so long a silence an API server is asked for a sign of life.
+    pub silence: Duration,
+}
+
+impl Default for Surroundings {
+    fn default() -> Surroundings {
+        Surroundings { name_servers: None, silence: Duration::from_secs(10) }
+    }
 }
 
 /// One source of one version, as the newest configuration has it.
@@ -246,9 +257,12 @@ impl Discovery {
                     tokio::spawn(dns::run(dns.clone(), self.surroundings.name_servers.clone(), reporter))
                 }
                 #[cfg(feature = "kubernetes")]
-                config::Source::Kubernetes(service) => {
-                    tokio::spawn(kubernetes::run(service.clone(), Arc::clone(&cluster), reporter))
-                }
+                config::Source::Kubernetes(service) => tokio::spawn(kubernetes::run(
+                    service.clone(),
+                    Arc::clone(&cluster),
+                    self.surroundings.silence,
+                    reporter,
+                )),
                 // The configuration refuses it.
                 #[cfg(not(feature = "kubernetes"))]
                 config::Source::Kubernetes(_) => continue,
@@ -263,6 +277,13 @@ impl Discovery {
         let awaited = inner.sources.iter().find(|source| !source.answered).map(Source::status);
         inner.complete |= awaited.is_none();
         awaited.filter(|_| !inner.complete)
+    }
+
+    /// Returns when every source has answered.
+    pub async fn complete(&self) {
+        while self.awaited().is_some() {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     pub fn status(&self) -> Vec<SourceStatus> {

@@ -532,3 +532,84 @@ impl Ranked for Addresses {
         self.v4.rank().max(self.v6.rank())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records(addresses: &[&str]) -> Answer<IpAddr> {
+        Answer::Records(addresses.iter().map(|address| address.parse().unwrap()).collect(), Duration::from_secs(5))
+    }
+
+    fn source() -> DnsSource {
+        DnsSource { name: "agents.svc".to_owned(), port: Some(80), refresh: Duration::from_secs(5) }
+    }
+
+    fn known(names: &Names) -> Vec<String> {
+        let address = |found: Found| match found.host {
+            EndpointHost::Ip(address) => address.to_string(),
+            EndpointHost::Name(name) => name,
+        };
+        names.found(&source()).into_iter().map(address).collect()
+    }
+
+    #[test]
+    fn only_a_missing_name_that_is_missing_for_long_is_believed() {
+        let mut names = Names::default();
+        let now = ids::now();
+        let looked = |v4, v6| Looked::Addresses(Addresses { v4, v6 });
+        assert!(names.take(looked(records(&["10.0.0.2", "10.0.0.1"]), Answer::Empty), now));
+        assert_eq!(known(&names), ["10.0.0.1", "10.0.0.2"]);
+        assert!(!names.take(Looked::failed("no answer".to_owned()), now));
+        assert_eq!(known(&names).len(), 2);
+        for seconds in [1, 2, 3, 20] {
+            assert!(names.take(looked(Answer::NoName, Answer::NoName), now + Duration::from_secs(seconds)));
+            assert_eq!(known(&names).len(), 2, "after {seconds} s");
+        }
+        // A failure in between is no answer; an answer begins anew.
+        names.take(Looked::failed("no answer".to_owned()), now + Duration::from_secs(25));
+        names.take(looked(Answer::NoName, Answer::NoName), now + MISSING_FOR + Duration::from_secs(1));
+        assert_eq!(known(&names), Vec::<String>::new());
+        names.take(looked(records(&["10.0.0.1"]), Answer::Empty), now + Duration::from_secs(40));
+        names.take(looked(Answer::NoName, Answer::NoName), now + Duration::from_secs(100));
+        assert_eq!(known(&names), ["10.0.0.1"]);
+        names.take(looked(Answer::Empty, Answer::Empty), now + Duration::from_secs(101));
+        assert_eq!(known(&names), Vec::<String>::new());
+    }
+
+    #[test]
+    fn one_family_that_fails_keeps_what_it_had() {
+        let mut names = Names::default();
+        let now = ids::now();
+        let looked = |v4, v6| Looked::Addresses(Addresses { v4, v6 });
+        names.take(looked(records(&["10.0.0.1"]), records(&["fd00::1"])), now);
+        assert!(names.take(looked(records(&["10.0.0.2"]), Answer::Failed("SERVFAIL".to_owned())), now));
+        assert_eq!(known(&names), ["10.0.0.2", "fd00::1"]);
+    }
+
+    #[test]
+    fn how_long_an_answer_holds() {
+        let seconds = Duration::from_secs;
+        assert_eq!(interval(Some(seconds(0)), seconds(5)), seconds(1));
+        assert_eq!(interval(Some(seconds(3)), seconds(5)), seconds(3));
+        assert_eq!(interval(Some(seconds(300)), seconds(5)), seconds(5));
+        assert_eq!(interval(None, seconds(5)), seconds(5));
+        assert_eq!(interval(Some(seconds(0)), Duration::from_millis(100)), Duration::from_millis(100));
+        let waits: Vec<u64> = (0..8).map(|failures| retry(failures, seconds(5)).as_secs()).collect();
+        assert_eq!(waits, [1, 2, 4, 8, 16, 30, 30, 30]);
+        assert_eq!(retry(40, Duration::from_millis(100)), seconds(1));
+    }
+
+    #[tokio::test]
+    async fn a_name_is_looked_for_in_domains_by_its_dots() {
+        let server: SocketAddr = ([127, 0, 0, 1], 53).into();
+        let mut lookups = Lookups::new(Some(&[server])).unwrap();
+        (lookups.search, lookups.ndots) = (vec![Name::from_ascii("svc.cluster.local.").unwrap()], 5);
+        let names = |name: &str| -> Vec<String> {
+            lookups.candidates(name).unwrap().into_iter().map(|name| name.to_ascii()).collect()
+        };
+        assert_eq!(names("agents.team"), ["agents.team.svc.cluster.local.", "agents.team."]);
+        assert_eq!(names("a.b.c.d.e.f"), ["a.b.c.d.e.f.", "a.b.c.d.e.f.svc.cluster.local."]);
+        assert_eq!(names("agents.team."), ["agents.team."]);
+    }
+}

@@ -37,9 +37,9 @@ const WATCH_SECONDS_MORE: u32 = 50;
 const HASTE: Duration = Duration::from_secs(1);
 /// How long the first is waited for all the same.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// After so long a silence the API server is asked for a sign of life, and again so often while it gives none.
-const SILENCE: Duration = Duration::from_secs(10);
+/// How long a sign of life may take, and how often it is asked for while none comes.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+const SILENT: &str = "the API server does not answer; look at its health, and at the network between";
 /// Bookmarks come about each minute: a watch that is silent for longer is not believed in.
 const SILENCE_MAX: Duration = Duration::from_secs(90);
 
@@ -67,7 +67,7 @@ impl Cluster {
 }
 
 /// Follows the service for as long as it is there.
-pub async fn run(source: KubernetesSource, cluster: Arc<Cluster>, reporter: Reporter) {
+pub async fn run(source: KubernetesSource, cluster: Arc<Cluster>, silence: Duration, reporter: Reporter) {
     let mut backoff = Backoff::default();
     let client = loop {
         match cluster.client().await {
@@ -84,6 +84,7 @@ pub async fn run(source: KubernetesSource, cluster: Arc<Cluster>, reporter: Repo
         namespace,
         slices: Slices::new(source.port, name.into()),
         version: None,
+        silence,
         client,
         reporter,
     };
@@ -139,6 +140,8 @@ struct Follower {
     /// Up to where everything is known; `None`: nothing is, or not enough.
     version: Option<String>,
     slices: Slices,
+    /// After which the API server is asked for a sign of life.
+    silence: Duration,
     reporter: Reporter,
 }
 
@@ -163,7 +166,7 @@ impl Follower {
         let mut slices = Vec::new();
         let mut params = ListParams::default().labels(&self.selector).limit(PAGE);
         let version = loop {
-            let page = ask(|| async {
+            let page = ask(&self.reporter, || async {
                 let request = self.request.list(&params).map_err(kube::Error::BuildRequest)?;
                 self.client.request::<List>(request).await
             });
@@ -193,7 +196,7 @@ impl Follower {
             ..WatchParams::default()
         };
         let client = self.client.clone();
-        let events = ask(|| async {
+        let events = ask(&self.reporter, || async {
             let request = self.request.watch(&params, version).map_err(kube::Error::BuildRequest)?;
             client.request_events::<EndpointSlice>(request).await
         });
@@ -204,11 +207,11 @@ impl Follower {
         self.tell();
         let mut events = std::pin::pin!(events);
         let mut tell_at = None;
-        let mut life = Life::new(Instant::now());
+        let mut life = Life::new(self.silence, Instant::now());
         let ended = loop {
             tokio::select! {
                 event = events.next() => {
-                    life = Life::new(Instant::now());
+                    life = Life::new(self.silence, Instant::now());
                     match event.map(|event| self.take(event)) {
                         None => break Ended::Closed,
                         Some(Ok(true)) => { tell_at.get_or_insert(Instant::now() + GATHER); }
@@ -278,7 +281,7 @@ impl Follower {
 
     fn ended_by(&self, failure: &Failure) -> Ended {
         let Failure::Api(failure) = failure else {
-            return Ended::Failed(format!("the API server has not answered for {PATIENCE:?}"));
+            return Ended::Failed(SILENT.to_owned());
         };
         if let kube::Error::Api(status) = failure {
             if status.code == 410 || status.reason == "Expired" {
@@ -315,6 +318,7 @@ struct Life {
     ask_at: Instant,
     /// In vain, in a row.
     asked: u32,
+    silence: Duration,
 }
 
 enum Pulse {
@@ -326,22 +330,26 @@ enum Pulse {
 }
 
 impl Life {
-    fn new(now: Instant) -> Life {
-        Life { heard: now, ask_at: now + SILENCE, asked: 0 }
+    fn new(silence: Duration, now: Instant) -> Life {
+        Life { heard: now, ask_at: now + silence, asked: 0, silence }
     }
 
     fn take(&mut self, answer: Result<(), String>, now: Instant) -> Pulse {
         match answer {
             Ok(()) if self.asked > 0 || now.duration_since(self.heard) >= SILENCE_MAX => Pulse::Stale,
             Ok(()) => {
-                self.ask_at = now + SILENCE;
+                self.ask_at = now + self.silence;
                 Pulse::Well
             }
             Err(why) => {
                 self.asked += 1;
-                self.ask_at = now + SIGN_OF_LIFE;
                 // Once is no proof: the connection may have been an old one.
-                if self.asked > 1 { Pulse::Silent(why) } else { Pulse::Well }
+                if self.asked == 1 {
+                    self.ask_at = now;
+                    return Pulse::Well;
+                }
+                self.ask_at = now + SIGN_OF_LIFE;
+                Pulse::Silent(why)
             }
         }
     }
@@ -356,7 +364,7 @@ async fn sign_of_life(client: &Client) -> Result<(), String> {
         }
         Ok(Ok(_)) => Ok(()),
         Ok(Err(failure)) => Err(format!("the API server can't be asked: {failure}")),
-        Err(_) => Err("the API server is silent".to_owned()),
+        Err(_) => Err(SILENT.to_owned()),
     }
 }
 
@@ -368,13 +376,18 @@ enum Failure {
 
 /// Asks, and where the answer takes long asks again and again beside that: for the first may wait for a server that is no
 /// more, and the others may not be as patient as a busy one needs.
-async fn ask<T, F: Future<Output = Result<T, kube::Error>>>(attempt: impl Fn() -> F) -> Result<T, Failure> {
+async fn ask<T, F>(reporter: &Reporter, attempt: impl Fn() -> F) -> Result<T, Failure>
+where
+    F: Future<Output = Result<T, kube::Error>>,
+{
     let patient = timeout(PATIENCE, attempt());
     let hasty = async {
         loop {
             sleep(HASTE).await;
-            if let Ok(Ok(answer)) = timeout(HASTE, attempt()).await {
-                return answer;
+            match timeout(HASTE, attempt()).await {
+                Ok(Ok(answer)) => return answer,
+                Ok(Err(_)) => {}
+                Err(_) => reporter.failed(SILENT),
             }
         }
     };

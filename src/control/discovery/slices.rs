@@ -325,3 +325,143 @@ fn no_port(wanted: &PodPort, ports: &[Port]) -> String {
         "the service has no TCP port of the name {wanted} ({there}); name one of those, or the number of a port of its pods"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn slice(name: &str, endpoints: serde_json::Value) -> EndpointSlice {
+        let ports = json!([{"name": "http", "port": 80}, {"name": "tls", "port": 443, "appProtocol": "https"}]);
+        let slice = json!({"metadata": {"name": name}, "addressType": "IPv4", "endpoints": endpoints, "ports": ports});
+        serde_json::from_value(slice).unwrap()
+    }
+
+    fn pod(address: &str, uid: &str, conditions: serde_json::Value) -> serde_json::Value {
+        json!({"addresses": [address], "conditions": conditions, "targetRef": {"kind": "Pod", "name": "p", "uid": uid}})
+    }
+
+    fn slices(port: &str) -> Slices {
+        Slices::new(PodPort::Name(port.to_owned()), "support.agents.svc".into())
+    }
+
+    #[test]
+    fn conditions_that_are_absent_have_their_meaning() {
+        let of = |value| Standing::of(serde_json::from_value(value).unwrap());
+        assert_eq!(of(json!({})), Standing::Ready);
+        assert_eq!(of(json!({"ready": null, "serving": null, "terminating": null})), Standing::Ready);
+        assert_eq!(of(json!({"ready": false})), Standing::NotReady);
+        assert_eq!(of(json!({"ready": false, "terminating": true})), Standing::Gone, "serving is as ready");
+        assert_eq!(of(json!({"ready": false, "serving": true, "terminating": true})), Standing::Draining);
+        assert_eq!(of(json!({"ready": false, "serving": false, "terminating": true})), Standing::Gone);
+        // publishNotReadyAddresses
+        assert_eq!(of(json!({"ready": true, "serving": false, "terminating": false})), Standing::Ready);
+        assert_eq!(of(json!({"ready": true, "serving": true, "terminating": true})), Standing::Draining);
+        assert_eq!(of(json!({"ready": true, "serving": false, "terminating": true})), Standing::Gone);
+    }
+
+    #[test]
+    fn slices_with_nothing_in_them_are_read() {
+        let slice: EndpointSlice =
+            serde_json::from_value(json!({"metadata": {"name": "a"}, "endpoints": null, "ports": null})).unwrap();
+        let mut all = slices("http");
+        all.put(slice);
+        let update = all.take_update();
+        assert!(update.put.is_empty() && update.problem.is_none());
+    }
+
+    #[test]
+    fn the_port_says_whether_it_is_https() {
+        let mut all = slices("tls");
+        all.put(slice("a", json!([pod("10.0.0.1", "u", json!({}))])));
+        let found = all.take_update().put.remove(0);
+        assert_eq!((found.port, found.https, &*found.name), (443, true, "support.agents.svc"));
+    }
+
+    #[test]
+    fn an_address_belongs_to_the_pod_that_does_not_terminate() {
+        let mut all = slices("http");
+        all.put(slice(
+            "a",
+            json!([pod("10.0.0.1", "old", json!({"ready": false, "serving": true, "terminating": true}))]),
+        ));
+        assert_eq!(all.take_update().put[0].readiness, Readiness::Draining);
+        all.put(slice("b", json!([pod("10.0.0.1", "new", json!({"ready": false}))])));
+        let update = all.take_update();
+        assert_eq!(update.removed.len(), 1);
+        assert_eq!((update.put.len(), update.put[0].uid.as_deref()), (1, Some("new")));
+        // Where the new one goes, the old one is what is known again.
+        all.remove("b");
+        let update = all.take_update();
+        assert_eq!((update.put.len(), update.put[0].uid.as_deref()), (1, Some("old")));
+    }
+
+    /// The number of a pod, whether the address is its IPv6 one, and its standing.
+    type ListedPod = (u8, bool, u8);
+
+    /// A step: the slice of this number is removed, or lists these pods.
+    fn step() -> impl Strategy<Value = (u8, Option<Vec<ListedPod>>)> {
+        let pods = proptest::collection::vec((0u8..5, any::<bool>(), 0u8..4), 0..5);
+        (0u8..3, proptest::option::weighted(0.8, pods))
+    }
+
+    proptest! {
+        /// Told step by step, or all at once: what is told in the end is the same, but for the address of a pod that had
+        /// one before.
+        #[test]
+        fn changes_add_up_to_what_there_is(steps in proptest::collection::vec(step(), 1..30), every in 1usize..5) {
+            let mut stepwise = slices("http");
+            let mut told: HashMap<String, Readiness> = HashMap::new();
+            let mut by_key: HashMap<String, Found> = HashMap::new();
+            let mut last: HashMap<u8, EndpointSlice> = HashMap::new();
+            let count = steps.len();
+            for (index, (number, pods)) in steps.into_iter().enumerate() {
+                let name = format!("slice-{number}");
+                match pods {
+                    None => {
+                        stepwise.remove(&name);
+                        last.remove(&number);
+                    }
+                    Some(pods) => {
+                        let endpoints: Vec<_> = pods.iter().map(|(pod, v6, standing)| {
+                            let address = if *v6 { format!("fd00::{pod}") } else { format!("10.0.0.{pod}") };
+                            let conditions = json!({
+                                "ready": *standing == 0,
+                                "serving": *standing == 0 || *standing == 2,
+                                "terminating": *standing >= 2,
+                            });
+                            self::pod(&address, &format!("uid-{pod}"), conditions)
+                        }).collect();
+                        let slice = slice(&name, json!(endpoints));
+                        stepwise.put(slice.clone());
+                        last.insert(number, slice);
+                    }
+                }
+                if index % every == 0 || index + 1 == count {
+                    let update = stepwise.take_update();
+                    for key in update.removed {
+                        prop_assert!(by_key.remove(&*key.0).is_some(), "only what was told is removed");
+                    }
+                    for found in update.put {
+                        by_key.insert(found.key().0.into(), found);
+                    }
+                    prop_assert!(stepwise.take_update().put.is_empty(), "nothing is told twice");
+                }
+            }
+            for found in by_key.values() {
+                let before = told.insert(found.uid.as_deref().unwrap_or_default().to_owned(), found.readiness);
+                prop_assert!(before.is_none(), "a pod is one endpoint");
+            }
+            let mut whole = slices("http");
+            whole.replace(last.into_values().collect());
+            let whole: HashMap<String, Readiness> = whole
+                .take_update()
+                .put
+                .into_iter()
+                .map(|found| (found.uid.as_deref().unwrap_or_default().to_owned(), found.readiness))
+                .collect();
+            prop_assert_eq!(told, whole);
+        }
+    }
+}
