@@ -472,11 +472,17 @@ fn panels_don_t_overlap_and_ask_something() {
     }
 }
 
-/// Prometheus's own tool: it knows the language, and alerts.test.yaml says when each alert fires and when it doesn't.
+/// Prometheus's own tool knows the language; alerts.test.yaml says when each alert fires and when it doesn't.
 #[test]
-fn the_alerts_pass_promtool() {
+fn alerts_and_panels_pass_promtool() {
     let directory = root().join("deploy/prometheus");
-    for arguments in [["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"]] {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let panels = scratch.path().join("panels.json");
+    std::fs::write(&panels, queries_as_rules().to_string()).expect("writable");
+    let panels = panels.to_str().expect("text");
+    for arguments in
+        [["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"], ["check", "rules", panels]]
+    {
         let Ok(output) = Command::new("promtool").args(arguments).current_dir(&directory).output() else {
             eprintln!("skipped: promtool is not installed (on Debian: apt-get install prometheus)");
             return;
@@ -484,6 +490,21 @@ fn the_alerts_pass_promtool() {
         let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
         assert!(output.status.success(), "promtool {}:\n{said}", arguments.join(" "));
     }
+}
+
+/// Every query of the dashboard as a rule, which is the form that promtool checks.
+fn queries_as_rules() -> Value {
+    let mut rules = Vec::new();
+    for file in files_in(&root().join("deploy/grafana"), ".json") {
+        let dashboard: Value = serde_json::from_str(&read(&file)).expect("JSON");
+        let panels = dashboard["panels"].as_array().into_iter().flatten();
+        for target in panels.flat_map(|panel| panel["targets"].as_array().into_iter().flatten()) {
+            let query = text(&target["expr"]).replace("$__rate_interval", "5m").replace("$service", ".*");
+            rules.push(serde_json::json!({"record": format!("query:{}", rules.len()), "expr": query}));
+        }
+    }
+    assert!(rules.len() > 30, "{} queries", rules.len());
+    serde_json::json!({"groups": [{"name": "panels", "rules": rules}]})
 }
 
 /// An alert that no test makes fire may never fire.

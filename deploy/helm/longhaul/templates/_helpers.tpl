@@ -107,12 +107,6 @@ env:
   # terminationGracePeriodSeconds again: no other way leads into the process. It warns where its drain may take longer.
   - name: LONGHAUL_TERMINATION_GRACE_PERIOD
     value: {{ printf "%ss" (include "longhaul.graceSeconds" .) | quote }}
-  - name: POD_NAME
-    valueFrom: {fieldRef: {fieldPath: metadata.name}}
-  - name: POD_NAMESPACE
-    valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
-  - name: POD_IP
-    valueFrom: {fieldRef: {fieldPath: status.podIP}}
 {{- with .Values.extraEnv }}
 {{- toYaml . | nindent 2 }}
 {{- end }}
