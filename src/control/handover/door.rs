@@ -88,7 +88,8 @@ impl Comer {
         stream.set_write_timeout(Some(REFUSAL_TIMEOUT))?;
         let peer = rustix::net::sockopt::socket_peercred(&stream)?;
         if peer.uid != geteuid() {
-            let reason = format!("it is user {}'s, and this one user {}'s", peer.uid.as_raw(), geteuid().as_raw());
+            let (theirs, ours) = (peer.uid.as_raw(), geteuid().as_raw());
+            let reason = format!("whoever asks is user {theirs}, and the process that serves is user {ours}'s");
             refuse(&stream, &reason);
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
         }
