@@ -573,9 +573,9 @@ impl Proxy {
         let (reloader, outlets) =
             Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None, Heritage::default())
                 .expect("a start");
-        let Outlets { running, handle: reload, state, mut accept, probes, probes_address: _, checks } = outlets;
+        let Outlets { running, handle: reload, state, mut accept, probes, probes_address: _, discovery } = outlets;
         tokio::spawn(reloader.run());
-        tokio::spawn(health::run(checks));
+        tokio::spawn(health::run(discovery.checks()));
         let sockets: Arc<Mutex<Vec<(Address, Socket)>>> = Arc::default();
         let started = Arc::new(AtomicUsize::new(0));
         let (kept, count) = (Arc::clone(&sockets), Arc::clone(&started));
