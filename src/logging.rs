@@ -52,8 +52,8 @@ fn layer(log: &Log) -> Boxed {
     };
     // Libraries speak at `debug` of every frame; whoever asks for `debug` wants to hear of us.
     let filter = filter::Targets::new().with_default(level.min(LevelFilter::INFO)).with_target("longhaul", level);
-    // Discovery says itself what they meet, once.
-    let filter = filter.with_target("kube", LevelFilter::ERROR).with_target("hickory", LevelFilter::ERROR);
+    // Whoever asks by them says what they meet, once; they say it with every try.
+    let filter = filter.with_target("kube", LevelFilter::OFF).with_target("hickory", LevelFilter::OFF);
     // Its report of a failed write goes to stderr by `eprintln!`, which panics when stderr is what failed.
     let lines = fmt::layer().with_writer(std::io::stderr).log_internal_errors(false);
     match log.format {

@@ -452,3 +452,39 @@ async fn at_the_start_an_api_server_that_is_not_there_is_waited_for() {
     server.revive();
     assert_eq!(within("it is placed", waiting).await.expect("no panic").status(), 200);
 }
+
+#[tokio::test]
+async fn the_program_tells_each_problem_once_and_hands_over_with_its_pods() {
+    let (server, directory) = cluster().await;
+    let fleet = Backend::start_fleet(2).await;
+    server.put(slice("support-a", port(&fleet[0]), &[Pod::of(&fleet[0], 1), Pod::of(&fleet[1], 1)]));
+    server.kill().await;
+    let file = directory.path().join("longhaul.yaml");
+    let head = "listeners: [{address: '127.0.0.1:0'}]\nadmin: {address: '127.0.0.1:0'}\nlog: {access: false}\nshutdown: {delay: 0s, timeout: 5s}\n";
+    std::fs::write(&file, head.to_owned() + &config(&directory, "")).expect("writable directory");
+    let program = Program::start(&["run", "-c", file.to_str().expect("UTF-8")]);
+    let listening = program.after("listening on 127.0.0.1:").await;
+    let address: SocketAddr =
+        format!("127.0.0.1:{}", listening.split_whitespace().next().expect("a port")).parse().expect("an address");
+    program.after("discovery: ").await;
+    // Several tries.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    server.revive();
+    program.after("discovery works again").await;
+    let lines = program.lines();
+    let told: Vec<&String> = lines.iter().filter(|line| line.contains("WARN") || line.contains("ERROR")).collect();
+    assert_eq!(told.len(), 1, "one problem, one line: {told:#?}");
+    assert!(told[0].contains("kubernetes agents/support:http") && told[0].contains("API server"), "{}", told[0]);
+
+    for session in 0..6 {
+        assert_eq!(run(address, &session.to_string()).await.status(), 200);
+    }
+    program.signal("USR2");
+    let process = program.after("process=").await;
+    let process = process.split_whitespace().next().expect("a number").to_owned();
+    for session in 0..6 {
+        assert_eq!(run(address, &session.to_string()).await.header("longhaul-affinity"), Some("hit"));
+    }
+    let ended = std::process::Command::new("kill").args(["-TERM", &process]).status().expect("kill");
+    assert!(ended.success());
+}
