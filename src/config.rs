@@ -5,6 +5,7 @@
 
 mod certificates;
 mod file;
+mod kubernetes;
 mod not_yet;
 mod pattern;
 mod read;
@@ -96,6 +97,7 @@ pub struct Config {
     pub log: Log,
     pub shutdown: Shutdown,
     pub state: State,
+    pub kubernetes: Kubernetes,
     /// First match wins. Never empty: a file without routes gets one that matches everything.
     pub routes: Vec<Route>,
     pub services: Vec<Service>,
@@ -117,6 +119,13 @@ pub enum State {
     Memory,
     /// In this directory.
     File(PathBuf),
+}
+
+/// How longhaul and a cluster work together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Kubernetes {
+    /// `None`: the service account of the pod that longhaul runs in.
+    pub kubeconfig: Option<PathBuf>,
 }
 
 /// Where a socket listens or connects.

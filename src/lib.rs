@@ -17,6 +17,8 @@ pub mod estimate;
 pub mod http1;
 pub mod ids;
 pub mod json;
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 pub mod logging;
 pub mod message;
 pub mod metrics;

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::certificates::{self, PairError};
+use super::kubernetes::kubernetes;
 use super::read::{Block, Kind, Located, block};
 use super::routes::{RouteTarget, routes};
 use super::services::services;
 use super::values::{
-    address, boolean, choice, count, duration, integer, network, path, port, positive_duration, ratio, size, small,
+    address, boolean, choice, count, duration, integer, network, path, positive_duration, ratio, size, small,
     socket_address, text,
 };
 use super::{
@@ -34,7 +35,7 @@ pub fn file() -> Kind<'static, Config> {
         let about =
             "Where sessions, runs and rollouts are kept: `memory`, a file or redis. Can't change while the proxy runs.";
         let state = top.key("state", about, state(), "memory");
-        top.key("kubernetes", "Only where Kubernetes is used.", kubernetes(), "{}");
+        let kubernetes = top.key("kubernetes", "Only where Kubernetes is used.", kubernetes(), "{}");
         let services =
             top.key("services", "One for each agent, whatever versions of it are deployed.", services(), "[]");
         // Also of services with problems, lest their routes seem to lead nowhere.
@@ -75,6 +76,7 @@ pub fn file() -> Kind<'static, Config> {
             log,
             shutdown,
             state,
+            kubernetes,
             routes: routes.into_iter().map(RouteTarget::into_route).collect(),
             services: services.into_iter().map(|service| service.value).collect(),
         })
@@ -348,55 +350,4 @@ fn state() -> Kind<'static, State> {
         file.map(State::File)
     });
     choice(&[("memory", ())]).map(|()| State::Memory).or_block(elsewhere)
-}
-
-fn kubernetes() -> Kind<'static, ()> {
-    let certificate = || {
-        block("{cert_file: .., key_file: ..}", |block| {
-            block.required("cert_file", "The certificate chain, PEM.", path());
-            block.required("key_file", "The private key, PEM.", path());
-            Some(())
-        })
-    };
-    let replicas = || {
-        block("{dns: .., port: ..}", |block| {
-            block.required("dns", "A headless service's name.", text());
-            block.key("port", "The port of their probes listener.", port(), "9900");
-            Some(())
-        })
-    };
-    let external_metrics = move || {
-        block("{address: 0.0.0.0:6443, tls: ..}", move |block| {
-            block.required("address", "IP:port.", socket_address());
-            block.required("tls", "The API server needs TLS.", certificate());
-            block.optional(
-                "client_ca_file",
-                "null: what the cluster's extension-apiserver-authentication says.",
-                path(),
-            );
-            block.optional("replicas", "The other replicas, whose counts are added.", replicas());
-            Some(())
-        })
-    };
-    let keda = || {
-        block("{address: 0.0.0.0:9902}", |block| {
-            block.required("address", "IP:port.", socket_address());
-            Some(())
-        })
-    };
-    let leader_election = || {
-        block("a mapping with `namespace` and `name`", |block| {
-            block.optional("namespace", "null: the pod's own.", text());
-            block.key("name", "Of the lease.", text(), "longhaul");
-            Some(())
-        })
-    };
-    block("a mapping", move |block| {
-        block.optional("kubeconfig", "null: the pod's service account.", path());
-        block.optional("external_metrics", "Serves external.metrics.k8s.io/v1beta1.", external_metrics());
-        block.optional("keda", "A KEDA external-push scaler (gRPC).", keda());
-        block.key("pod_deletion_cost", "Whether pods with runs are marked as costly to delete.", boolean(), "false");
-        block.key("leader_election", "Which replica acts on the cluster.", leader_election(), "{}");
-        Some(())
-    })
 }
