@@ -2,6 +2,7 @@
 //!
 //! Nothing here is global: several may live in one process, as they do in tests.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -17,7 +18,7 @@ use crate::admin;
 use crate::config::{Address, Loaded, Problems, State};
 use crate::control::handover::{self, HandOver, Predecessor, Program};
 use crate::control::notify::{self, Notifier};
-use crate::control::reload::{self, AfterReload, Heritage, Outlets, ProbesCommand, Reloader};
+use crate::control::reload::{self, AfterReload, Heritage, Outlets, Reloader, Side, SideCommand};
 use crate::control::shutdown::{self, Ended, Signals};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, runs, watch};
 use crate::logging::AccessLog;
@@ -25,6 +26,8 @@ use crate::metrics::Metrics;
 use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
+use crate::scaling::replicas::Replicas;
+use crate::scaling::{self, Source};
 use crate::snapshot::Running;
 use crate::store::{self, Secrets, StoreSlot};
 
@@ -52,6 +55,8 @@ pub struct Options {
     pub predecessor: Option<Predecessor>,
     /// What a later process is started from, that is to take over from this one.
     pub program: Option<Program>,
+    /// Asked for other replicas, instead of the DNS servers of this machine.
+    pub dns_server: Option<SocketAddr>,
 }
 
 impl Options {
@@ -67,6 +72,7 @@ impl Options {
             heritage: Heritage::default(),
             predecessor: None,
             program: None,
+            dns_server: None,
         }
     }
 }
@@ -100,6 +106,8 @@ pub struct Bound {
     pub listeners: Vec<(String, Address)>,
     pub admin: Address,
     pub probes: Option<Address>,
+    pub external_metrics: Option<Address>,
+    pub keda: Option<Address>,
 }
 
 /// A running proxy. Dropping it without [`App::wait`] ends it at once.
@@ -121,8 +129,18 @@ struct Threads {
 
 /// Binds everything, then starts both planes. When this returns, connections are accepted and the admin API answers.
 pub fn build(options: Options) -> Result<App, StartError> {
-    let Options { config_path, loaded, workers, signals, watch, after_reload, mut heritage, predecessor, program } =
-        options;
+    let Options {
+        config_path,
+        loaded,
+        workers,
+        signals,
+        watch,
+        after_reload,
+        mut heritage,
+        predecessor,
+        program,
+        dns_server,
+    } = options;
     let notifier = heritage.notifier.clone();
     if let Err(failure) = net::raise_descriptor_limit() {
         tracing::warn!("the descriptor limit could not be raised: {failure}");
@@ -154,8 +172,16 @@ pub fn build(options: Options) -> Result<App, StartError> {
             .map_err(StartError::Refused)?;
     reloader.bound_admin(&admin_address, &admin_socket).map_err(StartError::Admin)?;
 
-    let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, checks } = outlets;
-    let bound = Bound { listeners: listeners(&running), admin: admin_bound, probes: probes_address };
+    let Outlets { running, handle: reload, state: reload_state, accept, sides, side_addresses, checks } = outlets;
+    let side =
+        |wanted: Side| side_addresses.iter().find(|(side, _)| *side == wanted).map(|(_, address)| address.clone());
+    let bound = Bound {
+        listeners: listeners(&running),
+        admin: admin_bound,
+        probes: side(Side::Probes),
+        external_metrics: side(Side::ExternalMetrics),
+        keda: side(Side::Keda),
+    };
     let drain = DrainHandle::new();
     let workers = workers.unwrap_or_else(|| thread::available_parallelism().map_or(WORKERS_DEFAULT, usize::from));
     let data = proxy::start(Arc::clone(&running), workers, accept)?;
@@ -167,13 +193,15 @@ pub fn build(options: Options) -> Result<App, StartError> {
         reloader,
         checks,
         admin_socket,
-        probes,
+        sides,
+        dns_server,
         notifier,
         predecessor,
         program,
         store: store.clone(),
         taken_over,
         context: Arc::new(admin::Context {
+            source: Source::new(Arc::clone(&running), Arc::clone(&reload_state)),
             running: Arc::clone(&running),
             reload: reload.clone(),
             reload_state: Arc::clone(&reload_state),
@@ -255,8 +283,12 @@ fn announce(bound: &Bound) {
         info!(name, "listening on {}", reload::display(address));
     }
     info!("admin listening on {}", reload::display(&bound.admin));
-    if let Some(probes) = &bound.probes {
-        info!("probes listening on {}", reload::display(probes));
+    let sides =
+        [("probes", &bound.probes), ("external metrics", &bound.external_metrics), ("the scaler of KEDA", &bound.keda)];
+    for (name, address) in sides {
+        if let Some(address) = address {
+            info!("{name} listening on {}", reload::display(address));
+        }
     }
 }
 
@@ -268,7 +300,8 @@ struct Control {
     reloader: Reloader,
     checks: tokio::sync::watch::Receiver<Vec<Arc<health::Check>>>,
     admin_socket: Socket,
-    probes: mpsc::Receiver<ProbesCommand>,
+    sides: mpsc::Receiver<SideCommand>,
+    dns_server: Option<SocketAddr>,
     notifier: Notifier,
     predecessor: Option<Predecessor>,
     program: Option<Program>,
@@ -306,7 +339,9 @@ impl Control {
 
     async fn serve(self, signals: Option<Signals>, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
         let Control { config_path, watch, signals: _, reloader, checks, .. } = self;
-        let Control { admin_socket, probes, notifier, predecessor, program, store, taken_over, context, .. } = self;
+        let Control {
+            admin_socket, sides, dns_server, notifier, predecessor, program, store, taken_over, context, ..
+        } = self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
@@ -342,7 +377,7 @@ impl Control {
         }
         let admin_stop = CancellationToken::new();
         tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full, admin_stop.clone()));
-        tokio::spawn(serve_probes(Arc::clone(&context), probes, admin_stop.clone()));
+        tokio::spawn(serve_sides(Arc::clone(&context), sides, dns_server, admin_stop.clone()));
         let _ = ready.send(Ok(()));
         let succession = Succession { released, store: store.clone(), taken_over };
         tokio::spawn(tell(notifier.clone(), Arc::clone(running), Arc::clone(state), succession));
@@ -395,18 +430,30 @@ async fn tell(notifier: Notifier, running: Arc<Running>, state: Arc<ReloadState>
 
 const NEVER_BEGAN: Ended = Ended { cut: 0, forced: true };
 
-/// Serves the probes where the newest configuration wants them.
-async fn serve_probes(
+/// Serves beside what the newest configuration wants: probes, and what autoscalers ask.
+async fn serve_sides(
     context: Arc<admin::Context>,
-    mut commands: mpsc::Receiver<ProbesCommand>,
+    mut commands: mpsc::Receiver<SideCommand>,
+    dns_server: Option<SocketAddr>,
     stop: CancellationToken,
 ) {
-    let mut server = None;
-    while let Some(command) = commands.recv().await {
-        drop(server.take());
-        if let ProbesCommand::Serve(socket) = command {
-            let task = tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes, stop.clone()));
-            server = Some(AbortOnDropHandle::new(task));
-        }
+    let replicas = Replicas::new(context.source.clone(), dns_server);
+    let mut servers: Vec<(Side, AbortOnDropHandle<()>)> = Vec::new();
+    while let Some(SideCommand { side, socket }) = commands.recv().await {
+        servers.retain(|(known, _)| *known != side);
+        let Some(socket) = socket else { continue };
+        let task = match side {
+            Side::Probes => {
+                tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes, stop.clone()))
+            }
+            #[cfg(feature = "kubernetes")]
+            Side::Keda => tokio::spawn(scaling::keda::serve(Arc::clone(&replicas), socket, stop.clone())),
+            #[cfg(feature = "kubernetes")]
+            Side::ExternalMetrics => continue,
+            // The configuration is refused that wants one.
+            #[cfg(not(feature = "kubernetes"))]
+            Side::Keda | Side::ExternalMetrics => continue,
+        };
+        servers.push((side, AbortOnDropHandle::new(task)));
     }
 }

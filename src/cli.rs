@@ -199,6 +199,7 @@ fn run(config_path: PathBuf) -> ExitCode {
         heritage,
         predecessor,
         program,
+        dns_server: None,
     };
     let app = match app::build(options) {
         Ok(app) => app,

@@ -463,8 +463,8 @@ snapshot_of_mistakes!(
         "state: {redis: {}}",
         "state: disk",
         "trace: {otlp_endpoint: http://h:4317}",
-        "kubernetes: {kubeconfig: a, keda: {address: '0.0.0.0:9902'}, pod_deletion_cost: true, leader_election: {name: b}}",
-        "kubernetes: {external_metrics: {address: '0.0.0.0:6443', tls: {cert_file: a, key_file: b}, replicas: {dns: c}}}",
+        "kubernetes: {kubeconfig: a, keda: {address: '0.0.0.0:8080'}, pod_deletion_cost: true, leader_election: {name: b}}",
+        "kubernetes: {external_metrics: {address: '0.0.0.0:6443', tls: {cert_file: a, key_file: b}, replicas: {dns: ''}}}",
         "kubernetes: {external_metrics: {adress: '0.0.0.0:6443'}}",
     ]
 );

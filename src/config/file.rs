@@ -14,8 +14,8 @@ use super::values::{
     socket_address, text,
 };
 use super::{
-    Address, Admin, CertificateFiles, Config, Limits, Listener, ListenerTls, Log, LogFormat, LogLevel, SessionIds,
-    Shutdown, State, TlsVersion,
+    Address, Admin, CertificateFiles, Config, Kubernetes, Limits, Listener, ListenerTls, Log, LogFormat, LogLevel,
+    SessionIds, Shutdown, State, TlsVersion,
 };
 
 /// The whole file.
@@ -47,7 +47,7 @@ pub fn file() -> Kind<'static, Config> {
             if listeners.is_empty() && !top.has_items("listeners") {
                 top.problem("listeners", "there is no listener; add one, such as `- address: 0.0.0.0:8080`");
             }
-            check_addresses(top, listeners, &admin);
+            check_addresses(top, listeners, &admin, &kubernetes);
         }
         for service in services.iter().filter(|service| state == State::Memory && service.value.rollout.is_some()) {
             let message = "with `state: memory` a restart of the proxy forgets how far the rollout is and starts it again; \
@@ -97,7 +97,7 @@ fn check_all_used(top: &mut Block, services: &[Located<super::Service>], routes:
     }
 }
 
-fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Admin) {
+fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Admin, kubernetes: &Kubernetes) {
     let mut taken: HashMap<Address, String> = HashMap::new();
     let mut names: HashMap<&str, usize> = HashMap::new();
     let mut reserve = |address: &Address, owner: String| -> Option<String> {
@@ -116,6 +116,15 @@ fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Adm
     reserve(&admin.address, "`admin.address`".to_owned());
     if let Some(probes) = admin.probes {
         reserve(&Address::Tcp(probes), "`admin.probes`".to_owned());
+    }
+    let of_scaling = [
+        ("kubernetes.external_metrics", kubernetes.external_metrics.as_ref().map(|metrics| metrics.address)),
+        ("kubernetes.keda", kubernetes.keda.as_ref().map(|keda| keda.address)),
+    ];
+    for (name, address) in of_scaling {
+        if let Some(message) = address.and_then(|address| reserve(&Address::Tcp(address), format!("`{name}`"))) {
+            top.problem("kubernetes", message);
+        }
     }
     for listener in listeners {
         let Located { value, spot, .. } = listener;
@@ -223,7 +232,7 @@ fn listener_tls() -> Kind<'static, ListenerTls> {
     })
 }
 
-fn certificate_files() -> Kind<'static, CertificateFiles> {
+pub fn certificate_files() -> Kind<'static, CertificateFiles> {
     block("{cert_file: .., key_file: ..}", |block| {
         let cert_file = block.required("cert_file", "The certificate chain, PEM, the server's own first.", path());
         let key_file = block.required("key_file", "The private key, PEM.", path());

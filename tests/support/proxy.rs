@@ -25,9 +25,14 @@ pub struct Proxy {
 /// Starts the product with this configuration. Where the text has no `listeners` or `admin`, they are added, on port 0;
 /// without `log` there is no access log.
 pub async fn start_proxy(config: &str) -> Proxy {
+    start_proxy_with(config, |_| {}).await
+}
+
+/// As [`start_proxy`], with other options.
+pub async fn start_proxy_with(config: &str, change: impl FnOnce(&mut Options)) -> Proxy {
     let directory = tempfile::tempdir().expect("a directory");
     let file = write_config(directory.path(), config);
-    let app = launch(&file).unwrap_or_else(|problem| panic!("{problem}\n{config}"));
+    let app = launch(&file, change).unwrap_or_else(|problem| panic!("{problem}\n{config}"));
     let listeners: Vec<SocketAddr> = app.bound.listeners.iter().filter_map(|(_, address)| tcp(address)).collect();
     let proxy = Proxy {
         address: listeners.first().copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
@@ -41,9 +46,11 @@ pub async fn start_proxy(config: &str) -> Proxy {
 }
 
 /// The one call into the product.
-fn launch(file: &Path) -> Result<App, String> {
+fn launch(file: &Path, change: impl FnOnce(&mut Options)) -> Result<App, String> {
     let loaded = longhaul::config::load(file).map_err(|problems| problems.to_string())?;
-    app::build(Options::new(file.to_owned(), loaded)).map_err(|error| error.to_string())
+    let mut options = Options::new(file.to_owned(), loaded);
+    change(&mut options);
+    app::build(options).map_err(|error| error.to_string())
 }
 
 /// The socket address of a TCP listener.
