@@ -449,7 +449,9 @@ async fn serve_sides(
             #[cfg(feature = "kubernetes")]
             Side::Keda => tokio::spawn(scaling::keda::serve(Arc::clone(&replicas), socket, stop.clone())),
             #[cfg(feature = "kubernetes")]
-            Side::ExternalMetrics => continue,
+            Side::ExternalMetrics => {
+                tokio::spawn(scaling::external::serve(Arc::clone(&replicas), socket, stop.clone()))
+            }
             // The configuration is refused that wants one.
             #[cfg(not(feature = "kubernetes"))]
             Side::Keda | Side::ExternalMetrics => continue,

@@ -5,6 +5,8 @@
 //! Kubernetes. None of it is on the way of a request.
 
 #[cfg(feature = "kubernetes")]
+pub mod external;
+#[cfg(feature = "kubernetes")]
 pub mod keda;
 pub mod load;
 mod names;

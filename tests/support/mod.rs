@@ -4,6 +4,7 @@
 mod backend;
 mod certificate;
 mod client;
+mod cluster;
 mod counting;
 mod dns;
 mod http2;
@@ -19,6 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 pub use backend::{Backend, Body, Drip, Gate, Request, Script, Step};
 pub use certificate::Certificate;
 pub use client::{Head, RawClient, Response, fetch, get, post};
+pub use cluster::Cluster;
 pub use counting::{Counting, Seen};
 pub use dns::Dns;
 pub use http2::{Http2Client, Http2Stream, request as http2_request};
