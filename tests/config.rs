@@ -478,6 +478,28 @@ snapshot_of_mistakes!(
     ]
 );
 
+/// The agent beside the proxy runs tools.
+#[test]
+fn a_sidecar_whose_admin_api_is_open_is_warned_of() {
+    let text = |admin: &str, endpoint: &str| {
+        format!(
+            "listeners: [{{address: '0.0.0.0:8080'}}]\nadmin: {{{admin}}}\nservices: [{{name: a, versions: [{{name: v, endpoints: \
+             ['{endpoint}']}}]}}]\n"
+        )
+    };
+    let warned = |admin: &str, endpoint: &str| {
+        let warnings = good(&text(admin, endpoint)).warnings;
+        warnings.iter().any(|warning| warning.path == "admin" && warning.message.contains("sidecar"))
+    };
+    let probes = "probes: {address: '0.0.0.0:9900'}";
+    for endpoint in ["http://127.0.0.1:8000", "http://[::1]:8000", "http://localhost:8000", "unix:/run/agent.sock"] {
+        assert!(warned(probes, endpoint), "{endpoint}");
+    }
+    assert!(!warned(probes, "http://10.0.0.1:8000"), "not beside it");
+    assert!(!warned("", "http://127.0.0.1:8000"), "nobody else looks at it: a person's own machine");
+    assert!(!warned(&format!("address: 'unix:/run/longhaul/admin.sock', {probes}"), "http://127.0.0.1:8000"));
+}
+
 #[test]
 fn several_services_need_routes() {
     let text = "listeners: [{address: '0.0.0.0:1'}]\nservices:\n- {name: a, versions: [{name: v, endpoints: []}]}\n- {name: b, versions: [{name: v, endpoints: []}]}\n";

@@ -14,8 +14,8 @@ use super::values::{
     socket_address, text,
 };
 use super::{
-    Address, Admin, CertificateFiles, Config, Kubernetes, Limits, Listener, ListenerTls, Log, LogFormat, LogLevel,
-    SessionIds, Shutdown, State, TlsVersion,
+    Address, Admin, CertificateFiles, Config, EndpointHost, EndpointUrl, Kubernetes, Limits, Listener, ListenerTls,
+    Log, LogFormat, LogLevel, SessionIds, Shutdown, State, TlsVersion,
 };
 
 /// The whole file.
@@ -53,6 +53,11 @@ pub fn file() -> Kind<'static, Config> {
             let message = "with `state: memory` a restart of the proxy forgets how far the rollout is and starts it again; \
                            keep it with `state: {file: ..}`";
             service.warning(top.context(), "rollout", message);
+        }
+        if is_open_sidecar(&admin, &services) {
+            let message = "this looks like a sidecar: its only endpoints are on this machine. The agent beside it runs tools, which \
+                           reach this address as well; give the admin API a `token_file`, or a unix socket that only longhaul mounts";
+            top.warning("admin", message);
         }
         let fixed = !routes.is_empty() && routes.iter().all(|target| matches!(target, RouteTarget::Fixed(_)));
         if names.is_empty() && !fixed && !top.has_items("services") {
@@ -95,6 +100,25 @@ fn check_all_used(top: &mut Block, services: &[Located<super::Service>], routes:
             top.context().warning(service.spot, &service.path, message);
         }
     }
+}
+
+/// Whoever runs beside the proxy could steer it. It is taken for a sidecar where it serves local endpoints alone and others
+/// look at its probes.
+fn is_open_sidecar(admin: &Admin, services: &[Located<super::Service>]) -> bool {
+    let endpoints = || {
+        let versions = services.iter().flat_map(|service| &service.value.versions);
+        versions.flat_map(|version| &version.endpoints)
+    };
+    let is_local = |endpoint: &super::Endpoint| match &endpoint.url {
+        EndpointUrl::Unix(_) => true,
+        EndpointUrl::Tcp { host: EndpointHost::Ip(address), .. } => address.to_canonical().is_loopback(),
+        EndpointUrl::Tcp { host: EndpointHost::Name(name), .. } => name.eq_ignore_ascii_case("localhost"),
+    };
+    matches!(admin.address, Address::Tcp(_))
+        && admin.token_file.is_none()
+        && admin.probes.is_some_and(|probes| !probes.ip().to_canonical().is_loopback())
+        && endpoints().next().is_some()
+        && endpoints().all(is_local)
 }
 
 fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Admin, kubernetes: &Kubernetes) {
