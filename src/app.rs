@@ -438,6 +438,8 @@ async fn serve_sides(
     stop: CancellationToken,
 ) {
     let replicas = Replicas::new(context.source.clone(), dns_server);
+    #[cfg(feature = "kubernetes")]
+    tokio::spawn(scaling::deletion_cost::run(Arc::clone(&replicas), stop.clone()));
     let mut servers: Vec<(Side, AbortOnDropHandle<()>)> = Vec::new();
     while let Some(SideCommand { side, socket }) = commands.recv().await {
         servers.retain(|(known, _)| *known != side);

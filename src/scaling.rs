@@ -5,9 +5,13 @@
 //! Kubernetes. None of it is on the way of a request.
 
 #[cfg(feature = "kubernetes")]
+pub mod deletion_cost;
+#[cfg(feature = "kubernetes")]
 pub mod external;
 #[cfg(feature = "kubernetes")]
 pub mod keda;
+#[cfg(feature = "kubernetes")]
+mod lease;
 pub mod load;
 mod names;
 pub mod quantity;

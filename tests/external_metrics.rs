@@ -268,6 +268,26 @@ async fn what_hpa_reads() {
 }
 
 #[tokio::test]
+async fn what_waits_for_no_version_counts_for_each_by_its_weight() {
+    let (files, clients) = (Files::new(), Authority::new());
+    files.write("clients.crt", &clients.pem);
+    let more = format!(", client_ca_file: {}/clients.crt}}", files.path().display());
+    let config =
+        files.config(&more, "").replace("name: stable,", "name: stable, weight: 3,").replace("weight: 0", "weight: 1");
+    let proxy = start_proxy(&config).await;
+    let mut caller = Caller::connect(&proxy, &files.authority, Some(&clients.client("anybody"))).await;
+    let mut clients = Vec::new();
+    for _ in 0..6 {
+        clients.push(start_run(&proxy).await);
+    }
+    let of_version = |version: &str, value: &str| json!([{"service": "agents", "version": version}, value]);
+    let both = json!([of_version("canary", "1500m"), of_version("stable", "4500m")]);
+    caller.becomes("longhaul_run_demand", "version", both).await;
+    let canary = json!([of_version("canary", "1500m")]);
+    assert_eq!(caller.items("longhaul_placeable_demand", "version in (canary)").await, canary);
+}
+
+#[tokio::test]
 async fn without_a_good_certificate_it_is_401() {
     let (files, clients, others) = (Files::new(), Authority::new(), Authority::new());
     files.write("clients.crt", &clients.pem);

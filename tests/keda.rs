@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use longhaul::config::Address;
-use support::{Backend, Dns, Proxy, RawClient, eventually_async, start_proxy, start_proxy_with, within};
+use support::{Backend, Proxy, RawClient, ZoneServer, eventually_async, start_proxy, start_proxy_with, within};
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
@@ -200,7 +200,7 @@ async fn a_reload_may_stop_it() {
 
 /// Replicas that find each other: each has an address of its own, and all the same port.
 struct Fleet {
-    dns: Dns,
+    dns: ZoneServer,
     /// Keep the port from being given to somebody else.
     _reserved: Vec<socket2::Socket>,
     port: u16,
@@ -216,7 +216,7 @@ impl Fleet {
     }
 
     async fn start(count: usize, endpoints: &str) -> Fleet {
-        let dns = Dns::start().await;
+        let dns = ZoneServer::start().await;
         let mut reserved = Vec::new();
         let mut port = 0;
         for number in 0..count {

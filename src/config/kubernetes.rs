@@ -24,13 +24,23 @@ pub fn kubernetes() -> Kind<'static, Kubernetes> {
                 block.problem(key, "this longhaul was built without the feature `kubernetes`; leave it out");
             }
         }
+        if !cfg!(feature = "kubernetes") && pod_deletion_cost {
+            block
+                .problem("pod_deletion_cost", "this longhaul was built without the feature `kubernetes`; leave it out");
+        }
         if let (Some(metrics), Some(keda)) = (&external_metrics, &keda)
             && let (Some(one), Some(other)) = (&metrics.replicas, &keda.replicas)
             && one != other
         {
             block.problem("keda", "its `replicas` are others than those of `external_metrics`; name them once, there");
         }
-        Some(Kubernetes { kubeconfig, external_metrics, keda, pod_deletion_cost, leader_election })
+        let kubernetes = Kubernetes { kubeconfig, external_metrics, keda, pod_deletion_cost, leader_election };
+        if pod_deletion_cost && kubernetes.replicas().is_none() {
+            let message = "without `replicas` (of `external_metrics` or `keda`) only this replica's runs count; with several replicas \
+                           of the proxy, name them";
+            block.warning("pod_deletion_cost", message);
+        }
+        Some(kubernetes)
     })
 }
 

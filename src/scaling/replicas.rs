@@ -60,7 +60,10 @@ pub struct Replicas {
 struct Heard {
     /// Of DNS.
     addresses: Option<(Instant, Vec<SocketAddr>)>,
+    /// For sums.
     replicas: HashMap<SocketAddr, Said>,
+    /// Of the others by following them. Apart, because a follower says what it heard last, and is told of what is else.
+    followed: HashMap<SocketAddr, Said>,
 }
 
 /// What a replica said last.
@@ -155,7 +158,9 @@ impl Replicas {
             }
             match asking.join_next().await {
                 None => break,
-                Some(Ok((address, Ok(load)))) => self.hear(address, load),
+                Some(Ok((address, Ok(load)))) => {
+                    self.lock().replicas.insert(address, Said { load, at: ids::now() });
+                }
                 Some(Ok((address, Err(failure)))) => {
                     failures.insert(address, failure);
                 }
@@ -207,10 +212,6 @@ impl Replicas {
                 _ => Err(failure),
             },
         }
-    }
-
-    fn hear(&self, address: SocketAddr, load: Load) {
-        self.lock().replicas.insert(address, Said { load, at: ids::now() });
     }
 
     /// As the newest configuration has it.

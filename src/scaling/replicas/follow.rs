@@ -14,7 +14,7 @@ use tracing::debug;
 
 use crate::config;
 use crate::ids;
-use crate::scaling::replicas::{ASK_TIMEOUT, Replicas, STALE_MAX, ask};
+use crate::scaling::replicas::{ASK_TIMEOUT, Replicas, STALE_MAX, Said, ask};
 
 /// How long a question may stay without an answer because nothing has changed.
 pub const WAIT: Duration = Duration::from_secs(20);
@@ -42,7 +42,7 @@ impl Following {
     pub fn is_active(&self, service: &str, version: Option<&str>) -> bool {
         let now = ids::now();
         let heard = self.replicas.lock();
-        let lately = heard.replicas.values().filter(|said| now.saturating_duration_since(said.at) <= STALE_MAX);
+        let lately = heard.followed.values().filter(|said| now.saturating_duration_since(said.at) <= STALE_MAX);
         lately.into_iter().any(|said| said.load.is_active(service, version))
     }
 }
@@ -68,7 +68,7 @@ impl Replicas {
                 match self.addresses(&settings).await {
                     Ok(addresses) => {
                         followed.retain(|address, task| addresses.contains(address) && !task.is_finished());
-                        self.lock().replicas.retain(|address, _| addresses.contains(address));
+                        self.lock().followed.retain(|address, _| addresses.contains(address));
                         for address in addresses {
                             followed.entry(address).or_insert_with(|| {
                                 let one = Arc::clone(&self).follow_one(address, settings.clone());
@@ -89,20 +89,20 @@ impl Replicas {
     async fn follow_one(self: Arc<Self>, address: SocketAddr, settings: config::Replicas) {
         let mut pause = PAUSE;
         loop {
-            let known = self.lock().replicas.get(&address).map(|said| said.load.activity.clone());
+            let known = self.lock().followed.get(&address).map(|said| said.load.activity.clone());
             let target = match known {
                 None => "/metrics".to_owned(),
                 Some(known) => format!("/metrics?wait={}s&activity={known}", WAIT.as_secs()),
             };
             match ask(address, &target, self.token(&settings).await, WAIT + ASK_TIMEOUT).await {
                 Ok(load) => {
-                    let is_own = load.instance == self.source.instance();
-                    self.hear(address, load);
-                    if is_own {
+                    if load.instance == self.source.instance() {
                         // Looked at again after a while: addresses are given to others.
+                        self.lock().followed.remove(&address);
                         tokio::time::sleep(WAIT).await;
                         continue;
                     }
+                    self.lock().followed.insert(address, Said { load, at: ids::now() });
                     self.told.notify_waiters();
                     pause = PAUSE;
                 }

@@ -1,4 +1,4 @@
-//! Dns: a name server that knows what a test tells it.
+//! Zone: a small name server, for proxies that look for each other.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 use tokio::net::UdpSocket;
 use tokio::task::AbortHandle;
 
-/// Answers over UDP until it is dropped. A name it does not know does not exist; with [`Dns::fail`] nothing is known
+/// Answers over UDP until it is dropped. A name it does not know does not exist; with [`ZoneServer::fail`] nothing is known
 /// (SERVFAIL).
-pub struct Dns {
+pub struct ZoneServer {
     pub address: SocketAddr,
     zone: Arc<Mutex<Zone>>,
     task: AbortHandle,
@@ -21,13 +21,13 @@ struct Zone {
     fails: bool,
 }
 
-impl Dns {
-    pub async fn start() -> Dns {
+impl ZoneServer {
+    pub async fn start() -> ZoneServer {
         let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
         let address = socket.local_addr().expect("bound");
         let zone = Arc::<Mutex<Zone>>::default();
         let task = tokio::spawn(serve(socket, Arc::clone(&zone))).abort_handle();
-        Dns { address, zone, task }
+        ZoneServer { address, zone, task }
     }
 
     /// From here on the name has these addresses.
@@ -40,7 +40,7 @@ impl Dns {
     }
 }
 
-impl Drop for Dns {
+impl Drop for ZoneServer {
     fn drop(&mut self) {
         self.task.abort();
     }
