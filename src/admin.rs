@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Extension, Path, Query, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Router, middleware};
@@ -32,8 +32,9 @@ use crate::control::discovery::Discovery;
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, runs};
 use crate::drain::Phase;
 use crate::ids::{self, RunId};
-use crate::metrics;
+use crate::metrics::CONTENT_TYPE;
 use crate::net::listen::{self, Socket};
+use crate::scaling::Source;
 use crate::snapshot::Running;
 use crate::state::dispatcher::Dispatcher;
 use document::Json;
@@ -42,6 +43,7 @@ use problem::Problem;
 
 /// What the admin server shows and steers.
 pub struct Context {
+    pub source: Source,
     pub running: Arc<Running>,
     pub reload: ReloadHandle,
     pub reload_state: Arc<ReloadState>,
@@ -138,7 +140,7 @@ fn router(context: Arc<Context>, access: guard::Access) -> Router {
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/busy", get(busy))
-        .route("/metrics", get(metrics_text));
+        .route("/metrics", get(metrics));
     let routes = match access.surface {
         Surface::Probes => probes,
         Surface::Full => probes
@@ -212,13 +214,42 @@ async fn busy(State(context): Shared) -> Response {
     (status, Json(json!({ "outstanding_runs": outstanding_runs }))).into_response()
 }
 
-async fn metrics_text(State(context): Shared) -> Response {
-    let text = context.running.metrics.render(&view::scrape(&context, ids::now()));
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
+/// Prometheus text, or for whoever accepts JSON the load as at `/api/v1/metrics`: for the other replicas, which have no
+/// token. `activity` and `wait`: not before it is another activity than that, or so much time has passed.
+async fn metrics(
+    State(context): Shared,
+    Query(parameters): Parameters,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    if !accepts_json(&headers) {
+        return Ok(metrics_text(&context));
+    }
+    let parameters = Known::of(parameters, &["endpoints", "activity", "wait"])?;
+    let wait = match parameters.text("wait").map(parse_duration) {
+        None => Duration::ZERO,
+        Some(Ok(wait)) => wait.min(WAIT_MAX),
+        Some(Err(_)) => return Err(Problem::bad_request("wait is a duration such as 20s")),
+    };
+    let load = match parameters.text("activity") {
+        Some(known) => context.source.load_when_changed(known, wait).await,
+        None => context.source.load(parameters.text("endpoints") == Some("true"), ids::now()),
+    };
+    Ok(Json(load).into_response())
+}
+
+fn accepts_json(headers: &HeaderMap) -> bool {
+    let accepted = headers.get_all(header::ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
+    let mut ranges = accepted.flat_map(|value| value.split(','));
+    ranges.any(|range| range.split(';').next().unwrap_or_default().trim() == "application/json")
+}
+
+fn metrics_text(context: &Context) -> Response {
+    let text = context.running.metrics.render(&view::scrape(context, ids::now()));
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response()
 }
 
 async fn metrics_json(State(context): Shared) -> Response {
-    Json(view::load(&context, ids::now())).into_response()
+    Json(context.source.load(false, ids::now())).into_response()
 }
 
 async fn status(State(context): Shared) -> Response {
@@ -422,6 +453,9 @@ const ROWS_DEFAULT: usize = 1000;
 const ROWS_MAX: usize = 100_000;
 /// How many names an error lists of those that would be right.
 const NAMES_MAX: usize = 20;
+
+/// How long an answer may be waited for.
+const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// So probable it must be that a rollout cuts nothing to be called safe.
 const CONFIDENCE_DEFAULT: f64 = 0.95;

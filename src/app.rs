@@ -5,6 +5,7 @@
 #[cfg(feature = "simulation")]
 pub mod here;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -20,7 +21,7 @@ use crate::admin;
 use crate::config::{Address, Loaded, Problems, State};
 use crate::control::handover::{self, Door, HandOver, Predecessor, Program};
 use crate::control::notify::{self, Notifier};
-use crate::control::reload::{self, AfterReload, Heritage, Outlets, ProbesCommand, Reloader};
+use crate::control::reload::{self, AfterReload, Heritage, Outlets, Reloader, Side, SideCommand};
 use crate::control::shutdown::{self, Ended, Signals};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, runs, watch};
 use crate::logging::AccessLog;
@@ -28,6 +29,8 @@ use crate::metrics::Metrics;
 use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
+use crate::scaling::replicas::Replicas;
+use crate::scaling::{self, Source};
 use crate::snapshot::{AcceptCommand, Running};
 use crate::store::{self, Expected, StoreSlot};
 
@@ -105,6 +108,8 @@ pub struct Bound {
     pub listeners: Vec<(String, Address)>,
     pub admin: Address,
     pub probes: Option<Address>,
+    pub external_metrics: Option<Address>,
+    pub keda: Option<Address>,
 }
 
 /// A running proxy. Dropping it without [`App::wait`] ends it at once.
@@ -187,6 +192,7 @@ fn assemble(options: Options) -> Result<Built, StartError> {
             store.put(opened);
         }
     }
+    let name_servers = heritage.surroundings.name_servers.clone();
     let access_log = AccessLog::start(&loaded.config.log, metrics.access_log_dropped());
     // Before the listeners, whose ports may be shared: a proxy that was started twice must end before it is given a
     // connection that it would lose.
@@ -197,20 +203,36 @@ fn assemble(options: Options) -> Result<Built, StartError> {
             .map_err(StartError::Refused)?;
     reloader.bound_admin(&admin_address, &admin_socket).map_err(StartError::Admin)?;
 
-    let Outlets { running, handle: reload, state: reload_state, accept, probes, probes_address, discovery } = outlets;
-    let bound = Bound { listeners: listeners(&running), admin: admin_bound, probes: probes_address };
+    let Outlets { running, handle: reload, state: reload_state, accept, sides, side_addresses, discovery } = outlets;
+    let side =
+        |wanted: Side| side_addresses.iter().find(|(side, _)| *side == wanted).map(|(_, address)| address.clone());
+    let bound = Bound {
+        listeners: listeners(&running),
+        admin: admin_bound,
+        probes: side(Side::Probes),
+        external_metrics: side(Side::ExternalMetrics),
+        keda: side(Side::Keda),
+    };
     let control = Control {
         config_path,
         watch,
         signals,
         reloader,
         admin_socket,
-        probes,
+        sides,
+        name_servers,
         notifier,
         predecessor,
         program,
         store,
-        context: Arc::new(admin::Context { running, reload, reload_state, drain: DrainHandle::new(), discovery }),
+        context: Arc::new(admin::Context {
+            source: Source::new(Arc::clone(&running), Arc::clone(&reload_state)),
+            running,
+            reload,
+            reload_state,
+            drain: DrainHandle::new(),
+            discovery,
+        }),
     };
     Ok(Built { bound, accept, control })
 }
@@ -270,8 +292,12 @@ fn announce(bound: &Bound) {
         info!(name, "listening on {}", reload::display(address));
     }
     info!("admin listening on {}", reload::display(&bound.admin));
-    if let Some(probes) = &bound.probes {
-        info!("probes listening on {}", reload::display(probes));
+    let sides =
+        [("probes", &bound.probes), ("external metrics", &bound.external_metrics), ("the scaler of KEDA", &bound.keda)];
+    for (name, address) in sides {
+        if let Some(address) = address {
+            info!("{name} listening on {}", reload::display(address));
+        }
     }
 }
 
@@ -282,7 +308,8 @@ struct Control {
     signals: bool,
     reloader: Reloader,
     admin_socket: Socket,
-    probes: mpsc::Receiver<ProbesCommand>,
+    sides: mpsc::Receiver<SideCommand>,
+    name_servers: Option<Vec<SocketAddr>>,
     notifier: Notifier,
     predecessor: Option<Predecessor>,
     program: Option<Program>,
@@ -318,7 +345,7 @@ impl Control {
 
     async fn serve(self, signals: Option<Signals>, ready: &std::sync::mpsc::SyncSender<std::io::Result<()>>) -> Ended {
         let Control { config_path, watch, signals: _, reloader, .. } = self;
-        let Control { admin_socket, probes, notifier, predecessor, program, store, context, .. } = self;
+        let Control { admin_socket, sides, name_servers, notifier, predecessor, program, store, context, .. } = self;
         let (running, reload, state, drain) =
             (&context.running, &context.reload, &context.reload_state, &context.drain);
         // They end with the runtime.
@@ -366,7 +393,7 @@ impl Control {
         }
         let admin_stop = CancellationToken::new();
         tokio::spawn(admin::serve(Arc::clone(&context), admin_socket, admin::Surface::Full, admin_stop.clone()));
-        tokio::spawn(serve_probes(Arc::clone(&context), probes, admin_stop.clone()));
+        tokio::spawn(serve_sides(Arc::clone(&context), sides, name_servers, admin_stop.clone()));
         let _ = ready.send(Ok(()));
         let (running_there, state_there) = (Arc::clone(running), Arc::clone(state));
         tokio::spawn(tell(notifier.clone(), running_there, state_there, released.clone(), store.clone()));
@@ -443,18 +470,34 @@ async fn open_store(running: &Running, store: &StoreSlot) -> Result<(), String> 
 
 const NEVER_BEGAN: Ended = Ended { cut: 0, forced: true };
 
-/// Serves the probes where the newest configuration wants them.
-async fn serve_probes(
+/// Serves beside what the newest configuration wants: probes, and what autoscalers ask.
+async fn serve_sides(
     context: Arc<admin::Context>,
-    mut commands: mpsc::Receiver<ProbesCommand>,
+    mut commands: mpsc::Receiver<SideCommand>,
+    name_servers: Option<Vec<SocketAddr>>,
     stop: CancellationToken,
 ) {
-    let mut server = None;
-    while let Some(command) = commands.recv().await {
-        drop(server.take());
-        if let ProbesCommand::Serve(socket) = command {
-            let task = tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes, stop.clone()));
-            server = Some(AbortOnDropHandle::new(task));
-        }
+    let replicas = Replicas::new(context.source.clone(), name_servers.as_deref());
+    #[cfg(feature = "kubernetes")]
+    tokio::spawn(scaling::deletion_cost::run(Arc::clone(&replicas), stop.clone()));
+    let mut servers: Vec<(Side, AbortOnDropHandle<()>)> = Vec::new();
+    while let Some(SideCommand { side, socket }) = commands.recv().await {
+        servers.retain(|(known, _)| *known != side);
+        let Some(socket) = socket else { continue };
+        let task = match side {
+            Side::Probes => {
+                tokio::spawn(admin::serve(Arc::clone(&context), socket, admin::Surface::Probes, stop.clone()))
+            }
+            #[cfg(feature = "kubernetes")]
+            Side::Keda => tokio::spawn(scaling::keda::serve(Arc::clone(&replicas), socket, stop.clone())),
+            #[cfg(feature = "kubernetes")]
+            Side::ExternalMetrics => {
+                tokio::spawn(scaling::external::serve(Arc::clone(&replicas), socket, stop.clone()))
+            }
+            // The configuration is refused that wants one.
+            #[cfg(not(feature = "kubernetes"))]
+            Side::Keda | Side::ExternalMetrics => continue,
+        };
+        servers.push((side, AbortOnDropHandle::new(task)));
     }
 }

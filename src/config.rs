@@ -132,6 +132,59 @@ pub enum State {
 pub struct Kubernetes {
     /// `None`: the service account of the pod that longhaul runs in.
     pub kubeconfig: Option<PathBuf>,
+    /// Set: `external.metrics.k8s.io/v1beta1` is served.
+    pub external_metrics: Option<ExternalMetrics>,
+    /// Set: a scaler of KEDA is served.
+    pub keda: Option<Keda>,
+    /// Pods with runs are marked as costly to delete.
+    pub pod_deletion_cost: bool,
+    pub leader_election: LeaderElection,
+}
+
+impl Kubernetes {
+    /// Where the other replicas are, whichever block says it.
+    pub fn replicas(&self) -> Option<&Replicas> {
+        let of_metrics = self.external_metrics.as_ref().and_then(|metrics| metrics.replicas.as_ref());
+        of_metrics.or(self.keda.as_ref().and_then(|keda| keda.replicas.as_ref()))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExternalMetrics {
+    pub address: SocketAddr,
+    pub certificate: CertificateFiles,
+    /// `None`: callers are known by what ConfigMap kube-system/extension-apiserver-authentication says.
+    pub client_ca_file: Option<PathBuf>,
+    pub replicas: Option<Replicas>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keda {
+    pub address: SocketAddr,
+    pub replicas: Option<Replicas>,
+}
+
+/// The replicas of the proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replicas {
+    /// A headless service, or whatever has all of their addresses.
+    pub dns: String,
+    /// Where each answers `/metrics`.
+    pub port: u16,
+}
+
+/// The lease of whoever acts on the cluster for all replicas.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaderElection {
+    /// `None`: the pod's own.
+    pub namespace: Option<String>,
+    pub name: String,
+}
+
+impl Default for LeaderElection {
+    fn default() -> LeaderElection {
+        LeaderElection { namespace: None, name: "longhaul".to_owned() }
+    }
 }
 
 /// Where a socket listens or connects.

@@ -29,6 +29,7 @@ pub mod proxy;
 pub mod pulse;
 pub mod rollout;
 pub mod run;
+pub mod scaling;
 pub mod snapshot;
 pub mod sse;
 pub mod state;

@@ -463,8 +463,8 @@ snapshot_of_mistakes!(
         "state: {redis: {}}",
         "state: disk",
         "trace: {otlp_endpoint: http://h:4317}",
-        "kubernetes: {kubeconfig: a, keda: {address: '0.0.0.0:9902'}, pod_deletion_cost: true, leader_election: {name: b}}",
-        "kubernetes: {external_metrics: {address: '0.0.0.0:6443', tls: {cert_file: a, key_file: b}, replicas: {dns: c}}}",
+        "kubernetes: {kubeconfig: a, keda: {address: '0.0.0.0:8080'}, pod_deletion_cost: true, leader_election: {name: b}}",
+        "kubernetes: {external_metrics: {address: '0.0.0.0:6443', tls: {cert_file: a, key_file: b}, replicas: {dns: ''}}}",
         "kubernetes: {external_metrics: {adress: '0.0.0.0:6443'}}",
     ]
 );
@@ -487,6 +487,28 @@ snapshot_of_mistakes!(
         "[{kubernetes: {service: support, port: http}}, {kubernetes: {service: support, port: http}}]",
     ]
 );
+
+/// The agent beside the proxy runs tools.
+#[test]
+fn a_sidecar_whose_admin_api_is_open_is_warned_of() {
+    let text = |admin: &str, endpoint: &str| {
+        format!(
+            "listeners: [{{address: '0.0.0.0:8080'}}]\nadmin: {{{admin}}}\nservices: [{{name: a, versions: [{{name: v, endpoints: \
+             ['{endpoint}']}}]}}]\n"
+        )
+    };
+    let warned = |admin: &str, endpoint: &str| {
+        let warnings = good(&text(admin, endpoint)).warnings;
+        warnings.iter().any(|warning| warning.path == "admin" && warning.message.contains("sidecar"))
+    };
+    let probes = "probes: {address: '0.0.0.0:9900'}";
+    for endpoint in ["http://127.0.0.1:8000", "http://[::1]:8000", "http://localhost:8000", "unix:/run/agent.sock"] {
+        assert!(warned(probes, endpoint), "{endpoint}");
+    }
+    assert!(!warned(probes, "http://10.0.0.1:8000"), "not beside it");
+    assert!(!warned("", "http://127.0.0.1:8000"), "nobody else looks at it: a person's own machine");
+    assert!(!warned(&format!("address: 'unix:/run/longhaul/admin.sock', {probes}"), "http://127.0.0.1:8000"));
+}
 
 #[test]
 fn several_services_need_routes() {

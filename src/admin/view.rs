@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::admin::guard::Reader;
 use crate::admin::{Context, draining};
@@ -18,23 +18,13 @@ use crate::state::dispatcher::Dispatcher;
 use crate::state::status::{RunInfo, ServiceStatus, SessionInfo};
 use crate::store;
 
-/// Those of the configuration, then those that left it and still have exchanges: their runs count until they end.
+/// As [`crate::scaling::Source::dispatchers`].
 pub fn dispatchers(context: &Context) -> Vec<Arc<Dispatcher>> {
-    let snapshot = context.running.snapshot.load();
-    let configured = snapshot.services.iter().map(|service| Arc::clone(&service.dispatcher));
-    let removed = context.reload_state.removed_services().into_iter().map(|(_, dispatcher)| dispatcher);
-    let mut all: Vec<Arc<Dispatcher>> = configured.collect();
-    for dispatcher in removed {
-        // A service that came back may be on both lists for a moment.
-        if !all.iter().any(|known| Arc::ptr_eq(known, &dispatcher)) {
-            all.push(dispatcher);
-        }
-    }
-    all
+    context.source.dispatchers()
 }
 
 fn services(context: &Context, now: Instant) -> Vec<ServiceStatus> {
-    dispatchers(context).iter().map(|dispatcher| dispatcher.status(now)).collect()
+    context.source.services(now)
 }
 
 /// Of all services.
@@ -91,22 +81,6 @@ fn discovery(source: &SourceStatus) -> Value {
         "failures": source.failures,
         "problem": source.problem.as_deref(),
     })
-}
-
-/// `GET /api/v1/metrics`
-pub fn load(context: &Context, now: Instant) -> Value {
-    let services = services(context, now).into_iter().map(|service| {
-        let load = json!({
-            "outstanding_runs": service.outstanding_runs,
-            "queued_runs": service.queue.length,
-            "capacity": service.capacity,
-            "demand": service.demand,
-            "placeable_demand": service.placeable_demand,
-            "saturation": service.saturation,
-        });
-        (service.name, load)
-    });
-    json!({ "services": services.collect::<Map<String, Value>>() })
 }
 
 /// What `/metrics` shows besides its own counters.

@@ -14,8 +14,8 @@ use super::values::{
     socket_address, text,
 };
 use super::{
-    Address, Admin, CertificateFiles, Config, Limits, Listener, ListenerTls, Log, LogFormat, LogLevel, SessionIds,
-    Shutdown, State, TlsVersion,
+    Address, Admin, CertificateFiles, Config, EndpointHost, EndpointUrl, Kubernetes, Limits, Listener, ListenerTls,
+    Log, LogFormat, LogLevel, SessionIds, Shutdown, State, TlsVersion,
 };
 
 /// The whole file.
@@ -47,12 +47,17 @@ pub fn file() -> Kind<'static, Config> {
             if listeners.is_empty() && !top.has_items("listeners") {
                 top.problem("listeners", "there is no listener; add one, such as `- address: 0.0.0.0:8080`");
             }
-            check_addresses(top, listeners, &admin);
+            check_addresses(top, listeners, &admin, &kubernetes);
         }
         for service in services.iter().filter(|service| state == State::Memory && service.value.rollout.is_some()) {
             let message = "with `state: memory` a restart of the proxy forgets how far the rollout is and starts it again; \
                            keep it with `state: {file: ..}`";
             service.warning(top.context(), "rollout", message);
+        }
+        if is_open_sidecar(&admin, &services) {
+            let message = "this looks like a sidecar: its only endpoints are on this machine. The agent beside it runs tools, which \
+                           reach this address as well; give the admin API a `token_file`, or a unix socket that only longhaul mounts";
+            top.warning("admin", message);
         }
         let fixed = !routes.is_empty() && routes.iter().all(|target| matches!(target, RouteTarget::Fixed(_)));
         if names.is_empty() && !fixed && !top.has_items("services") {
@@ -97,7 +102,26 @@ fn check_all_used(top: &mut Block, services: &[Located<super::Service>], routes:
     }
 }
 
-fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Admin) {
+/// Whoever runs beside the proxy could steer it. It is taken for a sidecar where it serves local endpoints alone and others
+/// look at its probes.
+fn is_open_sidecar(admin: &Admin, services: &[Located<super::Service>]) -> bool {
+    let endpoints = || {
+        let versions = services.iter().flat_map(|service| &service.value.versions);
+        versions.flat_map(|version| &version.endpoints)
+    };
+    let is_local = |endpoint: &super::Endpoint| match &endpoint.url {
+        EndpointUrl::Unix(_) => true,
+        EndpointUrl::Tcp { host: EndpointHost::Ip(address), .. } => address.to_canonical().is_loopback(),
+        EndpointUrl::Tcp { host: EndpointHost::Name(name), .. } => name.eq_ignore_ascii_case("localhost"),
+    };
+    matches!(admin.address, Address::Tcp(_))
+        && admin.token_file.is_none()
+        && admin.probes.is_some_and(|probes| !probes.ip().to_canonical().is_loopback())
+        && endpoints().next().is_some()
+        && endpoints().all(is_local)
+}
+
+fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Admin, kubernetes: &Kubernetes) {
     let mut taken: HashMap<Address, String> = HashMap::new();
     let mut names: HashMap<&str, usize> = HashMap::new();
     let mut reserve = |address: &Address, owner: String| -> Option<String> {
@@ -116,6 +140,15 @@ fn check_addresses(top: &mut Block, listeners: &[Located<Listener>], admin: &Adm
     reserve(&admin.address, "`admin.address`".to_owned());
     if let Some(probes) = admin.probes {
         reserve(&Address::Tcp(probes), "`admin.probes`".to_owned());
+    }
+    let of_scaling = [
+        ("kubernetes.external_metrics", kubernetes.external_metrics.as_ref().map(|metrics| metrics.address)),
+        ("kubernetes.keda", kubernetes.keda.as_ref().map(|keda| keda.address)),
+    ];
+    for (name, address) in of_scaling {
+        if let Some(message) = address.and_then(|address| reserve(&Address::Tcp(address), format!("`{name}`"))) {
+            top.problem("kubernetes", message);
+        }
     }
     for listener in listeners {
         let Located { value, spot, .. } = listener;
@@ -223,7 +256,7 @@ fn listener_tls() -> Kind<'static, ListenerTls> {
     })
 }
 
-fn certificate_files() -> Kind<'static, CertificateFiles> {
+pub fn certificate_files() -> Kind<'static, CertificateFiles> {
     block("{cert_file: .., key_file: ..}", |block| {
         let cert_file = block.required("cert_file", "The certificate chain, PEM, the server's own first.", path());
         let key_file = block.required("key_file", "The private key, PEM.", path());

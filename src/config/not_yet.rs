@@ -19,10 +19,6 @@ const fn not_yet(path: &'static str, instead: &'static str) -> NotYet {
 const NOT_YET: &[NotYet] = &[
     not_yet("state.redis", "write `memory`, or `{file: ..}` for a directory of this machine"),
     not_yet("trace.otlp_endpoint", "leave it out; `traceparent` is passed on and made where it is absent"),
-    not_yet("kubernetes.external_metrics", "leave it out; scale on longhaul_run_demand from /metrics"),
-    not_yet("kubernetes.keda", "leave it out; scale on longhaul_run_demand from /metrics"),
-    not_yet("kubernetes.pod_deletion_cost", "leave it out"),
-    not_yet("kubernetes.leader_election", "leave it out"),
     not_yet("services[].runs.resume", "leave it out"),
 ];
 

@@ -5,6 +5,7 @@
 //! gone listeners: so no request ever meets a service that its dispatcher does not know, nor a socket without listener.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -199,12 +200,44 @@ impl ReloadState {
     }
 }
 
-/// What the probes server has to do after a reload.
-pub enum ProbesCommand {
-    /// Serve on this socket, and no longer on the one before.
-    Serve(Socket),
-    Stop,
+/// A server beside the listeners and the admin API, which a reload may start, move or stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Probes,
+    ExternalMetrics,
+    Keda,
 }
+
+impl Side {
+    const ALL: [Side; 3] = [Side::Probes, Side::ExternalMetrics, Side::Keda];
+
+    /// The key of the configuration that has its address.
+    pub fn key(self) -> &'static str {
+        match self {
+            Side::Probes => "admin.probes",
+            Side::ExternalMetrics => "kubernetes.external_metrics",
+            Side::Keda => "kubernetes.keda",
+        }
+    }
+
+    fn configured(self, config: &config::Config) -> Option<SocketAddr> {
+        match self {
+            Side::Probes => config.admin.probes,
+            Side::ExternalMetrics => config.kubernetes.external_metrics.as_ref().map(|metrics| metrics.address),
+            Side::Keda => config.kubernetes.keda.as_ref().map(|keda| keda.address),
+        }
+    }
+}
+
+/// What such a server has to do after a reload.
+pub struct SideCommand {
+    pub side: Side,
+    /// Serve on this socket, and no longer on the one before; `None`: stop.
+    pub socket: Option<Socket>,
+}
+
+/// Commands that they may be behind.
+const SIDE_COMMANDS_MAX: usize = Side::ALL.len();
 
 /// What a new [`Reloader`] hands to the other parts.
 pub struct Outlets {
@@ -213,10 +246,10 @@ pub struct Outlets {
     pub state: Arc<ReloadState>,
     /// For the accept loop.
     pub accept: mpsc::Receiver<AcceptCommand>,
-    /// For the server of `admin.probes`.
-    pub probes: mpsc::Receiver<ProbesCommand>,
-    /// The address of `admin.probes` that was bound at the start.
-    pub probes_address: Option<Address>,
+    /// For the servers beside.
+    pub sides: mpsc::Receiver<SideCommand>,
+    /// Their addresses that were bound at the start.
+    pub side_addresses: Vec<(Side, Address)>,
     /// Where endpoints come from that the configuration does not list.
     pub discovery: Arc<Discovery>,
 }
@@ -232,7 +265,7 @@ pub struct Reloader {
     builder: Builder,
     requests: mpsc::Receiver<Request>,
     accept: mpsc::Sender<AcceptCommand>,
-    probes: mpsc::Sender<ProbesCommand>,
+    sides: mpsc::Sender<SideCommand>,
     discovery: Arc<Discovery>,
     after_reload: Option<AfterReload>,
     /// What the first configuration has to tell, until [`Reloader::run`] does.
@@ -242,8 +275,8 @@ pub struct Reloader {
     handing_over: bool,
     /// Of every socket that this process listens on.
     spares: Vec<Spare>,
-    /// Where that of `admin.probes` listens.
-    probes_spare: Option<Address>,
+    /// Where those of servers beside listen.
+    side_spares: Vec<(Side, Address)>,
     notifier: Notifier,
 }
 
@@ -267,7 +300,7 @@ impl Reloader {
             cookie_secret: secrets.cookie,
             client_tls: Vec::new(),
             version_metrics: HashMap::new(),
-            probes: None,
+            sides: Vec::new(),
             inherited: Mutex::new(sockets),
         };
         let mut prepared = builder.prepare(loaded, None, &[])?;
@@ -278,7 +311,7 @@ impl Reloader {
         }
         let (request_sender, requests) = mpsc::channel(WAITING_MAX);
         let (accept, accept_receiver) = mpsc::channel(COMMANDS_MAX);
-        let (probes, probes_receiver) = mpsc::channel(1);
+        let (sides, sides_receiver) = mpsc::channel(SIDE_COMMANDS_MAX);
         let discovery = Discovery::new(surroundings);
         discovery.take(prepared.plans, prepared.checks, &prepared.snapshot.loaded.config.kubernetes);
 
@@ -295,7 +328,7 @@ impl Reloader {
         }
         builder.client_tls = prepared.client_tls;
         builder.version_metrics = prepared.version_metrics;
-        builder.probes = prepared.probes_bound;
+        builder.sides = prepared.sides_bound;
 
         let status = ReloadStatus {
             generation: prepared.snapshot.generation,
@@ -322,8 +355,8 @@ impl Reloader {
             handle: ReloadHandle { file, requests: request_sender },
             state: Arc::clone(&state),
             accept: accept_receiver,
-            probes: probes_receiver,
-            probes_address: builder.probes.as_ref().map(|bound| bound.local.clone()),
+            sides: sides_receiver,
+            side_addresses: builder.sides.iter().map(|bound| (bound.side, bound.local.clone())).collect(),
             discovery: Arc::clone(&discovery),
         };
         let first = prepared.announcements;
@@ -335,7 +368,7 @@ impl Reloader {
             builder,
             requests,
             accept,
-            probes,
+            sides,
             discovery,
             after_reload,
             first,
@@ -343,7 +376,7 @@ impl Reloader {
             store,
             handing_over: false,
             spares: Vec::new(),
-            probes_spare: None,
+            side_spares: Vec::new(),
             notifier,
         };
         Ok((reloader, outlets))
@@ -354,7 +387,8 @@ impl Reloader {
         self.keep_spare(socket, address.clone(), "admin");
         let snapshot = self.running.snapshot.load();
         let listeners = snapshot.listeners.iter().map(|listener| listener.config.address.clone());
-        let others = snapshot.loaded.config.admin.probes.map(Address::Tcp).into_iter().chain([address.clone()]);
+        let sides = Side::ALL.into_iter().filter_map(|side| side.configured(&snapshot.loaded.config));
+        let others = sides.map(Address::Tcp).chain([address.clone()]);
         let configured: Vec<Address> = listeners.chain(others).collect();
         self.builder.inherited().settle(&configured)
     }
@@ -500,7 +534,7 @@ impl Reloader {
         self.state.lock_removed().extend(leaving);
         self.builder.client_tls = prepared.client_tls;
         self.builder.version_metrics = prepared.version_metrics;
-        self.builder.probes = prepared.probes_bound;
+        self.builder.sides = prepared.sides_bound;
         if let Some(after_reload) = &self.after_reload {
             after_reload(&snapshot.loaded.config);
         }
@@ -519,20 +553,21 @@ impl Reloader {
             self.spares.retain(|spare| spare.local != local_address);
             self.command(AcceptCommand::Stop { local_address }).await;
         }
-        if let Some(command) = &announcements.probes {
-            if let Some(old) = self.probes_spare.take() {
+        for command in announcements.sides {
+            let side = command.side;
+            if let Some(place) = self.side_spares.iter().position(|(known, _)| *known == side) {
+                let (_, old) = self.side_spares.swap_remove(place);
                 self.spares.retain(|spare| spare.local != old);
             }
-            if let (ProbesCommand::Serve(socket), Some(bound)) = (command, &self.builder.probes) {
+            let bound = self.builder.sides.iter().find(|bound| bound.side == side);
+            if let (Some(socket), Some(bound)) = (&command.socket, bound) {
                 let configured = Address::Tcp(bound.configured);
-                self.probes_spare = Some(bound.local.clone());
-                self.keep_spare(socket, configured, "admin.probes");
+                self.side_spares.push((side, bound.local.clone()));
+                self.keep_spare(socket, configured, side.key());
             }
-        }
-        if let Some(command) = announcements.probes
-            && self.probes.send(command).await.is_err()
-        {
-            error!("the probes server is gone: admin.probes is not served");
+            if self.sides.send(command).await.is_err() {
+                error!("{} is not served: whoever serves it is gone", side.key());
+            }
         }
     }
 
@@ -658,7 +693,7 @@ struct Builder {
     client_tls: Vec<CachedClientTls>,
     /// By service and version.
     version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
-    probes: Option<BoundProbes>,
+    sides: Vec<BoundSide>,
     /// Sockets that were open already when the process began.
     inherited: Mutex<Inherited>,
 }
@@ -674,8 +709,9 @@ struct CachedClientTls {
 }
 
 #[derive(Clone)]
-struct BoundProbes {
-    configured: std::net::SocketAddr,
+struct BoundSide {
+    side: Side,
+    configured: SocketAddr,
     local: Address,
 }
 
@@ -690,14 +726,14 @@ struct Prepared {
     announcements: Announcements,
     client_tls: Vec<CachedClientTls>,
     version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
-    probes_bound: Option<BoundProbes>,
+    sides_bound: Vec<BoundSide>,
 }
 
 #[derive(Default)]
 struct Announcements {
     starts: Vec<(Address, Socket)>,
     stops: Vec<Address>,
-    probes: Option<ProbesCommand>,
+    sides: Vec<SideCommand>,
 }
 
 impl Builder {
@@ -734,14 +770,14 @@ impl Builder {
             self.service(index, service, current, removed, &mut services, &mut problems);
         }
         let (listeners, mut announcements) = self.listeners(&loaded.config, current, &mut problems);
-        let probes_bound = self.bind_probes(&loaded.config.admin, &mut announcements, &mut problems);
+        let sides_bound = self.bind_sides(&loaded.config, &mut announcements, &mut problems);
         self.all_well(problems)?;
 
         let generation = current.map_or(1, |current| current.generation + 1);
         let loaded_at = ids::wall_clock();
         let Services { list, dispatchers, checks, plans, client_tls, version_metrics } = services;
         let snapshot = Snapshot { generation, loaded, loaded_at, listeners, services: list };
-        Ok(Prepared { snapshot, dispatchers, checks, plans, announcements, client_tls, version_metrics, probes_bound })
+        Ok(Prepared { snapshot, dispatchers, checks, plans, announcements, client_tls, version_metrics, sides_bound })
     }
 
     fn service(
@@ -1018,31 +1054,35 @@ impl Builder {
         (listeners, announcements)
     }
 
-    fn bind_probes(
+    /// The servers beside as the configuration wants them.
+    fn bind_sides(
         &self,
-        admin: &config::Admin,
+        config: &config::Config,
         announcements: &mut Announcements,
         problems: &mut Vec<Problem>,
-    ) -> Option<BoundProbes> {
-        let Some(configured) = admin.probes else {
-            if self.probes.is_some() {
-                announcements.probes = Some(ProbesCommand::Stop);
+    ) -> Vec<BoundSide> {
+        let mut sides = Vec::new();
+        for side in Side::ALL {
+            let known = self.sides.iter().find(|bound| bound.side == side);
+            let Some(configured) = side.configured(config) else {
+                if known.is_some() {
+                    announcements.sides.push(SideCommand { side, socket: None });
+                }
+                continue;
+            };
+            if let Some(bound) = known.filter(|bound| bound.configured == configured) {
+                sides.push(bound.clone());
+                continue;
             }
-            return None;
-        };
-        if let Some(bound) = self.probes.as_ref().filter(|bound| bound.configured == configured) {
-            return Some(bound.clone());
+            match self.take_or_bind(&Address::Tcp(configured), side.key(), listen::bind) {
+                Ok((local, socket)) => {
+                    announcements.sides.push(SideCommand { side, socket: Some(socket) });
+                    sides.push(BoundSide { side, configured, local });
+                }
+                Err(message) => problems.push(problem(&format!("{}.address", side.key()), message)),
+            }
         }
-        match self.take_or_bind(&Address::Tcp(configured), "admin.probes", listen::bind) {
-            Ok((local, socket)) => {
-                announcements.probes = Some(ProbesCommand::Serve(socket));
-                Some(BoundProbes { configured, local })
-            }
-            Err(message) => {
-                problems.push(problem("admin.probes.address", message));
-                None
-            }
-        }
+        sides
     }
 
     /// The inherited socket of this address, or a new one.
@@ -1232,7 +1272,7 @@ mod tests {
             cookie_secret: ids::random_bytes(),
             client_tls: Vec::new(),
             version_metrics: HashMap::new(),
-            probes: None,
+            sides: Vec::new(),
             inherited: Mutex::default(),
         }
     }

@@ -59,7 +59,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("kubeconfig");
         std::fs::write(&file, "apiVersion: v1\nkind: Config\n").unwrap();
-        let failure = client(&config::Kubernetes { kubeconfig: Some(file.clone()) }).await.err().unwrap().to_string();
+        let failure = client(&config::Kubernetes { kubeconfig: Some(file.clone()), ..config::Kubernetes::default() })
+            .await
+            .err()
+            .unwrap()
+            .to_string();
         assert!(failure.contains(&file.display().to_string()), "{failure}");
     }
 
@@ -71,7 +75,8 @@ mod tests {
             clusters: [{name: k, cluster: {server: 'http://127.0.0.1:1'}}]\nusers: [{name: u, user: {token: t}}]\n\
             contexts: [{name: c, context: {cluster: k, user: u, namespace: agents}}]\n";
         std::fs::write(&file, text).unwrap();
-        let client = client(&config::Kubernetes { kubeconfig: Some(file) }).await.unwrap();
+        let client =
+            client(&config::Kubernetes { kubeconfig: Some(file), ..config::Kubernetes::default() }).await.unwrap();
         assert_eq!(client.default_namespace(), "agents");
     }
 }

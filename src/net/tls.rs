@@ -1,5 +1,7 @@
 //! TLS: server and client configurations from files; certificates are chosen by SNI and re-read when the files change.
 
+pub mod asking;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex};

@@ -3,11 +3,12 @@
 //! One lock a service, held for about a microsecond and never across an await; [`Core`] behind it decides.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::futures::Notified;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::config;
 use crate::ids::{self, RunId};
@@ -44,7 +45,18 @@ pub struct Dispatcher {
     judged: AtomicBool,
     /// One for each copy that may be under way.
     copies: Arc<Semaphore>,
+    work: Work,
     metrics: Arc<ServiceMetrics>,
+}
+
+/// Whether a service has anything to do. Written under the service's lock, told after it is released: whoever is woken
+/// reads what is true then.
+#[derive(Default)]
+struct Work {
+    there_is: AtomicBool,
+    /// How many have come to wait.
+    arrivals: AtomicU64,
+    changed: Notify,
 }
 
 /// What an exchange asks of the dispatcher.
@@ -168,6 +180,7 @@ impl Dispatcher {
             starts,
             judged: AtomicBool::new(false),
             copies,
+            work: Work::default(),
             metrics,
         })
     }
@@ -482,14 +495,36 @@ impl Dispatcher {
         report
     }
 
+    /// A run is outstanding, or somebody waits.
+    pub fn has_work(&self) -> bool {
+        self.work.there_is.load(Ordering::Acquire)
+    }
+
+    /// Is woken when [`Dispatcher::has_work`] becomes something else, and when somebody comes to wait. To be asked for (and enabled) before that is read.
+    pub fn work_changes(&self) -> Notified<'_> {
+        self.work.changed.notified()
+    }
+
     /// Does something under the lock. What became free by it is handed on before the lock is released; whoever got it is
     /// woken after, and where a rollout went by it is logged.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Core) -> T) -> T {
-        let (done, wakers, transitions) = {
+        let (done, wakers, transitions, work_changed) = {
             let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
             let done = act(&mut core);
-            (done, core.settle_up(), core.take_transitions())
+            let (wakers, transitions) = (core.settle_up(), core.take_transitions());
+            let (has_work, arrivals) = core.work();
+            // Nobody else writes them, so they can be read before: most of the time nothing changes.
+            let work_changed = self.work.there_is.load(Ordering::Relaxed) != has_work
+                || self.work.arrivals.load(Ordering::Relaxed) != arrivals;
+            if work_changed {
+                self.work.there_is.store(has_work, Ordering::Release);
+                self.work.arrivals.store(arrivals, Ordering::Release);
+            }
+            (done, wakers, transitions, work_changed)
         };
+        if work_changed {
+            self.work.changed.notify_waiters();
+        }
         for waker in wakers {
             waker.wake();
         }

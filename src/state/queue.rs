@@ -184,6 +184,16 @@ impl<W> Queue<W> {
         self.placeable
     }
 
+    /// How many have come so far.
+    pub fn arrivals(&self) -> u64 {
+        self.last_ticket
+    }
+
+    /// How many wait for what, in no order; those that wait for their session's turn are not among them.
+    pub fn waiting_by_place(&self) -> impl Iterator<Item = (Place, usize)> {
+        self.lanes.iter().map(|(place, lane)| (*place, lane.len()))
+    }
+
     /// How long whoever came first has waited.
     pub fn oldest_age(&self, now: Instant) -> Duration {
         self.waiting

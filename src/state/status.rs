@@ -42,7 +42,21 @@ pub struct VersionStatus {
     pub outstanding_runs: u64,
     /// As of the service.
     pub capacity: Option<u64>,
+    /// What there is to do for it.
+    #[serde(skip)]
+    pub demand: VersionDemand,
     pub endpoints: Vec<EndpointStatus>,
+}
+
+/// A version's part of its service's demand. Whoever waits for no particular version counts for all of them, for each by
+/// its share of the weights; so the parts of all versions add up to the service's.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct VersionDemand {
+    /// Outstanding on endpoints that drain: not among what is to be scaled for.
+    pub draining_runs: u64,
+    pub queued: f64,
+    /// Of `queued`: not pinned.
+    pub placeable: f64,
 }
 
 /// What a version was given by weight, without what a `match` sent.

@@ -4,6 +4,7 @@
 mod backend;
 mod certificate;
 mod client;
+mod cluster;
 mod counting;
 mod dns;
 mod http2;
@@ -11,6 +12,7 @@ mod kubernetes;
 mod peer;
 mod program;
 mod proxy;
+mod zone;
 
 use std::future::Future;
 use std::time::Duration;
@@ -20,13 +22,15 @@ use tokio::io::{AsyncRead, AsyncWrite};
 pub use backend::{Backend, Body, Drip, Gate, Request, Script, Step};
 pub use certificate::Certificate;
 pub use client::{Head, RawClient, Response, fetch, get, post};
+pub use cluster::Cluster;
 pub use counting::{Counting, Seen};
 pub use dns::{NameServer, Srv};
 pub use http2::{Http2Client, Http2Stream, request as http2_request};
 pub use kubernetes::{ApiServer, Pod, slice};
 pub use peer::{Fleet, Peer, PeerClient, PeerScript, Peers, Transcript, assert_same, post_json, transcript};
 pub use program::Program;
-pub use proxy::{Proxy, ask_admin, start_proxy, start_proxy_in};
+pub use proxy::{Proxy, ask_admin, start_proxy, start_proxy_in, start_proxy_with};
+pub use zone::ZoneServer;
 
 /// How long a test waits for something that must happen. Far more than it ever takes: only a failure waits so long.
 pub const DEADLINE: Duration = Duration::from_secs(5);

@@ -26,16 +26,25 @@ pub struct Proxy {
 /// Starts the product with this configuration. Where the text has no `listeners` or `admin`, they are added, on port 0;
 /// without `log` there is no access log.
 pub async fn start_proxy(config: &str) -> Proxy {
-    let proxy = start_proxy_in(Surroundings::default(), config);
+    start_proxy_with(config, |_| {}).await
+}
+
+/// As [`start_proxy`], with other options.
+pub async fn start_proxy_with(config: &str, change: impl FnOnce(&mut Options)) -> Proxy {
+    let proxy = begin_proxy(config, change);
     eventually_async("the proxy is ready", || async { proxy.admin("GET", "/readyz").await.status() == 200 }).await;
     proxy
 }
 
 /// As [`start_proxy`], where endpoints are looked for in these surroundings, and without waiting for it to be ready.
 pub fn start_proxy_in(surroundings: Surroundings, config: &str) -> Proxy {
+    begin_proxy(config, |options| options.heritage.surroundings = surroundings)
+}
+
+fn begin_proxy(config: &str, change: impl FnOnce(&mut Options)) -> Proxy {
     let directory = tempfile::tempdir().expect("a directory");
     let file = write_config(directory.path(), config);
-    let app = launch(&file, surroundings).unwrap_or_else(|problem| panic!("{problem}\n{config}"));
+    let app = launch(&file, change).unwrap_or_else(|problem| panic!("{problem}\n{config}"));
     let listeners: Vec<SocketAddr> = app.bound.listeners.iter().filter_map(|(_, address)| tcp(address)).collect();
     Proxy {
         address: listeners.first().copied().unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
@@ -47,10 +56,10 @@ pub fn start_proxy_in(surroundings: Surroundings, config: &str) -> Proxy {
 }
 
 /// The one call into the product.
-fn launch(file: &Path, surroundings: Surroundings) -> Result<App, String> {
+fn launch(file: &Path, change: impl FnOnce(&mut Options)) -> Result<App, String> {
     let loaded = longhaul::config::load(file).map_err(|problems| problems.to_string())?;
     let mut options = Options::new(file.to_owned(), loaded);
-    options.heritage.surroundings = surroundings;
+    change(&mut options);
     app::build(options).map_err(|error| error.to_string())
 }
 

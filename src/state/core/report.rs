@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use crate::rollout::WEIGHT_UNIT;
 use crate::state::core::{BORN_BEFORE, Core};
 use crate::state::endpoints::{Endpoint, HealthStanding, Version};
+use crate::state::queue::Place;
 use crate::state::sessions::TICK;
 use crate::state::status::{
-    DrainEstimate, DrainStatus, EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionStatus,
+    DrainEstimate, DrainStatus, EndpointState, EndpointStatus, RunInfo, ServiceStatus, SessionInfo, VersionDemand,
+    VersionStatus,
 };
 
 impl Core {
@@ -24,10 +26,12 @@ impl Core {
     pub fn status_by(&mut self, estimates: &HashMap<u32, DrainEstimate>, now: Instant) -> ServiceStatus {
         let now = self.advance(now);
         let drains = self.drains(estimates, now);
+        let demands = self.version_demands();
         let versions: Vec<VersionStatus> = self
             .versions
             .iter()
-            .map(|version| self.version_status(version, &drains))
+            .zip(demands)
+            .map(|(version, demand)| self.version_status(version, demand, &drains))
             .filter(|status| !status.endpoints.is_empty() || self.configures(&status.name))
             .collect();
         let capacity = self
@@ -55,6 +59,12 @@ impl Core {
             placeable_demand: self.placeable_demand(),
             saturation,
         }
+    }
+
+    /// Whether a run is outstanding or somebody waits, so that the service may not be scaled to zero; and how many have
+    /// come to wait so far.
+    pub fn work(&self) -> (bool, u64) {
+        (!self.room.queue.is_empty() || self.runs.len() > 0, self.room.queue.arrivals())
     }
 
     /// Appends the sessions of the slots `from..from + count` to `found`, at most until that holds `limit`. Returns the
@@ -142,7 +152,57 @@ impl Core {
         })
     }
 
-    fn version_status(&self, version: &Version, drains: &HashMap<u32, DrainStatus>) -> VersionStatus {
+    /// The demand of each version, in their order.
+    fn version_demands(&self) -> Vec<VersionDemand> {
+        let draining_runs = |version: &Version| {
+            let endpoints = version.endpoints.iter().map(|number| &self.endpoints[*number]);
+            endpoints.filter(|endpoint| endpoint.draining()).map(|endpoint| u64::from(endpoint.outstanding)).sum()
+        };
+        let mut demands: Vec<VersionDemand> = self
+            .versions
+            .iter()
+            .map(|version| VersionDemand { draining_runs: draining_runs(version), ..VersionDemand::default() })
+            .collect();
+        if self.room.queue.is_empty() {
+            return demands;
+        }
+        let (mut anywhere, mut placed) = (0, 0);
+        for (place, count) in self.room.queue.waiting_by_place() {
+            placed += count;
+            let version = match place {
+                Place::Endpoint(endpoint) => Some((self.endpoints[endpoint].version, 0)),
+                Place::Version(version) => Some((version, count)),
+                Place::Any | Place::Ready | Place::Nowhere | Place::Turn => None,
+            };
+            match version.and_then(|(version, placeable)| Some((demands.get_mut(version)?, placeable))) {
+                Some((demand, placeable)) => {
+                    demand.queued += count as f64;
+                    demand.placeable += placeable as f64;
+                }
+                None => anywhere += count,
+            }
+        }
+        let in_turn = self.room.queue.len() - placed;
+        let weights: f64 = self.versions.iter().map(|version| version.effective_weight as f64).sum();
+        let configured = self.versions.iter().filter(|version| version.configured).count() as f64;
+        for (version, demand) in self.versions.iter().zip(&mut demands) {
+            let share = match version.configured {
+                _ if weights > 0.0 => version.effective_weight as f64 / weights,
+                true => 1.0 / configured,
+                false => 0.0,
+            };
+            demand.queued += (anywhere + in_turn) as f64 * share;
+            demand.placeable += anywhere as f64 * share;
+        }
+        demands
+    }
+
+    fn version_status(
+        &self,
+        version: &Version,
+        demand: VersionDemand,
+        drains: &HashMap<u32, DrainStatus>,
+    ) -> VersionStatus {
         let endpoints = || version.endpoints.iter().map(|number| &self.endpoints[*number]);
         VersionStatus {
             name: version.name.to_string(),
@@ -153,6 +213,7 @@ impl Core {
             sessions: endpoints().map(|endpoint| u64::from(endpoint.sessions)).sum(),
             outstanding_runs: endpoints().map(|endpoint| u64::from(endpoint.outstanding)).sum(),
             capacity: self.capacity(version),
+            demand,
             // One that is gone and has nothing left to finish is kept for its pins only.
             endpoints: version
                 .endpoints

@@ -54,6 +54,12 @@ impl Lane {
         lines.flat_map(|line| line.tickets.iter().copied()).collect()
     }
 
+    /// How many wait in it.
+    pub fn len(&self) -> usize {
+        let lines = self.classes.values().flat_map(|row| row.waiters.values());
+        lines.map(|line| line.tickets.len()).sum()
+    }
+
     /// `stamp` is of the flow's last turn, `now` the newest of all.
     pub fn insert(&mut self, ticket: Ticket, flow: Flow, stamp: u64, now: u64) {
         let row = self.classes.entry(flow.class).or_insert_with(|| Row {
