@@ -254,6 +254,7 @@ impl Agent {
 
     /// A run that goes on when it was answered that it has begun.
     async fn begin_run(self: &Rc<Agent>, world: &Rc<World>, wire: &mut Wire, errand: Errand, thread: &str) -> bool {
+        let began = Instant::now();
         let carrier = Carrier::Connection(wire.stream.connection());
         let work = self.begin_work(world, Some(thread.to_owned()), carrier, &errand.token);
         world.oracle.borrow_mut().answered(self.index, errand.failure == "none");
@@ -297,7 +298,14 @@ impl Agent {
         let written = wire.write(&head).await.is_ok();
         if !written || world.network.is_left(wire.stream.connection(), 1) {
             // The proxy does not know that there is such a run.
-            world.oracle.borrow_mut().end(work);
+            let service = &world.shape.services[world.shape.service_of(self.index)];
+            let mut oracle = world.oracle.borrow_mut();
+            oracle.end(work);
+            // One that is interrupted before it has a name is ended by closing its connection, and works on here.
+            if !oracle.is_troubled(self.index, began) && service.double_texting != "interrupt" {
+                let token = &errand.token;
+                world.trace.violation(format!("the proxy did not wait to hear that {token} had begun as {run}"));
+            }
             return false;
         }
         world.oracle.borrow_mut().detach(work);

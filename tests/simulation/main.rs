@@ -10,6 +10,7 @@
 mod agent;
 mod client;
 mod faults;
+mod network;
 mod oracle;
 mod shape;
 mod trace;
