@@ -181,6 +181,7 @@ async fn watches_end_expire_and_repeat_themselves() {
 
     server.expire();
     eventually("it lists again", || server.lists() == 2).await;
+    eventually("it watches after the list", || server.watches() == 3).await;
     server.send_copies(3, Duration::from_millis(20));
     server.end_watches();
     eventually("it watches slowly", || server.watches() >= 4).await;
