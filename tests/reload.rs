@@ -10,7 +10,7 @@ use longhaul::app::{self, App, Options, StartError};
 use longhaul::config::{self, Address};
 use longhaul::control::call::Way;
 use longhaul::control::health::{self, Probe, Verdict};
-use longhaul::control::reload::{Heritage, Outlets, ProbesCommand, Reloader};
+use longhaul::control::reload::{Heritage, Outlets, Reloader, Side, SideCommand};
 use longhaul::control::{ReloadHandle, ReloadState, clock, watch};
 use longhaul::drain::Phase;
 use longhaul::ids;
@@ -134,13 +134,13 @@ async fn the_probes_server_follows_the_file() {
         PLAIN.replace("'127.0.0.1:0'}\nservices", "'127.0.0.1:0', probes: {address: '127.0.0.1:0'}}\nservices");
     proxy.write(&with_probes);
     assert_eq!(proxy.reload.reload().await, Ok(2));
-    assert!(matches!(proxy.probes.try_recv(), Ok(ProbesCommand::Serve(_))));
+    assert!(matches!(proxy.sides.try_recv(), Ok(SideCommand { side: Side::Probes, socket: Some(_) })));
     proxy.write(&with_probes.replace("name: support", "name: sales"));
     assert_eq!(proxy.reload.reload().await, Ok(3));
-    assert!(proxy.probes.try_recv().is_err(), "unchanged probes stay as they are");
+    assert!(proxy.sides.try_recv().is_err(), "unchanged probes stay as they are");
     proxy.write(PLAIN);
     assert_eq!(proxy.reload.reload().await, Ok(4));
-    assert!(matches!(proxy.probes.try_recv(), Ok(ProbesCommand::Stop)));
+    assert!(matches!(proxy.sides.try_recv(), Ok(SideCommand { side: Side::Probes, socket: None })));
 }
 
 #[tokio::test]
@@ -555,7 +555,7 @@ struct Proxy {
     state: Arc<ReloadState>,
     sockets: Arc<Mutex<Vec<(Address, Socket)>>>,
     started: Arc<AtomicUsize>,
-    probes: mpsc::Receiver<ProbesCommand>,
+    sides: mpsc::Receiver<SideCommand>,
 }
 
 impl Proxy {
@@ -573,7 +573,7 @@ impl Proxy {
         let (reloader, outlets) =
             Reloader::new(path.clone(), loaded, Metrics::new(), access_log, None, Heritage::default())
                 .expect("a start");
-        let Outlets { running, handle: reload, state, mut accept, probes, probes_address: _, checks } = outlets;
+        let Outlets { running, handle: reload, state, mut accept, sides, side_addresses: _, checks } = outlets;
         tokio::spawn(reloader.run());
         tokio::spawn(health::run(checks));
         let sockets: Arc<Mutex<Vec<(Address, Socket)>>> = Arc::default();
@@ -591,7 +591,7 @@ impl Proxy {
                 }
             }
         });
-        Proxy { _directory: directory, path, running, reload, state, sockets, started, probes }
+        Proxy { _directory: directory, path, running, reload, state, sockets, started, sides }
     }
 
     fn watched(self) -> Proxy {
