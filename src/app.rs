@@ -26,8 +26,9 @@ use crate::metrics::Metrics;
 use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
-use crate::scaling::replicas::Replicas;
-use crate::scaling::{self, Source};
+use crate::scaling::Source;
+#[cfg(feature = "kubernetes")]
+use crate::scaling::{self, replicas::Replicas};
 use crate::snapshot::Running;
 use crate::store::{self, Secrets, StoreSlot};
 
@@ -437,7 +438,10 @@ async fn serve_sides(
     dns_server: Option<SocketAddr>,
     stop: CancellationToken,
 ) {
+    #[cfg(feature = "kubernetes")]
     let replicas = Replicas::new(context.source.clone(), dns_server);
+    #[cfg(not(feature = "kubernetes"))]
+    let _ = dns_server;
     #[cfg(feature = "kubernetes")]
     tokio::spawn(scaling::deletion_cost::run(Arc::clone(&replicas), stop.clone()));
     let mut servers: Vec<(Side, AbortOnDropHandle<()>)> = Vec::new();
