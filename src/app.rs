@@ -29,8 +29,9 @@ use crate::metrics::Metrics;
 use crate::net;
 use crate::net::listen::Socket;
 use crate::proxy;
-use crate::scaling::replicas::Replicas;
-use crate::scaling::{self, Source};
+use crate::scaling::Source;
+#[cfg(feature = "kubernetes")]
+use crate::scaling::{self, replicas::Replicas};
 use crate::snapshot::{AcceptCommand, Running};
 use crate::store::{self, Expected, StoreSlot};
 
@@ -477,7 +478,10 @@ async fn serve_sides(
     name_servers: Option<Vec<SocketAddr>>,
     stop: CancellationToken,
 ) {
+    #[cfg(feature = "kubernetes")]
     let replicas = Replicas::new(context.source.clone(), name_servers.as_deref());
+    #[cfg(not(feature = "kubernetes"))]
+    let _ = name_servers;
     #[cfg(feature = "kubernetes")]
     tokio::spawn(scaling::deletion_cost::run(Arc::clone(&replicas), stop.clone()));
     let mut servers: Vec<(Side, AbortOnDropHandle<()>)> = Vec::new();
