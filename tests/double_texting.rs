@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use support::{Backend, Body, Counting, Gate, Proxy, RawClient, Request, Script, Seen, Step, post, start_proxy};
+use support::{
+    Backend, Body, Counting, Gate, Proxy, RawClient, Request, Script, Seen, Step, eventually, post, start_proxy,
+};
 
 const SESSIONS: usize = 1_000;
 
@@ -301,6 +303,53 @@ async fn thousand_threads(policy: &str, action: &str) {
 #[tokio::test]
 async fn interrupt_uses_the_protocols_own_call() {
     thousand_threads("interrupt", "action=interrupt").await;
+}
+
+/// A background run that its endpoint has not named yet: closing its connection would end nothing there.
+#[tokio::test]
+async fn a_run_without_a_name_is_interrupted_once_it_has_one() {
+    let backend = Backend::start().await;
+    let gate = Gate::default();
+    let (first_answer, story) = (gate.clone(), Arc::new(Mutex::new(Vec::<String>::new())));
+    let told = story.clone();
+    backend.each(move |request| {
+        let mut story = told.lock().expect("no panic");
+        let json = ("content-type", "application/json");
+        if request.method == "GET" {
+            return Script::answer(200, &[json], r#"{"status":"interrupted"}"#);
+        }
+        if request.target.contains("/cancel") {
+            story.push(format!("{} {}", request.target, request.header("authorization").unwrap_or("nobody")));
+            return Script::answer(202, &[json], "");
+        }
+        let run = format!("r-{}", story.len());
+        let location = format!("{}/{run}", request.target);
+        story.push("start".to_owned());
+        let Script(steps) = Script::answer(200, &[json, ("content-location", &location)], "{}");
+        let held = (run == "r-0").then(|| Step::Wait(first_answer.clone()));
+        Script([Step::ReadBody].into_iter().chain(held).chain(steps).collect())
+    });
+    let runs = "queue: {max: 10}, double_texting: {policy: interrupt}";
+    let proxy = start_proxy(&config(backend.url(), "langgraph", runs)).await;
+    let start = |authorization: &str| {
+        let body = r#"{"assistant_id":"agent"}"#;
+        format!(
+            "POST /threads/11111111-1111-4111-8111-111111111111/runs HTTP/1.1\r\nHost: a\r\n\
+             Content-Type: application/json\r\nAuthorization: {authorization}\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    };
+    let (mut first, mut second) = (proxy.connect().await, proxy.connect().await);
+    first.send(start("first")).await;
+    eventually("the endpoint has the first", || story.lock().expect("no panic").len() == 1).await;
+    second.send(start("second")).await;
+    proxy.metric_becomes("longhaul_queued_runs", &[], 1.0).await;
+    assert_eq!(*story.lock().expect("no panic"), ["start"]);
+    gate.open();
+    assert_eq!(first.read_response().await.status(), 200);
+    assert_eq!(second.read_response().await.status(), 200);
+    let cancel = "/threads/11111111-1111-4111-8111-111111111111/runs/r-0/cancel?action=interrupt second";
+    assert_eq!(*story.lock().expect("no panic"), ["start", cancel, "start"]);
 }
 
 #[tokio::test]

@@ -115,7 +115,7 @@ impl Pair {
                 }
             }
             Told::Started { run, place, .. } => self.leases.extend(self.new.adopt_run(*run, place, self.now)),
-            Told::Named { run, key, .. } => self.new.adopt_name(run, &key),
+            Told::Named { run, key, .. } => self.new.adopt_name(run, &key, self.now),
             Told::Moved { run, endpoint, .. } => {
                 if let Some(lease) = self.leases.get_mut(&run) {
                     lease.was_moved(&endpoint, self.now);

@@ -271,8 +271,8 @@ impl Dispatcher {
         self.with(|core| core.drains_since(known, now))
     }
 
-    pub fn adopt_name(&self, run: RunId, key: &str) {
-        self.with(|core| core.adopt_name(run, key));
+    pub fn adopt_name(&self, run: RunId, key: &str, now: Instant) {
+        self.with(|core| core.adopt_name(run, key, now));
     }
 
     /// Picks for an exchange of the process before.

@@ -298,11 +298,9 @@ impl Agent {
         let written = wire.write(&head).await.is_ok();
         if !written || world.network.is_left(wire.stream.connection(), 1) {
             // The proxy does not know that there is such a run.
-            let service = &world.shape.services[world.shape.service_of(self.index)];
             let mut oracle = world.oracle.borrow_mut();
             oracle.end(work);
-            // One that is interrupted before it has a name is ended by closing its connection, and works on here.
-            if !oracle.is_troubled(self.index, began) && service.double_texting != "interrupt" {
+            if !oracle.is_troubled(self.index, began) {
                 let token = &errand.token;
                 world.trace.violation(format!("the proxy did not wait to hear that {token} had begun as {run}"));
             }

@@ -308,7 +308,7 @@ impl Desk {
             }
             Told::Named { service, run, key } => {
                 if let Some(dispatcher) = dispatcher(&self.running, &service) {
-                    dispatcher.adopt_name(run, &key);
+                    dispatcher.adopt_name(run, &key, now);
                 }
             }
             Told::Moved { service: _, run, endpoint } => {

@@ -282,7 +282,7 @@ impl Core {
 
     fn restore_principal(&mut self, number: u32, principal: [u8; 16]) {
         if let Some(run) = self.runs.run_mut(number) {
-            run.origin = Some(Box::new(Origin { turn: None, principal: Some(principal) }));
+            run.origin = Some(Box::new(Origin { principal: Some(principal), ..Origin::default() }));
             self.room.count(principal);
         }
     }

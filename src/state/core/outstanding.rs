@@ -155,6 +155,7 @@ impl Core {
                         self.runs.name(run, &key);
                         self.run_changed(run);
                         self.tell_name(run, &key);
+                        self.named(run, now);
                     }
                 }
                 Fact::Ended(outcome) => ended.extend(grant.run.and_then(|run| self.end_run(run, outcome, now))),
@@ -251,7 +252,8 @@ impl Core {
         let mut next = run.deadline;
         let mut sooner = |when: Instant| next = Some(next.map_or(when, |next: Instant| next.min(when)));
         if let Some(cancelling) = &run.cancel {
-            sooner(if cancelling.sent { cancelling.until } else { run.seen });
+            let nameless = run.key.is_none() && run.carriers > 0;
+            sooner(if cancelling.sent || nameless { cancelling.until } else { run.seen });
         }
         if run.carriers == 0 {
             sooner(run.seen + self.rules.unseen_timeout);
@@ -373,6 +375,15 @@ impl Core {
     ) -> Option<DueCall> {
         let run = self.runs.run_mut(number).filter(|run| !run.ended)?;
         let call = run.reference().and_then(|reference| run.about.protocol?.cancel_call(&reference, how));
+        let waiting = run.cancel.filter(|cancelling| !cancelling.sent).map(|cancelling| cancelling.until);
+        let until = waiting.unwrap_or(now + CANCEL_TIMEOUT);
+        let may_be_named = run.key.is_none() && run.about.goes_on && run.about.protocol.is_some();
+        if may_be_named && run.carriers > 0 && now < until {
+            // Its endpoint would work on though its connection were closed: it is called once it has said the name.
+            run.cancel = Some(Cancelling { how, outcome, until, sent: false, by_closing: false });
+            self.runs.wake_at(number, until);
+            return None;
+        }
         run.stop.set(outcome);
         let until = now + CANCEL_TIMEOUT;
         let Some(call) = call else {
@@ -387,9 +398,19 @@ impl Core {
         };
         run.cancel = Some(Cancelling { how, outcome, until, sent: true, by_closing: false });
         run.asking = true;
-        let due = run.due(number, Question::Cancel, call);
+        let mut due = run.due(number, Question::Cancel, call);
+        if let Some(origin) = &mut run.origin {
+            due.call.fields.append(&mut origin.credentials);
+        }
         self.runs.wake_at(number, until);
         Some(due)
+    }
+
+    /// The endpoint has said what it calls a run: where it is to end, it can be called now.
+    pub(super) fn named(&mut self, number: u32, now: Instant) {
+        if self.runs.run(number).is_some_and(Run::waits_for_cancel) {
+            self.runs.wake_at(number, now);
+        }
     }
 
     /// The grant's run is to be ended by its protocol's call as soon as nothing carries it. False: there is none.
@@ -424,7 +445,9 @@ impl Core {
         let number = self.runs.by_id(id)?;
         let carried = self.runs.run(number).is_some_and(|run| run.carriers > 0);
         let call = self.cancel(number, Cancel::Interrupt, RunOutcome::Cancelled, ended, now);
+        let waits = self.runs.run(number).is_some_and(Run::waits_for_cancel);
         let report = match (&call, carried) {
+            _ if waits => CancelReport::Sent,
             (Some(_), _) => CancelReport::Sent,
             (None, true) => CancelReport::Confirmed,
             (None, false) => CancelReport::Impossible,
@@ -471,6 +494,11 @@ pub enum CancelAnswer {
 }
 
 impl Run {
+    /// It is to be ended by a call that could not be made yet.
+    pub fn waits_for_cancel(&self) -> bool {
+        self.cancel.is_some_and(|cancelling| !cancelling.sent)
+    }
+
     pub fn reference(&self) -> Option<RunRef<'_>> {
         Some(RunRef { base: &self.about.base, key: self.key.as_deref()? })
     }

@@ -424,11 +424,13 @@ impl Core {
         self.tell_pin(session, alias);
     }
 
-    pub fn adopt_name(&mut self, id: RunId, key: &str) {
+    pub fn adopt_name(&mut self, id: RunId, key: &str, now: Instant) {
+        let now = self.advance(now);
         if let Some(number) = self.runs.by_id(id) {
             self.runs.name(number, key);
             self.run_changed(number);
             self.tell_name(number, key);
+            self.named(number, now);
         }
     }
 

@@ -82,10 +82,13 @@ pub(super) struct Waiter {
 }
 
 /// What a run keeps of how it came to be, where that matters at its end.
+#[derive(Default)]
 pub(crate) struct Origin {
     /// The session among whose starts it counts.
     pub turn: Option<SessionKey>,
     pub principal: Principal,
+    /// What the call carries besides by which it is interrupted, where that waits for its name.
+    pub credentials: Vec<(&'static str, String)>,
 }
 
 /// An [`Ask`] that can wait.
@@ -475,6 +478,10 @@ impl Core {
         if let Some(mut due) = self.cancel(number, how, RunOutcome::Interrupted, ended, now) {
             due.call.fields.extend(credentials.iter().cloned());
             self.room.calls.push(due);
+        } else if let Some(run) = self.runs.run_mut(number).filter(|run| run.waits_for_cancel())
+            && let Some(origin) = &mut run.origin
+        {
+            origin.credentials = credentials.to_vec();
         }
     }
 
@@ -513,7 +520,7 @@ impl Core {
             return;
         }
         let Some(run) = self.runs.run_mut(number).filter(|run| !run.ended) else { return };
-        let origin = run.origin.get_or_insert_with(|| Box::new(Origin { turn: None, principal: None }));
+        let origin = run.origin.get_or_insert_with(|| Box::<Origin>::default());
         if origin.turn.is_none() {
             origin.turn = Some(session.clone());
             self.room.turns.adopt(session, run.id);
@@ -534,7 +541,7 @@ impl Core {
             return;
         }
         if let Some(run) = grant.run.and_then(|run| self.runs.run_mut(run)) {
-            run.origin = Some(Box::new(Origin { turn, principal }));
+            run.origin = Some(Box::new(Origin { turn, principal, credentials: Vec::new() }));
             if let (Some(principal), false) = (principal, counted) {
                 self.room.count(principal);
             }
