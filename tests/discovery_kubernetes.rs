@@ -489,3 +489,35 @@ async fn the_program_tells_each_problem_once_and_hands_over_with_its_pods() {
     let ended = std::process::Command::new("kill").args(["-TERM", &process]).status().expect("kill");
     assert!(ended.success());
 }
+
+#[tokio::test]
+async fn another_cluster_has_other_pods() {
+    let ((one, here), (other, there)) = (cluster().await, cluster().await);
+    let (old, new) = (Backend::start().await, Backend::start().await);
+    one.put(slice("support-a", port(&old), &[Pod::of(&old, 1)]));
+    other.put(slice("support-a", port(&new), &[Pod::of(&new, 1)]));
+    let proxy = start(&config(&here, "")).await;
+    are("ready", &proxy, &[&old]).await;
+    assert_eq!(proxy.reload(&config(&there, "")).await.status(), 200);
+    are("ready", &proxy, &[&new]).await;
+}
+
+#[tokio::test]
+async fn a_pod_that_speaks_tls_from_now_on_is_another_endpoint() {
+    let (server, directory) = cluster().await;
+    let backend = Backend::start().await;
+    let mut pods = slice("support-a", port(&backend), &[Pod::of(&backend, 1)]);
+    server.put(pods.clone());
+    let proxy = start(&config(&directory, "    timeouts: {connect: 300ms}\n")).await;
+    are("ready", &proxy, &[&backend]).await;
+    // The backend speaks no TLS.
+    for (protocol, understood) in [("https", false), ("http", true)] {
+        pods["ports"][0]["appProtocol"] = protocol.into();
+        server.put(pods.clone());
+        eventually_async(&format!("it is spoken to by {protocol}"), || async {
+            (run(proxy.address, "another").await.status() == 200) == understood
+        })
+        .await;
+        are("ready", &proxy, &[&backend]).await;
+    }
+}

@@ -104,6 +104,8 @@ impl Files {
 
 /// What the API server of a cluster is to us.
 struct Caller {
+    address: std::net::SocketAddr,
+    connector: TlsConnector,
     sender: hyper::client::conn::http1::SendRequest<Empty<Bytes>>,
     /// What the server showed.
     server: CertificateDer<'static>,
@@ -126,18 +128,26 @@ impl Caller {
                 builder.with_client_auth_cert(vec![identity.der.clone()], key).expect("a pair")
             }
         };
+        Caller::open(address, TlsConnector::from(Arc::new(config))).await
+    }
+
+    async fn open(address: std::net::SocketAddr, connector: TlsConnector) -> Caller {
         let stream = tokio::net::TcpStream::connect(address).await.expect("a listener");
         let name = ServerName::try_from(SERVER).expect("a name");
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.expect("a handshake");
+        let stream = connector.connect(name, stream).await.expect("a handshake");
         let server = stream.get_ref().1.peer_certificates().expect("a certificate")[0].clone().into_owned();
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
         let connection = AbortOnDropHandle::new(tokio::spawn(async move {
             let _ = connection.await;
         }));
-        Caller { sender, server, _connection: connection }
+        Caller { address, connector, sender, server, _connection: connection }
     }
 
     async fn ask(&mut self, path: &str, headers: &[(&str, &str)]) -> (StatusCode, Value) {
+        // Whoever was refused has to come again.
+        if self.sender.ready().await.is_err() {
+            *self = Caller::open(self.address, self.connector.clone()).await;
+        }
         let mut request = Request::get(path).header("host", SERVER);
         for (name, value) in headers {
             request = request.header(*name, *value);

@@ -198,16 +198,15 @@ impl Discovery {
         let mut old = std::mem::take(&mut inner.sources);
         for plan in plans {
             let same = |old: &Source| old.plan.service == plan.service && old.plan.source.source == plan.source.source;
+            // What another cluster said is nothing here: its pods leave.
+            let elsewhere = other_cluster && matches!(plan.source.source, config::Source::Kubernetes(_));
             let mut source = match old.iter().position(same) {
-                Some(place) => Source { plan, ..old.swap_remove(place) },
-                None => {
+                Some(place) if !elsewhere => Source { plan, ..old.swap_remove(place) },
+                _ => {
                     inner.last_id += 1;
                     Source::new(inner.last_id, plan)
                 }
             };
-            if other_cluster && matches!(source.plan.source.source, config::Source::Kubernetes(_)) {
-                source.task = None;
-            }
             source.checks =
                 source.found.iter().filter_map(|(key, found)| Some((key.clone(), source.plan.check(found)?))).collect();
             inner.sources.push(source);
@@ -319,8 +318,16 @@ impl Discovery {
             if source.found.get(&key) == Some(&found) {
                 continue;
             }
-            if let Some(check) = source.plan.check(&found) {
-                source.checks.insert(key.clone(), check);
+            // As https it is another endpoint than as http.
+            let identity = source.plan.identity(&found);
+            let before = source.found.get(&key).map(|found| source.plan.identity(found));
+            if let Some(before) = before.filter(|before| *before != identity && double.is_none()) {
+                let gone = Change::Remove { identity: before.into(), lost: false };
+                changes.entry(source.plan.version.clone()).or_default().push(gone);
+            }
+            match source.plan.check(&found) {
+                Some(check) => drop(source.checks.insert(key.clone(), check)),
+                None => drop(source.checks.remove(&key)),
             }
             if let Some(owner) = double {
                 source.tell_of_double(&key, &owner);

@@ -124,7 +124,10 @@ impl Server {
         if let Err(reason) = self.known.current().check(chain, request.headers(), now) {
             debug!(reason, "a caller of the metrics API was refused");
             self.known.was_refused();
-            return respond(StatusCode::UNAUTHORIZED, &answer::failure(StatusCode::UNAUTHORIZED, &reason));
+            let mut answer = respond(StatusCode::UNAUTHORIZED, &answer::failure(StatusCode::UNAUTHORIZED, &reason));
+            // Strangers must not hold the places of the API server.
+            answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            return answer;
         }
         match Asked::of(request.method(), request.uri()) {
             Asked::Document(document) => respond(StatusCode::OK, &document),
@@ -163,6 +166,8 @@ impl Server {
                         }
                         None => {
                             of_cluster.get_or_insert_with(|| {
+                                // Whom a file named that is no longer there is nobody any more.
+                                self.known.set(callers::nobody_yet());
                                 let following = callers::follow_cluster(source.clone(), Arc::clone(&self.known));
                                 AbortOnDropHandle::new(tokio::spawn(following))
                             });

@@ -212,9 +212,9 @@ impl Load {
         let value = match version {
             None => self.service_value(service, load, metric),
             Some(version) => {
-                let versions = &self.versions[service];
-                let Some(load) = versions.get(version) else {
-                    let known = names(versions.keys());
+                let versions = self.versions.get(service);
+                let Some(load) = versions.and_then(|versions| versions.get(version)) else {
+                    let known = names(versions.into_iter().flat_map(BTreeMap::keys));
                     return Err(format!("{service} has no version {version}; it has: {known}"));
                 };
                 load.value(metric)
@@ -226,7 +226,7 @@ impl Load {
     /// Something is outstanding or waits, on endpoints that drain too: whoever is scaled to zero would cut it.
     pub fn is_active(&self, service: &str, version: Option<&str>) -> bool {
         match version {
-            None => self.services.get(service).is_some_and(|load| load.outstanding_runs + load.queued_runs > 0),
+            None => self.services.get(service).is_some_and(|load| load.outstanding_runs > 0 || load.queued_runs > 0),
             Some(version) => {
                 let load = self.versions.get(service).and_then(|versions| versions.get(version));
                 load.is_some_and(|load| load.outstanding_runs > 0 || load.queued_runs > 0.0)
@@ -239,7 +239,7 @@ impl Load {
             Metric::Demand => Some(load.demand as f64),
             Metric::OutstandingRuns => {
                 let versions = self.versions.get(name).into_iter().flat_map(BTreeMap::values);
-                let draining = versions.map(|version| version.draining_runs).sum();
+                let draining = versions.map(|version| version.draining_runs).fold(0, u64::saturating_add);
                 Some(load.outstanding_runs.saturating_sub(draining) as f64)
             }
             Metric::QueuedRuns => Some(load.queued_runs as f64),
@@ -251,19 +251,20 @@ impl Load {
 
 impl ServiceLoad {
     fn add(&mut self, other: &ServiceLoad) {
-        self.outstanding_runs += other.outstanding_runs;
-        self.queued_runs += other.queued_runs;
+        // What another process says may be anything: it must neither end this one nor come round to a small number.
+        self.outstanding_runs = self.outstanding_runs.saturating_add(other.outstanding_runs);
+        self.queued_runs = self.queued_runs.saturating_add(other.queued_runs);
         self.capacity = both(self.capacity, other.capacity);
-        self.demand += other.demand;
-        self.placeable_demand += other.placeable_demand;
+        self.demand = self.demand.saturating_add(other.demand);
+        self.placeable_demand = self.placeable_demand.saturating_add(other.placeable_demand);
         self.saturation = saturation(self.demand as f64, self.capacity);
     }
 }
 
 impl VersionLoad {
     fn add(&mut self, other: &VersionLoad) {
-        self.outstanding_runs += other.outstanding_runs;
-        self.draining_runs += other.draining_runs;
+        self.outstanding_runs = self.outstanding_runs.saturating_add(other.outstanding_runs);
+        self.draining_runs = self.draining_runs.saturating_add(other.draining_runs);
         self.queued_runs += other.queued_runs;
         self.capacity = both(self.capacity, other.capacity);
         self.placeable_demand += other.placeable_demand;
@@ -283,14 +284,14 @@ impl VersionLoad {
 
 impl EndpointLoad {
     pub fn add(&mut self, other: EndpointLoad) {
-        self.outstanding_runs += other.outstanding_runs;
-        self.sessions += other.sessions;
+        self.outstanding_runs = self.outstanding_runs.saturating_add(other.outstanding_runs);
+        self.sessions = self.sessions.saturating_add(other.sessions);
     }
 }
 
 /// Unlimited where one of them is.
 fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
-    Some(one? + other?)
+    Some(one?.saturating_add(other?))
 }
 
 /// 1 where there is work and nothing that could do it.

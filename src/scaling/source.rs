@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
+
 use crate::control::ReloadState;
 use crate::drain::Phase;
 use crate::ids::{self, RunId};
@@ -15,6 +17,8 @@ use crate::state::status::ServiceStatus;
 
 /// Between two looks at what everybody has to do, however much happens.
 const LOOK_APART: Duration = Duration::from_millis(5);
+/// Answers that wait for other work, at once.
+const WAITING_MAX: usize = 64;
 
 /// The live state of one process, as those see it who sum it up. Cheap to clone.
 #[derive(Clone)]
@@ -23,11 +27,14 @@ pub struct Source {
     pub reload_state: Arc<ReloadState>,
     /// Names this process among the replicas; random.
     instance: Arc<str>,
+    /// Places for answers that wait: they must leave room for probes on the same port.
+    waiting: Arc<Semaphore>,
 }
 
 impl Source {
     pub fn new(running: Arc<Running>, reload_state: Arc<ReloadState>) -> Source {
-        Source { running, reload_state, instance: RunId::generate().to_string().into() }
+        let waiting = Arc::new(Semaphore::new(WAITING_MAX));
+        Source { running, reload_state, instance: RunId::generate().to_string().into(), waiting }
     }
 
     pub fn instance(&self) -> &str {
@@ -55,7 +62,11 @@ impl Source {
 
     /// As [`Source::load`], but not before it is another activity than `known`, the time is over or the proxy drains.
     pub async fn load_when_changed(&self, known: &str, wait: Duration) -> Load {
+        // Whoever finds no place is answered at once, and asks again.
+        let Ok(_waiting) = self.waiting.try_acquire() else { return self.load(false, ids::now()) };
         let deadline = tokio::time::Instant::now() + wait;
+        // That the drain begins is told once: whoever asks during it waits for other work, as ever.
+        let drains_already = self.running.drain.phase() >= Phase::Announced;
         loop {
             let dispatchers = self.dispatchers();
             let mut changes: Vec<_> =
@@ -64,7 +75,7 @@ impl Source {
                 change.as_mut().enable();
             }
             let load = self.load(false, ids::now());
-            if load.activity != known || self.running.drain.phase() >= Phase::Announced {
+            if load.activity != known || (!drains_already && self.running.drain.phase() >= Phase::Announced) {
                 return load;
             }
             let changed = poll_fn(|context| {
@@ -77,7 +88,7 @@ impl Source {
             });
             tokio::select! {
                 () = changed => tokio::time::sleep(LOOK_APART).await,
-                () = self.running.drain.reached(Phase::Announced) => {}
+                () = self.running.drain.reached(Phase::Announced), if !drains_already => {}
                 () = tokio::time::sleep_until(deadline) => return load,
             }
         }

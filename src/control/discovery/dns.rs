@@ -199,11 +199,13 @@ struct KeptOf<T> {
     records: Vec<T>,
     /// Since when, and how many times, the name was said not to exist.
     missing: Option<(Instant, u32)>,
+    /// An answer was believed: that there are no records is known then, and not only that nobody has said any.
+    known: bool,
 }
 
 impl<T> Default for KeptOf<T> {
     fn default() -> KeptOf<T> {
-        KeptOf { records: Vec::new(), missing: None }
+        KeptOf { records: Vec::new(), missing: None, known: false }
     }
 }
 
@@ -219,20 +221,27 @@ impl<T> KeptOf<T> {
                 self.missing = Some((since, count));
                 if count >= MISSING_ANSWERS && now.saturating_duration_since(since) >= MISSING_FOR {
                     self.records.clear();
+                    self.known = true;
                 }
-                return true;
+                return self.known;
             }
         }
         self.missing = None;
+        self.known = true;
         true
     }
 }
 
 impl Kept {
+    /// All of it is, or there is something: one type alone that has none says nothing of the name.
+    fn is_known(&self) -> bool {
+        (self.v4.known && self.v6.known) || self.all().next().is_some()
+    }
+
     fn take(&mut self, addresses: Addresses, now: Instant) -> bool {
         let Addresses { v4, v6 } = addresses;
         let (v4, v6) = (self.v4.take(v4, now), self.v6.take(v6, now));
-        v4 || v6
+        (v4 || v6) && self.is_known()
     }
 
     fn all(&self) -> impl Iterator<Item = IpAddr> {
@@ -252,7 +261,8 @@ impl Names {
                 }
                 let services = &self.services.records;
                 self.targets.retain(|name, _| services.iter().any(|service| service.target == *name));
-                answered
+                let mut targets = self.targets.values();
+                answered && (targets.clone().all(Kept::is_known) || targets.any(|kept| kept.all().next().is_some()))
             }
         }
     }
@@ -585,6 +595,25 @@ mod tests {
         names.take(looked(records(&["10.0.0.1"]), records(&["fd00::1"])), now);
         assert!(names.take(looked(records(&["10.0.0.2"]), Answer::Failed("SERVFAIL".to_owned())), now));
         assert_eq!(known(&names), ["10.0.0.2", "fd00::1"]);
+    }
+
+    /// Or what a state file remembers would go by the first stutter.
+    #[test]
+    fn at_the_start_half_an_answer_is_none() {
+        let looked = |v4, v6| Looked::Addresses(Addresses { v4, v6 });
+        let failed = || Answer::Failed("SERVFAIL".to_owned());
+        let now = ids::now();
+        let mut names = Names::default();
+        assert!(!names.take(looked(failed(), Answer::Empty), now));
+        assert!(!names.take(looked(Answer::NoName, Answer::NoName), now));
+        assert!(names.take(looked(records(&["10.0.0.1"]), failed()), now), "there is something");
+        let mut names = Names::default();
+        assert!(names.take(looked(Answer::Empty, Answer::Empty), now), "there is nothing");
+        let mut names = Names::default();
+        for seconds in [0, 15] {
+            assert!(!names.take(looked(Answer::NoName, Answer::NoName), now + Duration::from_secs(seconds)));
+        }
+        assert!(names.take(looked(Answer::NoName, Answer::NoName), now + MISSING_FOR), "there is no such name");
     }
 
     #[test]

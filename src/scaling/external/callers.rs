@@ -103,9 +103,7 @@ pub struct Known {
 
 impl Known {
     pub fn new() -> Known {
-        let nobody =
-            Callers::Nobody("the cluster has not said yet by which certificate its front proxy is known".into());
-        Known { current: Mutex::new(Arc::new(nobody)), refused: Notify::new() }
+        Known { current: Mutex::new(Arc::new(nobody_yet())), refused: Notify::new() }
     }
 
     pub fn current(&self) -> Arc<Callers> {
@@ -120,6 +118,11 @@ impl Known {
     pub fn was_refused(&self) {
         self.refused.notify_one();
     }
+}
+
+/// Before the cluster has said anything.
+pub fn nobody_yet() -> Callers {
+    Callers::Nobody("the cluster has not said yet by which certificate its front proxy is known".into())
 }
 
 /// Reads who is known from the cluster until it is dropped. What was good last stays.

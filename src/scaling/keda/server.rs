@@ -38,6 +38,8 @@ const STREAMS_MAX: u32 = 1024;
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// A peer that is gone without a word must not hold a place.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Nor one that never said anything.
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves until it is dropped, or told to `stop`. Then streams end, so that KEDA asks elsewhere.
 pub async fn serve(replicas: Arc<Replicas>, socket: Socket, stop: CancellationToken) {
@@ -183,9 +185,11 @@ impl Stream for Incoming {
                     return Poll::Pending;
                 }
                 Poll::Ready(Ok(Accepted::Tcp(stream, _))) => {
-                    return Poll::Ready(Some(
-                        TcpStream::from_std(stream).map(|stream| Connection { stream, _permit: permit }),
-                    ));
+                    return Poll::Ready(Some(TcpStream::from_std(stream).map(|stream| Connection {
+                        stream,
+                        silent: Some(Box::pin(tokio::time::sleep(PREFACE_TIMEOUT))),
+                        _permit: permit,
+                    })));
                 }
                 // It is configured by IP and port.
                 Poll::Ready(Ok(_)) => {}
@@ -201,6 +205,8 @@ impl Stream for Incoming {
 /// A connection with its place.
 struct Connection {
     stream: TcpStream,
+    /// Until something has come: by then it has to.
+    silent: Option<Pin<Box<tokio::time::Sleep>>>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -216,7 +222,17 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.silent = None;
+        } else if read.is_pending()
+            && let Some(silent) = &mut self.silent
+        {
+            ready!(silent.as_mut().poll(context));
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        read
     }
 }
 

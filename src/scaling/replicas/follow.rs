@@ -22,6 +22,8 @@ pub const WAIT: Duration = Duration::from_secs(20);
 const FIND_EVERY: Duration = Duration::from_secs(5);
 /// After an answer that did not come. The first time; then twice as long, up to [`FIND_EVERY`].
 const PAUSE: Duration = Duration::from_millis(200);
+/// A replica is asked no more often than this.
+const ASKED_APART: Duration = Duration::from_millis(50);
 
 /// The task that follows, while somebody holds it.
 pub(super) struct Task(#[expect(dead_code, reason = "ends it when it is dropped")] AbortOnDropHandle<()>);
@@ -94,6 +96,7 @@ impl Replicas {
                 None => "/metrics".to_owned(),
                 Some(known) => format!("/metrics?wait={}s&activity={known}", WAIT.as_secs()),
             };
+            let asked = tokio::time::Instant::now();
             match ask(address, &target, self.token(&settings).await, WAIT + ASK_TIMEOUT).await {
                 Ok(load) => {
                     if load.instance == self.source.instance() {
@@ -105,6 +108,8 @@ impl Replicas {
                     self.lock().followed.insert(address, Said { load, at: ids::now() });
                     self.told.notify_waiters();
                     pause = PAUSE;
+                    // Whatever it answers, and however fast.
+                    tokio::time::sleep_until(asked + ASKED_APART).await;
                 }
                 Err(failure) => {
                     debug!("the replica {address} can't be followed: {failure}");
