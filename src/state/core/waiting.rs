@@ -520,7 +520,7 @@ impl Core {
             return;
         }
         let Some(run) = self.runs.run_mut(number).filter(|run| !run.ended) else { return };
-        let origin = run.origin.get_or_insert_with(|| Box::<Origin>::default());
+        let origin = run.origin.get_or_insert_default();
         if origin.turn.is_none() {
             origin.turn = Some(session.clone());
             self.room.turns.adopt(session, run.id);
