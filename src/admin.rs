@@ -22,7 +22,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error};
@@ -33,7 +33,7 @@ use crate::control::{DrainHandle, ReloadHandle, ReloadState, runs};
 use crate::drain::Phase;
 use crate::ids::{self, RunId};
 use crate::metrics::CONTENT_TYPE;
-use crate::net::listen::{self, Socket};
+use crate::net::listen::{Bounded, Socket};
 use crate::scaling::Source;
 use crate::snapshot::Running;
 use crate::state::dispatcher::Dispatcher;
@@ -75,25 +75,12 @@ pub async fn serve(context: Arc<Context>, socket: Socket, surface: Surface, stop
         }
     };
     let router = router(context, access);
-    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let listener = Bounded::new(listener, CONNECTIONS_MAX);
     let mut connections = JoinSet::new();
-    loop {
-        // The semaphore is never closed.
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+    while let Some((accepted, permit)) = listener.accept("the admin API", &stop).await {
         while connections.try_join_next().is_some() {}
-        let accepted = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        match accepted {
-            Ok(accepted) => {
-                let stream = accepted.into_tokio().map(|(stream, _)| stream);
-                connections.spawn(connection(stream, router.clone(), permit));
-            }
-            Err(error) if listen::is_resource_exhaustion(&error) => tokio::time::sleep(EXHAUSTED_PAUSE).await,
-            Err(error) => debug!(%error, "an admin connection was lost before it was accepted"),
-        }
+        let stream = accepted.into_tokio().map(|(stream, _)| stream);
+        connections.spawn(connection(stream, router.clone(), permit));
     }
     drop(listener);
     // Those that are left then are idle, or want to wait for long.
@@ -463,5 +450,3 @@ const CONFIDENCE_DEFAULT: f64 = 0.95;
 const CONNECTIONS_MAX: usize = 256;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const HEAD_BYTES_MAX: usize = 64 << 10;
-/// How long to wait before accepting again when descriptors ran out.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);

@@ -3,6 +3,7 @@
 pub mod cookie;
 pub mod inherit;
 pub mod listen;
+pub mod name_servers;
 pub mod proxy_protocol;
 #[cfg(feature = "simulation")]
 pub mod simulated;

@@ -22,23 +22,10 @@ async fn ready(proxy: &Proxy) {
     eventually_async("the proxy is ready", || async { proxy.admin("GET", "/readyz").await.status() == 200 }).await;
 }
 
-/// The endpoints in this state, sorted.
-async fn endpoints(proxy: &Proxy, state: &str) -> Vec<String> {
-    let status = proxy.status().await;
-    let endpoints = status["services"][0]["versions"][0]["endpoints"].as_array().expect("a list").clone();
-    let mut named: Vec<String> = endpoints
-        .iter()
-        .filter(|endpoint| endpoint["state"] == state)
-        .map(|endpoint| endpoint["address"].as_str().expect("an address").to_owned())
-        .collect();
-    named.sort();
-    named
-}
-
 async fn are_ready(proxy: &Proxy, backends: &[&Backend]) {
     let mut wanted: Vec<String> = backends.iter().map(|backend| backend.name()).collect();
     wanted.sort();
-    eventually_async(&format!("{wanted:?} are ready"), || async { endpoints(proxy, "ready").await == wanted }).await;
+    eventually_async(&format!("{wanted:?} are ready"), || async { proxy.endpoints_in("ready").await == wanted }).await;
 }
 
 fn ip(backend: &Backend) -> String {
@@ -115,7 +102,7 @@ async fn failures_change_nothing() {
         server.code("agents.test", code);
         let before = failures().await;
         eventually_async("it was asked in vain", || async { failures().await > before + 1 }).await;
-        assert_eq!(endpoints(&proxy, "ready").await, [a.name()], "code {code}");
+        assert_eq!(proxy.endpoints_in("ready").await, [a.name()], "code {code}");
         assert_eq!(run(proxy.address, "s").await.status(), 200);
         assert_eq!(proxy.admin("GET", "/readyz").await.status(), 200);
     }
@@ -196,7 +183,7 @@ async fn both_families_and_an_answer_too_long_for_a_datagram() {
     all_are_used(&proxy, &[&v4, &v6]).await;
     let many: Vec<String> = (1..=200).map(|last| format!("127.0.1.{last}")).collect();
     server.addresses("agents.test", 0, &many.iter().map(String::as_str).collect::<Vec<_>>());
-    eventually_async("all 200", || async { endpoints(&proxy, "ready").await.len() == 200 }).await;
+    eventually_async("all 200", || async { proxy.endpoints_in("ready").await.len() == 200 }).await;
 }
 
 #[tokio::test]
@@ -265,7 +252,7 @@ async fn what_is_found_is_checked_as_what_is_listed() {
     let proxy = start(&server, &config(&source, "    health: {path: /health, interval: 100ms}\n"));
     ready(&proxy).await;
     are_ready(&proxy, &[well]).await;
-    eventually_async("it is ill", || async { endpoints(&proxy, "unhealthy").await == [ill.name()] }).await;
+    eventually_async("it is ill", || async { proxy.endpoints_in("unhealthy").await == [ill.name()] }).await;
     ill.each(|_| Script::ok("well"));
     are_ready(&proxy, &[well, ill]).await;
 }

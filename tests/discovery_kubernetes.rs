@@ -40,19 +40,6 @@ async fn start(config: &str) -> Proxy {
     proxy
 }
 
-/// The endpoints in this state, sorted.
-async fn endpoints(proxy: &Proxy, state: &str) -> Vec<String> {
-    let status = proxy.status().await;
-    let endpoints = status["services"][0]["versions"][0]["endpoints"].as_array().expect("a list").clone();
-    let mut named: Vec<String> = endpoints
-        .iter()
-        .filter(|endpoint| endpoint["state"] == state)
-        .map(|endpoint| endpoint["address"].as_str().expect("an address").to_owned())
-        .collect();
-    named.sort();
-    named
-}
-
 fn names(backends: &[&Backend]) -> Vec<String> {
     let mut names: Vec<String> = backends.iter().map(|backend| backend.name()).collect();
     names.sort();
@@ -61,7 +48,7 @@ fn names(backends: &[&Backend]) -> Vec<String> {
 
 async fn are(state: &str, proxy: &Proxy, backends: &[&Backend]) {
     let wanted = names(backends);
-    eventually_async(&format!("{wanted:?} are {state}"), || async { endpoints(proxy, state).await == wanted }).await;
+    eventually_async(&format!("{wanted:?} are {state}"), || async { proxy.endpoints_in(state).await == wanted }).await;
 }
 
 fn port(backend: &Backend) -> u16 {
@@ -155,13 +142,13 @@ async fn a_pod_in_two_slices_and_two_families_is_one_endpoint() {
     server.delete("support-b");
     server.delete("support-a");
     eventually_async("it is at its other address", || async {
-        endpoints(&proxy, "ready").await == [format!("[::1]:{}", port(&backend))]
+        proxy.endpoints_in("ready").await == [format!("[::1]:{}", port(&backend))]
     })
     .await;
     // Where it is known, it stays, for as long as that is listed.
     server.put(slice("support-a", port(&backend), &[v4]));
     eventually_async("it was told", || async { proxy.status().await["discovery"][0]["failures"] == 0 }).await;
-    assert_eq!(endpoints(&proxy, "ready").await, [format!("[::1]:{}", port(&backend))]);
+    assert_eq!(proxy.endpoints_in("ready").await, [format!("[::1]:{}", port(&backend))]);
 }
 
 #[tokio::test]
@@ -376,7 +363,7 @@ async fn an_api_server_that_is_gone_or_killed_again_and_again_changes_nothing_fo
     server.put(slice("support-a", port(old), &[Pod::of(old, 1), Pod::of(while_gone, 1)]));
     let away = if in_full() { Duration::from_secs(60) } else { Duration::from_secs(2) };
     tokio::time::sleep(away).await;
-    assert_eq!(endpoints(&proxy, "ready").await, [old.name()], "what is known stays");
+    assert_eq!(proxy.endpoints_in("ready").await, [old.name()], "what is known stays");
     assert!(proxy.metric("longhaul_discovery_problem", &[]).await == Some(1.0));
     server.revive();
     in_time("gone", until_ready(&proxy, while_gone).await);
@@ -399,7 +386,7 @@ async fn an_api_server_that_is_gone_or_killed_again_and_again_changes_nothing_fo
         server.revive();
         let began = Instant::now();
         let wanted = names(&fleet.iter().take(pods.len()).collect::<Vec<_>>());
-        eventually_async("it converges", || async { endpoints(&proxy, "ready").await == wanted }).await;
+        eventually_async("it converges", || async { proxy.endpoints_in("ready").await == wanted }).await;
         in_time("killed", began.elapsed());
     }
     println!("{} runs, none failed", load.end().await);
@@ -423,7 +410,7 @@ async fn an_api_server_that_freezes_or_is_replaced_without_a_word_is_noticed() {
     server.put(slice("support-a", port(old), &[Pod::of(old, 1), Pod::of(while_frozen, 1)]));
     let away = if in_full() { Duration::from_secs(60) } else { Duration::from_secs(3) };
     tokio::time::sleep(away).await;
-    assert_eq!(endpoints(&proxy, "ready").await, [old.name()], "what is known stays");
+    assert_eq!(proxy.endpoints_in("ready").await, [old.name()], "what is known stays");
     proxy.metric_becomes("longhaul_discovery_problem", &[], 1.0).await;
     server.thaw();
     in_time("frozen", until_ready(&proxy, while_frozen).await);

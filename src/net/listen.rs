@@ -9,8 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use socket2::{Domain, SockAddr, Type};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 use crate::config::Address;
 #[cfg(feature = "simulation")]
@@ -124,6 +128,39 @@ pub fn is_resource_exhaustion(error: &io::Error) -> bool {
     const EMFILE: i32 = 24;
     const ENOBUFS: i32 = if cfg!(target_os = "linux") { 105 } else { 55 };
     error.kind() == ErrorKind::OutOfMemory || matches!(error.raw_os_error(), Some(ENFILE | EMFILE | ENOBUFS))
+}
+
+/// How long to wait before accepting again then.
+pub const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts while there are places.
+pub struct Bounded {
+    listener: TokioListener,
+    places: Arc<Semaphore>,
+}
+
+impl Bounded {
+    pub fn new(listener: TokioListener, places: usize) -> Bounded {
+        Bounded { listener, places: Arc::new(Semaphore::new(places)) }
+    }
+
+    /// The next connection to `what`, and its place. `None`: it is to stop.
+    pub async fn accept(&self, what: &str, stop: &CancellationToken) -> Option<(Accepted, OwnedSemaphorePermit)> {
+        // The semaphore is never closed.
+        let place = Arc::clone(&self.places).acquire_owned().await.ok()?;
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = stop.cancelled() => return None,
+                accepted = self.listener.accept() => accepted,
+            };
+            match accepted {
+                Ok(accepted) => return Some((accepted, place)),
+                Err(failure) if is_resource_exhaustion(&failure) => tokio::time::sleep(EXHAUSTED_PAUSE).await,
+                Err(failure) => debug!(%failure, "a connection to {what} was lost before it was accepted"),
+            }
+        }
+    }
 }
 
 impl Socket {

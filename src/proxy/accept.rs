@@ -5,20 +5,16 @@ use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Address;
 use crate::drain::Phase;
-use crate::net::listen::{Accepted, Socket, TokioListener};
+use crate::net::listen::{self, Accepted, Socket, TokioListener};
 use crate::proxy::worker::WorkerHandle;
 use crate::pulse::BEAT;
 use crate::snapshot::{AcceptCommand, Listener, Running};
-
-/// How long to leave a listener alone that can't accept, because descriptors or memory ran out.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Connections that are still taken from a listener that stops; new ones must not keep it open.
 const LAST_ACCEPTED_MAX: usize = 4096;
@@ -111,7 +107,7 @@ async fn accept_from(
             Err(error) => {
                 // The one that failed was the client's; whatever is wrong with us is given time to pass.
                 tracing::warn!("listener {address:?} could not accept: {error}");
-                tokio::time::sleep(EXHAUSTED_PAUSE).await;
+                tokio::time::sleep(listen::EXHAUSTED_PAUSE).await;
             }
         }
     }

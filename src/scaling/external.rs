@@ -21,7 +21,7 @@ use rustls::ServerConfig;
 use rustls_pki_types::CertificateDer;
 use serde_json::Value;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -30,7 +30,7 @@ use tracing::{debug, error, info};
 
 use crate::config::{CertificateFiles, ExternalMetrics};
 use crate::ids;
-use crate::net::listen::{self, Accepted, Socket};
+use crate::net::listen::{Accepted, Bounded, Socket};
 use crate::net::tls::asking::{self, Authorities};
 use crate::scaling::Source;
 use crate::scaling::replicas::Replicas;
@@ -42,8 +42,6 @@ const CONNECTIONS_MAX: usize = 64;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const HEAD_BYTES_MAX: usize = 64 << 10;
-/// How long to wait before accepting again when descriptors ran out.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until it is dropped, with every connection, or told to `stop`: then it accepts nothing more.
 pub async fn serve(replicas: Arc<Replicas>, socket: Socket, stop: CancellationToken) {
@@ -55,25 +53,13 @@ pub async fn serve(replicas: Arc<Replicas>, socket: Socket, stop: CancellationTo
     let (sender, tls) = watch::channel(None);
     let server = Arc::new(Server { replicas, known, tls });
     let _files = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&server).follow_files(sender)));
-    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let listener = Bounded::new(listener, CONNECTIONS_MAX);
     let mut connections = JoinSet::new();
-    loop {
-        // The semaphore is never closed.
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+    while let Some((accepted, permit)) = listener.accept("the metrics API", &stop).await {
         while connections.try_join_next().is_some() {}
-        let accepted = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        match accepted {
-            Ok(Accepted::Tcp(stream, _)) => {
-                connections.spawn(Arc::clone(&server).connection(TcpStream::from_std(stream), permit));
-            }
-            // It is configured by IP and port.
-            Ok(_) => {}
-            Err(failure) if listen::is_resource_exhaustion(&failure) => tokio::time::sleep(EXHAUSTED_PAUSE).await,
-            Err(failure) => debug!(%failure, "a connection to the metrics API was lost before it was accepted"),
+        // It is configured by IP and port.
+        if let Accepted::Tcp(stream, _) = accepted {
+            connections.spawn(Arc::clone(&server).connection(TcpStream::from_std(stream), permit));
         }
     }
     drop(listener);

@@ -4,8 +4,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig};
+use hickory_resolver::config::LookupIpStrategy;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
+
+use crate::net::name_servers;
 
 /// For one question to one server.
 const TIMEOUT: Duration = Duration::from_millis(500);
@@ -26,8 +28,7 @@ impl Names {
                 format!("the DNS servers of this machine are not known ({failure}); look at /etc/resolv.conf")
             }),
             Some(servers) => {
-                let config = ResolverConfig::from_name_servers(servers.iter().map(name_server).collect());
-                Ok(TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()))
+                Ok(TokioResolver::builder_with_config(name_servers::only(servers), TokioRuntimeProvider::default()))
             }
         };
         let resolver = builder.and_then(|mut builder| {
@@ -55,12 +56,4 @@ impl Names {
             false => Ok(addresses),
         }
     }
-}
-fn name_server(address: &SocketAddr) -> NameServerConfig {
-    let at_port = |mut connection: ConnectionConfig| {
-        connection.port = address.port();
-        connection
-    };
-    let connections = vec![at_port(ConnectionConfig::udp()), at_port(ConnectionConfig::tcp())];
-    NameServerConfig::new(address.ip(), true, connections)
 }

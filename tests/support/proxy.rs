@@ -99,6 +99,20 @@ impl Proxy {
         self.admin("GET", "/api/v1/status").await.json()
     }
 
+    /// The addresses of the first version's endpoints in this state, sorted.
+    pub async fn endpoints_in(&self, state: &str) -> Vec<String> {
+        let endpoints = self.status().await["services"][0]["versions"][0]["endpoints"].clone();
+        let mut named: Vec<String> = endpoints
+            .as_array()
+            .expect("a list")
+            .iter()
+            .filter(|endpoint| endpoint["state"] == state)
+            .map(|endpoint| endpoint["address"].as_str().expect("an address").to_owned())
+            .collect();
+        named.sort();
+        named
+    }
+
     /// The status of the endpoint of this address (`host:port`), wherever it is.
     pub async fn endpoint(&self, address: &str) -> Option<Value> {
         let status = self.status().await;

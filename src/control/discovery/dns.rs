@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts};
+use hickory_resolver::config::{ResolveHosts, ResolverOpts};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::ResponseCode;
@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use crate::config::{DnsSource, EndpointHost};
 use crate::control::discovery::{Found, Reporter};
 use crate::ids;
+use crate::net::name_servers;
 use crate::state::discovery::Readiness;
 
 /// A TTL of nothing does not mean to ask without end; a shorter `refresh` goes before it.
@@ -341,7 +342,7 @@ impl Lookups {
             Some(servers) => {
                 let mut options = ResolverOpts::default();
                 options.use_hosts_file = ResolveHosts::Never;
-                (ResolverConfig::from_name_servers(servers.iter().map(name_server).collect()), options)
+                (name_servers::only(servers), options)
             }
         };
         // Answers are kept here, and asked for again when it is time.
@@ -493,15 +494,6 @@ impl Lookups {
             Err(failure) => Answer::Failed(failure.to_string()),
         }
     }
-}
-
-fn name_server(address: &SocketAddr) -> NameServerConfig {
-    let at_port = |mut connection: ConnectionConfig| {
-        connection.port = address.port();
-        connection
-    };
-    let connections = vec![at_port(ConnectionConfig::udp()), at_port(ConnectionConfig::tcp())];
-    NameServerConfig::new(address.ip(), true, connections)
 }
 
 /// How much an answer says for a name to be the one that is meant.

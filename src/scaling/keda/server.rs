@@ -157,9 +157,6 @@ struct Incoming {
 
 type Acquiring = Pin<Box<dyn Future<Output = Option<OwnedSemaphorePermit>> + Send>>;
 
-/// How long to wait before accepting again when descriptors ran out.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
-
 impl Stream for Incoming {
     type Item = io::Result<Connection>;
 
@@ -194,7 +191,7 @@ impl Stream for Incoming {
                 // It is configured by IP and port.
                 Poll::Ready(Ok(_)) => {}
                 Poll::Ready(Err(failure)) if listen::is_resource_exhaustion(&failure) => {
-                    this.pause = Some(Box::pin(tokio::time::sleep(EXHAUSTED_PAUSE)));
+                    this.pause = Some(Box::pin(tokio::time::sleep(listen::EXHAUSTED_PAUSE)));
                 }
                 Poll::Ready(Err(failure)) => debug!(%failure, "a connection of KEDA was lost before it was accepted"),
             }
