@@ -24,7 +24,7 @@ const LATENESS: Duration = Duration::from_secs(1);
 async fn proxy_before(servers: &Peers, protocol: &str, more: &str) -> Proxy {
     let urls = servers.urls();
     start_proxy(&format!(
-        "services:\n  - name: agent\n    agent_protocol: {protocol}\n{more}    \
+        "services:\n  - name: agent\n    agent_protocol: {protocol}\n    pool: {{idle_timeout: 2s}}\n{more}    \
          versions: [{{name: stable, endpoints: {urls}}}]\n"
     ))
     .await
