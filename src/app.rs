@@ -26,7 +26,7 @@ use crate::control::shutdown::{self, Ended, Signals};
 use crate::control::{DrainHandle, ReloadHandle, ReloadState, clock, health, runs, watch};
 use crate::logging::AccessLog;
 use crate::metrics::Metrics;
-use crate::net;
+use crate::net::descriptors;
 use crate::net::listen::Socket;
 use crate::proxy;
 use crate::scaling::Source;
@@ -172,8 +172,13 @@ fn assemble(options: Options) -> Result<Built, StartError> {
     let Options { config_path, loaded, workers: _, signals, watch, after_reload, mut heritage, predecessor, program } =
         options;
     let notifier = heritage.notifier.clone();
-    if let Err(failure) = net::raise_descriptor_limit() {
-        tracing::warn!("the descriptor limit could not be raised: {failure}");
+    match descriptors::raise_limit() {
+        Ok(limit) => {
+            if let Err(failure) = descriptors::reserve(limit) {
+                tracing::debug!("no room could be made for descriptors: {failure}");
+            }
+        }
+        Err(failure) => tracing::warn!("the descriptor limit could not be raised: {failure}"),
     }
     reload::log_warnings(&config_path.display().to_string(), &loaded);
     let admin_address = loaded.config.admin.address.clone();

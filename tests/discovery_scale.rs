@@ -100,7 +100,7 @@ fn processor_time(thread: &str) -> Duration {
 async fn every_change_is_routed_soon_and_costs_little() {
     let in_full = std::env::var_os("LONGHAUL_DISCOVERY_FULL").is_some();
     let (count, seconds) = if in_full { (1_000, 60) } else { (200, 4) };
-    longhaul::net::raise_descriptor_limit().expect("descriptors");
+    longhaul::net::descriptors::raise_limit().expect("descriptors");
     let pods = Pods::start(count).await;
     let server = ApiServer::start().await;
     let directory = tempfile::tempdir().expect("a directory");

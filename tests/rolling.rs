@@ -325,7 +325,7 @@ fn load(
 async fn a_rolling_restart_of_endpoints_cuts_nothing() {
     const ENDPOINTS: usize = 10;
     const CLIENTS: usize = 500;
-    longhaul::net::raise_descriptor_limit().expect("a limit");
+    longhaul::net::descriptors::raise_limit().expect("a limit");
     let directory = tempfile::tempdir().expect("a directory");
     let mut agents: Vec<Agent> = (0..ENDPOINTS).map(|_| Agent::start("127.0.0.1:0")).collect();
     let addresses: Vec<SocketAddr> = agents.iter().map(|agent| agent.address).collect();
@@ -373,7 +373,7 @@ async fn a_rolling_restart_of_endpoints_cuts_nothing() {
 #[tokio::test]
 async fn one_proxy_takes_over_from_another_on_the_same_port() {
     const CLIENTS: usize = 200;
-    longhaul::net::raise_descriptor_limit().expect("a limit");
+    longhaul::net::descriptors::raise_limit().expect("a limit");
     let directory = tempfile::tempdir().expect("a directory");
     let agents: Vec<Agent> = (0..3).map(|_| Agent::start("127.0.0.1:0")).collect();
     let addresses: Vec<SocketAddr> = agents.iter().map(|agent| agent.address).collect();

@@ -1,4 +1,4 @@
-//! The process's signals, in a test process of their own: they reach every proxy in it.
+//! What belongs to the whole process, in a test process of its own: signals, which reach every proxy in it, and descriptors.
 
 use std::process::Command;
 use std::time::Duration;
@@ -21,7 +21,30 @@ services:
       - {name: stable, endpoints: ['http://127.0.0.1:9']}
 ";
 
+/// Both in one: they must not run beside each other.
 #[test]
+fn the_process_has_room_for_descriptors_reloads_at_hangup_and_ends_at_the_second_terminate() {
+    descriptors_have_their_room_before_the_first_client();
+    hangup_reloads_and_the_second_terminate_ends_at_once();
+}
+
+fn descriptors_have_their_room_before_the_first_client() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("longhaul.yaml");
+    std::fs::write(&path, FILE).expect("a file");
+    let loaded = config::load(&path).expect("a good file");
+    let app = app::build(Options::new(path, loaded)).expect("a start");
+
+    let (soft, hard) = rlimit::Resource::NOFILE.get().expect("a limit");
+    assert_eq!(soft, hard, "two sockets a stream need the most that is allowed");
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+    let slots = status.lines().find_map(|line| line.strip_prefix("FDSize:")).expect("a size");
+    let slots: u64 = slots.trim().parse().expect("a number");
+    // Else the kernel makes the table larger while workers wait.
+    assert!(slots >= hard.min(16 * 1024), "{slots}");
+    drop(app);
+}
+
 fn hangup_reloads_and_the_second_terminate_ends_at_once() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("longhaul.yaml");
