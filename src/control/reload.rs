@@ -4,6 +4,8 @@
 //! runs. Then dispatchers learn their new endpoints, the snapshot is swapped, and last the accept loop hears of new and
 //! gone listeners: so no request ever meets a service that its dispatcher does not know, nor a socket without listener.
 
+mod handle;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use rustls_pki_types::ServerName;
 use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
 use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
@@ -22,6 +24,7 @@ use crate::control::call::Way;
 use crate::control::discovery::{Discovery, Plan, Surroundings, Template};
 use crate::control::health::{Check, OwnLoad, Probe};
 use crate::control::notify::Notifier;
+use crate::control::reload::handle::{Request, Trigger};
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
@@ -38,77 +41,13 @@ use crate::state::image::Place;
 use crate::state::{self, ClientTls, TargetSettings};
 use crate::store::{Kept, Secrets, Store, StoreSlot};
 
+pub(super) use handle::HandedOver;
+pub use handle::ReloadHandle;
+
 /// Between the swap and the drain of a removed service's endpoints.
 const REMOVAL_GRACE: Duration = Duration::from_secs(1);
-/// Reloads that may wait for their turn; whoever comes after waits for a place.
-const WAITING_MAX: usize = 16;
 /// Commands that the accept loop may be behind.
 const COMMANDS_MAX: usize = 64;
-
-/// Asks for reloads, from anywhere. Cheap to clone.
-#[derive(Clone)]
-pub struct ReloadHandle {
-    file: Arc<str>,
-    requests: mpsc::Sender<Request>,
-}
-
-impl ReloadHandle {
-    /// Reads the file and lets it take effect; answers the generation that is in effect then (the old one where the file
-    /// means the same). On an error nothing has changed.
-    pub async fn reload(&self) -> Result<u64, Problems> {
-        self.ask(Trigger::Asked).await
-    }
-
-    /// As [`ReloadHandle::reload`], but an error that is known already is neither logged nor counted again.
-    pub(super) async fn retry(&self) -> Result<u64, Problems> {
-        self.ask(Trigger::Retry).await
-    }
-
-    /// Stops every listener; from then on reloads are refused.
-    pub(super) async fn close_listeners(&self) {
-        let (reply, done) = oneshot::channel();
-        if self.requests.send(Request::CloseListeners { reply }).await.is_ok() {
-            let _ = done.await;
-        }
-    }
-
-    /// Handles of all listening sockets, for another process. From then on reloads are refused until
-    /// [`ReloadHandle::hand_over_failed`].
-    pub(super) async fn hand_over(&self) -> std::io::Result<HandedOver> {
-        let gone = || std::io::Error::other("the proxy is stopping");
-        let (reply, answer) = oneshot::channel();
-        self.requests.send(Request::HandOver { reply }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-
-    /// This process stays the one that serves.
-    pub(super) async fn hand_over_failed(&self) {
-        // Whoever reloads has gone only where the process ends.
-        let _ = self.requests.send(Request::HandOverFailed).await;
-    }
-
-    async fn ask(&self, trigger: Trigger) -> Result<u64, Problems> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || one_problem(&self.file, "", "the proxy is stopping and reloads nothing any more".to_owned());
-        self.requests.send(Request::Reload { trigger, reply }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-}
-
-enum Request {
-    Reload { trigger: Trigger, reply: oneshot::Sender<Result<u64, Problems>> },
-    CloseListeners { reply: oneshot::Sender<()> },
-    HandOver { reply: oneshot::Sender<std::io::Result<HandedOver>> },
-    HandOverFailed,
-}
-
-/// What a process has to have before it can build anything that takes over from another.
-pub(super) struct HandedOver {
-    pub sockets: Vec<Spare>,
-    pub secrets: Secrets,
-    pub generation: u64,
-    pub sha256: String,
-}
 
 /// What a process begins with that was not made by it.
 #[derive(Default)]
@@ -124,12 +63,6 @@ pub struct Heritage {
     pub kept: Option<Kept>,
     /// Where endpoints are looked for.
     pub surroundings: Surroundings,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Trigger {
-    Asked,
-    Retry,
 }
 
 /// What is known about reloads: for the admin API and metrics.
@@ -309,7 +242,7 @@ impl Reloader {
             let changed = u64::from(sha256 != prepared.snapshot.loaded.sha256);
             prepared.snapshot.generation = generation + changed;
         }
-        let (request_sender, requests) = mpsc::channel(WAITING_MAX);
+        let (handle, requests) = ReloadHandle::new(file);
         let (accept, accept_receiver) = mpsc::channel(COMMANDS_MAX);
         let (sides, sides_receiver) = mpsc::channel(SIDE_COMMANDS_MAX);
         let discovery = Discovery::new(surroundings);
@@ -352,7 +285,7 @@ impl Reloader {
         });
         let outlets = Outlets {
             running: Arc::clone(&running),
-            handle: ReloadHandle { file, requests: request_sender },
+            handle,
             state: Arc::clone(&state),
             accept: accept_receiver,
             sides: sides_receiver,
