@@ -5,18 +5,19 @@
 //! gone listeners: so no request ever meets a service that its dispatcher does not know, nor a socket without listener.
 
 mod handle;
+mod status;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use rustls_pki_types::ServerName;
 use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
@@ -25,6 +26,7 @@ use crate::control::discovery::{Discovery, Plan, Surroundings, Template};
 use crate::control::health::{Check, OwnLoad, Probe};
 use crate::control::notify::Notifier;
 use crate::control::reload::handle::{Request, Trigger};
+use crate::control::reload::status::Removed;
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
@@ -43,9 +45,8 @@ use crate::store::{Kept, Secrets, Store, StoreSlot};
 
 pub(super) use handle::HandedOver;
 pub use handle::ReloadHandle;
+pub use status::{ReloadState, ReloadStatus};
 
-/// Between the swap and the drain of a removed service's endpoints.
-const REMOVAL_GRACE: Duration = Duration::from_secs(1);
 /// Commands that the accept loop may be behind.
 const COMMANDS_MAX: usize = 64;
 
@@ -63,74 +64,6 @@ pub struct Heritage {
     pub kept: Option<Kept>,
     /// Where endpoints are looked for.
     pub surroundings: Surroundings,
-}
-
-/// What is known about reloads: for the admin API and metrics.
-#[derive(Clone, Debug)]
-pub struct ReloadStatus {
-    pub generation: u64,
-    /// Of the last file that was found good, also where it changed nothing.
-    pub sha256: String,
-    /// When this generation took effect.
-    pub loaded_at: SystemTime,
-    /// Why the last reload was refused; `None` after one that was not.
-    pub last_error: Option<Problems>,
-    /// Reloads since the start, the first load not counted.
-    pub succeeded: u64,
-    pub failed: u64,
-    /// Every file that the last good configuration names.
-    pub files: Vec<PathBuf>,
-}
-
-/// [`ReloadStatus`], shared, and the services that left the configuration while runs of theirs go on.
-pub struct ReloadState {
-    status: watch::Sender<ReloadStatus>,
-    removed: Mutex<Vec<Removed>>,
-}
-
-/// A service that left the configuration. It is kept until the last exchange lets go of its dispatcher.
-struct Removed {
-    dispatcher: Arc<Dispatcher>,
-    config: config::Service,
-    at: Instant,
-    emptied: bool,
-}
-
-impl ReloadState {
-    pub fn status(&self) -> ReloadStatus {
-        self.status.borrow().clone()
-    }
-
-    /// Changes after every reload, refused ones included.
-    pub fn subscribe(&self) -> watch::Receiver<ReloadStatus> {
-        self.status.subscribe()
-    }
-
-    /// The services that are no longer configured, but still have exchanges.
-    pub fn removed_services(&self) -> Vec<(String, Arc<Dispatcher>)> {
-        self.lock_removed().iter().map(|gone| (gone.config.name.clone(), Arc::clone(&gone.dispatcher))).collect()
-    }
-
-    /// Drains the endpoints of removed services, and lets go of those that nobody uses. True as [`Dispatcher::tick`].
-    pub(super) fn tick_removed(&self, now: Instant) -> bool {
-        let mut is_cutting = false;
-        self.lock_removed().retain_mut(|gone| {
-            // Not at once: a request that was routed by the snapshot before may be about to pick.
-            if !gone.emptied && now.saturating_duration_since(gone.at) >= REMOVAL_GRACE {
-                let config = config::Service { versions: Vec::new(), ..gone.config.clone() };
-                gone.dispatcher.apply(ServiceSettings { config, targets: Vec::new(), discovered: Vec::new() }, now);
-                gone.emptied = true;
-            }
-            is_cutting |= gone.dispatcher.tick(now);
-            // Every lease holds its dispatcher, so the last reference means: no exchange left.
-            !(gone.emptied && Arc::strong_count(&gone.dispatcher) == 1)
-        });
-        is_cutting
-    }
-
-    fn lock_removed(&self) -> MutexGuard<'_, Vec<Removed>> {
-        self.removed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// A server beside the listeners and the admin API, which a reload may start, move or stop.
@@ -272,7 +205,7 @@ impl Reloader {
             failed: 0,
             files: prepared.snapshot.loaded.files.clone(),
         };
-        let state = Arc::new(ReloadState { status: watch::Sender::new(status), removed: Mutex::new(Vec::new()) });
+        let state = Arc::new(ReloadState::new(status));
         let running = Arc::new(Running {
             snapshot: ArcSwap::from_pointee(prepared.snapshot),
             metrics,
