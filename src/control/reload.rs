@@ -5,10 +5,10 @@
 //! gone listeners: so no request ever meets a service that its dispatcher does not know, nor a socket without listener.
 
 mod handle;
+mod sides;
 mod status;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,6 +26,7 @@ use crate::control::discovery::{Discovery, Plan, Surroundings, Template};
 use crate::control::health::{Check, OwnLoad, Probe};
 use crate::control::notify::Notifier;
 use crate::control::reload::handle::{Request, Trigger};
+use crate::control::reload::sides::{BoundSide, SIDE_COMMANDS_MAX};
 use crate::control::reload::status::Removed;
 use crate::drain::Drain;
 use crate::ids;
@@ -45,6 +46,7 @@ use crate::store::{Kept, Secrets, Store, StoreSlot};
 
 pub(super) use handle::HandedOver;
 pub use handle::ReloadHandle;
+pub use sides::{Side, SideCommand};
 pub use status::{ReloadState, ReloadStatus};
 
 /// Commands that the accept loop may be behind.
@@ -65,45 +67,6 @@ pub struct Heritage {
     /// Where endpoints are looked for.
     pub surroundings: Surroundings,
 }
-
-/// A server beside the listeners and the admin API, which a reload may start, move or stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    Probes,
-    ExternalMetrics,
-    Keda,
-}
-
-impl Side {
-    const ALL: [Side; 3] = [Side::Probes, Side::ExternalMetrics, Side::Keda];
-
-    /// The key of the configuration that has its address.
-    pub fn key(self) -> &'static str {
-        match self {
-            Side::Probes => "admin.probes",
-            Side::ExternalMetrics => "kubernetes.external_metrics",
-            Side::Keda => "kubernetes.keda",
-        }
-    }
-
-    fn configured(self, config: &config::Config) -> Option<SocketAddr> {
-        match self {
-            Side::Probes => config.admin.probes,
-            Side::ExternalMetrics => config.kubernetes.external_metrics.as_ref().map(|metrics| metrics.address),
-            Side::Keda => config.kubernetes.keda.as_ref().map(|keda| keda.address),
-        }
-    }
-}
-
-/// What such a server has to do after a reload.
-pub struct SideCommand {
-    pub side: Side,
-    /// Serve on this socket, and no longer on the one before; `None`: stop.
-    pub socket: Option<Socket>,
-}
-
-/// Commands that they may be behind.
-const SIDE_COMMANDS_MAX: usize = Side::ALL.len();
 
 /// What a new [`Reloader`] hands to the other parts.
 pub struct Outlets {
@@ -574,13 +537,6 @@ struct CachedClientTls {
     config: Arc<rustls::ClientConfig>,
 }
 
-#[derive(Clone)]
-struct BoundSide {
-    side: Side,
-    configured: SocketAddr,
-    local: Address,
-}
-
 /// A next generation that can take effect without failing.
 struct Prepared {
     snapshot: Snapshot,
@@ -918,37 +874,6 @@ impl Builder {
         }
         announcements.stops = old.iter().map(|old| old.local_address.clone()).collect();
         (listeners, announcements)
-    }
-
-    /// The servers beside as the configuration wants them.
-    fn bind_sides(
-        &self,
-        config: &config::Config,
-        announcements: &mut Announcements,
-        problems: &mut Vec<Problem>,
-    ) -> Vec<BoundSide> {
-        let mut sides = Vec::new();
-        for side in Side::ALL {
-            let known = self.sides.iter().find(|bound| bound.side == side);
-            let Some(configured) = side.configured(config) else {
-                if known.is_some() {
-                    announcements.sides.push(SideCommand { side, socket: None });
-                }
-                continue;
-            };
-            if let Some(bound) = known.filter(|bound| bound.configured == configured) {
-                sides.push(bound.clone());
-                continue;
-            }
-            match self.take_or_bind(&Address::Tcp(configured), side.key(), listen::bind) {
-                Ok((local, socket)) => {
-                    announcements.sides.push(SideCommand { side, socket: Some(socket) });
-                    sides.push(BoundSide { side, configured, local });
-                }
-                Err(message) => problems.push(problem(&format!("{}.address", side.key()), message)),
-            }
-        }
-        sides
     }
 
     /// The inherited socket of this address, or a new one.
