@@ -7,20 +7,20 @@
 mod handle;
 mod sides;
 mod status;
+mod tls;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use rustls_pki_types::ServerName;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
+use crate::config::{self, Address, Loaded, Problem, Problems};
 use crate::control::call::Way;
 use crate::control::discovery::{Discovery, Plan, Surroundings, Template};
 use crate::control::health::{Check, OwnLoad, Probe};
@@ -28,6 +28,7 @@ use crate::control::notify::Notifier;
 use crate::control::reload::handle::{Request, Trigger};
 use crate::control::reload::sides::{BoundSide, SIDE_COMMANDS_MAX};
 use crate::control::reload::status::Removed;
+use crate::control::reload::tls::{CachedClientTls, finds_https, is_https, listener_tls, server_name};
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
@@ -35,13 +36,12 @@ use crate::metrics::{Metrics, VersionMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::inherit::{Inherited, Spare};
 use crate::net::listen::{self, Socket};
-use crate::net::tls::{self, ServerTls};
 use crate::pulse::Pulses;
 use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, Service, Snapshot};
 use crate::state::core::Restored;
 use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::image::Place;
-use crate::state::{self, ClientTls, TargetSettings};
+use crate::state::{self, TargetSettings};
 use crate::store::{Kept, Secrets, Store, StoreSlot};
 
 pub(super) use handle::HandedOver;
@@ -527,16 +527,6 @@ struct Builder {
     inherited: Mutex<Inherited>,
 }
 
-/// Unchanged settings keep the same `Arc`, by which the dispatcher sees that a target is unchanged.
-#[derive(Clone)]
-struct CachedClientTls {
-    settings: config::UpstreamTls,
-    http: config::HttpVersion,
-    /// Of the files that `settings` names.
-    content: [u8; 32],
-    config: Arc<rustls::ClientConfig>,
-}
-
 /// A next generation that can take effect without failing.
 struct Prepared {
     snapshot: Snapshot,
@@ -561,22 +551,8 @@ struct Announcements {
 impl Builder {
     /// Whether `loaded` would change nothing, the content of upstream certificates included.
     fn means_the_same(&self, current: &Snapshot, loaded: &Loaded) -> bool {
-        current.loaded.config == loaded.config
-            && loaded.config.services.iter().flat_map(|service| &service.versions).all(|version| {
-                !(version.endpoints.iter().any(|endpoint| is_https(&endpoint.url)) || finds_https(version))
-                    || find_client_tls(&self.client_tls, version, &file_content(&version.tls)).is_some()
-            })
-    }
-
-    /// Re-reads the listeners' certificates; a bad file leaves those that were there.
-    fn refresh_certificates(&self, current: &Snapshot) -> Result<(), Problems> {
-        let mut problems = Vec::new();
-        for (index, listener) in current.listeners.iter().enumerate() {
-            if let Some(tls) = &listener.tls {
-                refresh(tls, index, &mut problems);
-            }
-        }
-        self.all_well(problems)
+        let mut versions = loaded.config.services.iter().flat_map(|service| &service.versions);
+        current.loaded.config == loaded.config && versions.all(|version| self.client_tls_is_kept(version))
     }
 
     /// Builds the generation after `current`. Sockets that it binds are closed again when it fails.
@@ -781,52 +757,6 @@ impl Builder {
         hex(&secret.finalize())
     }
 
-    fn endpoint_tls(
-        &self,
-        version: &config::Version,
-        url: &EndpointUrl,
-        next: &mut Vec<CachedClientTls>,
-    ) -> Result<Option<ClientTls>, TlsFailure> {
-        let EndpointUrl::Tcp { https: true, host, .. } = url else { return Ok(None) };
-        let server_name = match (&version.tls.server_name, host) {
-            (Some(name), _) => server_name(name)?,
-            (None, EndpointHost::Ip(ip)) => ServerName::IpAddress((*ip).into()),
-            (None, EndpointHost::Name(name)) => server_name(name)?,
-        };
-        let content = file_content(&version.tls);
-        if let Some(known) = find_client_tls(next, version, &content) {
-            return Ok(Some(ClientTls { config: Arc::clone(&known.config), server_name }));
-        }
-        let cached = match find_client_tls(&self.client_tls, version, &content) {
-            Some(known) => known.clone(),
-            None => CachedClientTls {
-                settings: version.tls.clone(),
-                http: version.http,
-                content,
-                config: tls::client(&version.tls, version.http).map_err(TlsFailure::Settings)?,
-            },
-        };
-        let config = Arc::clone(&cached.config);
-        next.push(cached);
-        Ok(Some(ClientTls { config, server_name }))
-    }
-
-    /// By which endpoints that are found are reached over https. `None`: that is neither wanted nor possible.
-    fn tls_of_sources(
-        &self,
-        version: &config::Version,
-        next: &mut Vec<CachedClientTls>,
-    ) -> Result<Option<Arc<rustls::ClientConfig>>, String> {
-        // Any: each endpoint has a name of its own.
-        let host = EndpointHost::Ip(std::net::Ipv4Addr::LOCALHOST.into());
-        let url = EndpointUrl::Tcp { https: true, host, port: 443 };
-        match self.endpoint_tls(version, &url, next) {
-            Ok(tls) => Ok(tls.map(|tls| tls.config)),
-            Err(failure) if finds_https(version) => Err(failure.message()),
-            Err(_) => Ok(None),
-        }
-    }
-
     /// The listeners of the next snapshot. A listener is its address: whatever else changes, the socket stays.
     fn listeners(
         &self,
@@ -906,68 +836,6 @@ struct Services {
     version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
 }
 
-/// Endpoints that are found have no scheme: it is https where the version says anything of TLS.
-fn finds_https(version: &config::Version) -> bool {
-    !version.sources.is_empty() && version.tls != config::UpstreamTls::default()
-}
-
-/// Why there is no TLS towards an endpoint.
-enum TlsFailure {
-    /// The version's `tls` block.
-    Settings(String),
-    /// Neither `tls.server_name` nor the endpoint's host is a name that a certificate can have.
-    ServerName(String),
-}
-
-impl TlsFailure {
-    fn key(&self, endpoint: usize) -> String {
-        match self {
-            TlsFailure::Settings(_) => "tls".to_owned(),
-            TlsFailure::ServerName(_) => format!("endpoints[{endpoint}]"),
-        }
-    }
-
-    fn message(self) -> String {
-        match self {
-            TlsFailure::Settings(message) => message,
-            TlsFailure::ServerName(name) => {
-                format!("\"{name}\" is no name that a certificate can have; set tls.server_name to one")
-            }
-        }
-    }
-}
-
-fn server_name(name: &str) -> Result<ServerName<'static>, TlsFailure> {
-    ServerName::try_from(name.to_owned()).map_err(|_| TlsFailure::ServerName(name.to_owned()))
-}
-
-fn listener_tls(
-    settings: &config::ListenerTls,
-    kept: Option<&Arc<ServerTls>>,
-    index: usize,
-    problems: &mut Vec<Problem>,
-) -> Option<Arc<ServerTls>> {
-    if let Some(kept) = kept {
-        refresh(kept, index, problems);
-        return Some(Arc::clone(kept));
-    }
-    match tls::server(settings) {
-        Ok(tls) => Some(Arc::new(tls)),
-        Err(message) => {
-            problems.push(problem(&format!("listeners[{index}].tls"), message));
-            None
-        }
-    }
-}
-
-fn refresh(tls: &ServerTls, index: usize, problems: &mut Vec<Problem>) {
-    match tls.reload_if_changed() {
-        Ok(true) => info!("certificates of listeners[{index}] were read anew"),
-        Ok(false) => {}
-        Err(message) => problems.push(problem(&format!("listeners[{index}].tls"), message)),
-    }
-}
-
 /// Binds the admin API's address, unless its socket was inherited.
 pub fn bind_admin(inherited: &mut Inherited, address: &Address) -> Result<(Address, Socket), String> {
     take_or_bind(inherited, address, "admin", listen::bind_private)
@@ -1004,33 +872,6 @@ pub(crate) fn display(address: &Address) -> String {
         Address::Tcp(address) => address.to_string(),
         Address::Unix(path) => format!("unix:{}", path.display()),
     }
-}
-
-fn is_https(url: &EndpointUrl) -> bool {
-    matches!(url, EndpointUrl::Tcp { https: true, .. })
-}
-
-fn find_client_tls<'a>(
-    cache: &'a [CachedClientTls],
-    version: &config::Version,
-    content: &[u8; 32],
-) -> Option<&'a CachedClientTls> {
-    cache.iter().find(|known| known.settings == version.tls && known.http == version.http && known.content == *content)
-}
-
-/// A digest of the files; one that can't be read counts as such and is reported by whoever needs it.
-fn file_content(tls: &config::UpstreamTls) -> [u8; 32] {
-    let mut digest = Sha256::new();
-    for path in [&tls.ca_file, &tls.cert_file, &tls.key_file].into_iter().flatten() {
-        match std::fs::read(Path::new(path)) {
-            Ok(content) => {
-                digest.update((content.len() as u64).to_be_bytes());
-                digest.update(content);
-            }
-            Err(_) => digest.update(u64::MAX.to_be_bytes()),
-        }
-    }
-    digest.finalize().into()
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {
@@ -1074,20 +915,6 @@ mod tests {
         assert_eq!(process.own_secret("support"), process.own_secret("support"));
         assert_ne!(process.own_secret("support"), process.own_secret("sales"));
         assert_ne!(process.own_secret("support"), builder().own_secret("support"));
-    }
-
-    #[test]
-    fn client_tls_is_kept_by_content() {
-        let directory = tempfile::tempdir().unwrap();
-        let ca_file = directory.path().join("ca.crt");
-        let settings = config::UpstreamTls { ca_file: Some(ca_file.clone()), ..config::UpstreamTls::default() };
-        let missing = file_content(&settings);
-        std::fs::write(&ca_file, "one").unwrap();
-        let first = file_content(&settings);
-        assert_ne!(missing, first);
-        assert_eq!(first, file_content(&settings));
-        std::fs::write(&ca_file, "two").unwrap();
-        assert_ne!(first, file_content(&settings));
     }
 
     #[test]
