@@ -3,7 +3,11 @@
 //! The order matters. Everything that can fail comes first (read, check, certificates, sockets) and touches nothing that
 //! runs. Then dispatchers learn their new endpoints, the snapshot is swapped, and last the accept loop hears of new and
 //! gone listeners: so no request ever meets a service that its dispatcher does not know, nor a socket without listener.
+//!
+//! Here is the loop that does one reload after the other. What can fail is the [`builder`]'s, part by part: [`services`],
+//! [`listeners`], [`sides`] and [`tls`]. Others ask through the [`handle`] and see the [`status`].
 
+mod builder;
 mod handle;
 mod listeners;
 mod services;
@@ -11,10 +15,9 @@ mod sides;
 mod status;
 mod tls;
 
-use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
@@ -22,24 +25,21 @@ use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use crate::config::{self, Address, Loaded, Problem, Problems};
-use crate::control::discovery::{Discovery, Plan, Surroundings};
-use crate::control::health::Check;
+use crate::control::discovery::{Discovery, Surroundings};
 use crate::control::notify::Notifier;
+use crate::control::reload::builder::{Announcements, Builder, Prepared};
 use crate::control::reload::handle::{Request, Trigger};
-use crate::control::reload::services::Services;
-use crate::control::reload::sides::{BoundSide, SIDE_COMMANDS_MAX};
+use crate::control::reload::sides::SIDE_COMMANDS_MAX;
 use crate::control::reload::status::Removed;
-use crate::control::reload::tls::CachedClientTls;
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
-use crate::metrics::{Metrics, VersionMetrics};
+use crate::metrics::Metrics;
 use crate::net::inherit::{Inherited, Spare};
 use crate::net::listen::Socket;
 use crate::pulse::Pulses;
 use crate::snapshot::{AcceptCommand, Contended, Running, Snapshot};
 use crate::state::TargetSettings;
-use crate::state::dispatcher::{Dispatcher, ServiceSettings};
 use crate::state::image::Place;
 use crate::store::{Kept, Secrets, Store, StoreSlot};
 
@@ -503,93 +503,6 @@ struct Done {
     loaded_at: SystemTime,
     sha256: String,
     files: Vec<PathBuf>,
-}
-
-/// Builds snapshots, and keeps what must stay the same thing from one to the next.
-struct Builder {
-    file: Arc<str>,
-    metrics: Arc<Metrics>,
-    /// The secret behind the cookies of services that name none: no reload and no handover changes it, and with
-    /// `state: {file: ..}` no restart.
-    cookie_secret: [u8; 32],
-    client_tls: Vec<CachedClientTls>,
-    /// By service and version.
-    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
-    sides: Vec<BoundSide>,
-    /// Sockets that were open already when the process began.
-    inherited: Mutex<Inherited>,
-}
-
-/// A next generation that can take effect without failing.
-struct Prepared {
-    snapshot: Snapshot,
-    /// In the order of the services.
-    dispatchers: Vec<(Arc<Dispatcher>, ServiceSettings)>,
-    /// Of the endpoints that are listed.
-    checks: Vec<Arc<Check>>,
-    plans: Vec<Plan>,
-    announcements: Announcements,
-    client_tls: Vec<CachedClientTls>,
-    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
-    sides_bound: Vec<BoundSide>,
-}
-
-#[derive(Default)]
-struct Announcements {
-    starts: Vec<(Address, Socket)>,
-    stops: Vec<Address>,
-    sides: Vec<SideCommand>,
-}
-
-impl Builder {
-    fn new(file: Arc<str>, metrics: Arc<Metrics>, cookie_secret: [u8; 32], inherited: Inherited) -> Builder {
-        Builder {
-            file,
-            metrics,
-            cookie_secret,
-            client_tls: Vec::new(),
-            version_metrics: HashMap::new(),
-            sides: Vec::new(),
-            inherited: Mutex::new(inherited),
-        }
-    }
-
-    /// Whether `loaded` would change nothing, the content of upstream certificates included.
-    fn means_the_same(&self, current: &Snapshot, loaded: &Loaded) -> bool {
-        let mut versions = loaded.config.services.iter().flat_map(|service| &service.versions);
-        current.loaded.config == loaded.config && versions.all(|version| self.client_tls_is_kept(version))
-    }
-
-    /// Builds the generation after `current`. Sockets that it binds are closed again when it fails.
-    fn prepare(
-        &self,
-        loaded: Loaded,
-        current: Option<&Snapshot>,
-        removed: &[(String, Arc<Dispatcher>)],
-    ) -> Result<Prepared, Problems> {
-        let mut problems = Vec::new();
-        let mut services = Services::default();
-        for (index, service) in loaded.config.services.iter().enumerate() {
-            self.service(index, service, current, removed, &mut services, &mut problems);
-        }
-        let (listeners, mut announcements) = self.listeners(&loaded.config, current, &mut problems);
-        let sides_bound = self.bind_sides(&loaded.config, &mut announcements, &mut problems);
-        self.all_well(problems)?;
-
-        let generation = current.map_or(1, |current| current.generation + 1);
-        let loaded_at = ids::wall_clock();
-        let Services { list, dispatchers, checks, plans, client_tls, version_metrics } = services;
-        let snapshot = Snapshot { generation, loaded, loaded_at, listeners, services: list };
-        Ok(Prepared { snapshot, dispatchers, checks, plans, announcements, client_tls, version_metrics, sides_bound })
-    }
-
-    fn inherited(&self) -> MutexGuard<'_, Inherited> {
-        self.inherited.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn all_well(&self, list: Vec<Problem>) -> Result<(), Problems> {
-        if list.is_empty() { Ok(()) } else { Err(Problems { file: self.file.to_string(), list }) }
-    }
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use crate::config::{self, Address, Problem};
+use crate::control::reload::builder::{Announcements, Builder};
+use crate::control::reload::problem;
 use crate::control::reload::tls::listener_tls;
-use crate::control::reload::{Announcements, Builder, problem};
 use crate::net::inherit::Inherited;
 use crate::net::listen::{self, Socket};
 use crate::snapshot::{Listener, Snapshot};

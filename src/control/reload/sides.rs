@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 
 use crate::config::{self, Address, Problem};
-use crate::control::reload::{Announcements, Builder, problem};
+use crate::control::reload::builder::{Announcements, Builder};
+use crate::control::reload::problem;
 use crate::net::listen::{self, Socket};
 
 /// Commands that the servers beside may be behind.

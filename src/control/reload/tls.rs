@@ -8,7 +8,8 @@ use sha2::{Digest, Sha256};
 use tracing::info;
 
 use crate::config::{self, EndpointHost, EndpointUrl, Problem, Problems};
-use crate::control::reload::{Builder, problem};
+use crate::control::reload::builder::Builder;
+use crate::control::reload::problem;
 use crate::net::tls::{self, ServerTls};
 use crate::snapshot::Snapshot;
 use crate::state::ClientTls;
