@@ -10,6 +10,7 @@ mod drain;
 mod image;
 mod outlook;
 mod outstanding;
+mod pins;
 mod placement;
 mod report;
 mod retry;
@@ -42,9 +43,6 @@ pub use outstanding::{CancelAnswer, Finish};
 pub(crate) use waiting::Origin;
 pub use waiting::{Arrived, Given};
 
-/// How long a session that was placed without a run weighs as one.
-const CREDIT_TIME: Duration = Duration::from_secs(10);
-
 /// How long a load counts that an answer told; the next one replaces it.
 const REPORT_TIME: Duration = Duration::from_secs(10);
 
@@ -53,9 +51,6 @@ const EXPIRED_PER_PICK: usize = 16;
 
 /// Outstanding runs of one service; more are refused as if every endpoint were full.
 const RUNS_MAX: usize = 1_000_000;
-
-/// Sessions that one pick evicts at most where the table is full.
-const EVICTED_PER_PICK: usize = 16;
 
 /// Ages of sessions reach back so far before the service's start: they may be older than this process.
 const BORN_BEFORE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -464,24 +459,6 @@ impl Core {
         found
     }
 
-    /// Forgets the idle sessions of the slots `from..from + count`. Returns how many, and the next slot as
-    /// [`Core::scan_sessions`].
-    pub fn forget_sessions(&mut self, key: Option<&str>, from: u32, count: u32, now: Instant) -> (usize, Option<u32>) {
-        self.advance(now);
-        let slots = self.sessions.slots();
-        let end = slots.min(from.saturating_add(count));
-        let mut forgotten = 0;
-        for slot in from..end {
-            let Some(view) = self.sessions.view(slot) else { continue };
-            let session = view.id;
-            if !view.busy && key.is_none_or(|key| self.sessions.answers_to(session, key)) {
-                self.unpin(session);
-                forgotten += 1;
-            }
-        }
-        (forgotten, (end < slots).then_some(end))
-    }
-
     /// What is due with time: slow starts and ejections that are over, drains past their deadline, credits.
     pub fn tick(&mut self, now: Instant) {
         let now = self.advance(now);
@@ -498,102 +475,10 @@ impl Core {
         }
     }
 
-    /// Forgets expired sessions, `limit` at most, and says how many those were.
-    pub fn expire(&mut self, limit: usize, now: Instant) -> usize {
-        let ticks = self.ticks(now);
-        for count in 0..limit {
-            match self.sessions.oldest() {
-                Some(oldest) if self.sessions.idle(oldest, ticks) > self.rules.idle_timeout => self.unpin(oldest),
-                _ => return count,
-            }
-        }
-        limit
-    }
-
     /// A ready endpoint has a free slot, or there is a place to wait.
     pub fn ready_for_work(&mut self, now: Instant) -> bool {
         self.advance(now);
         self.has_queue_place() || self.versions.iter().any(|version| version.has_slot())
-    }
-
-    // Sessions.
-
-    /// The session of a key, unless its time is over.
-    fn live_session(&mut self, key: &SessionKey, now: Instant) -> Option<u32> {
-        let session = self.sessions.find(key)?;
-        if self.sessions.idle(session, self.ticks(now)) > self.rules.idle_timeout {
-            self.unpin(session);
-            return None;
-        }
-        Some(session)
-    }
-
-    /// Makes a session, in place of the one idle for longest where the table is full. Its first exchange is opened by
-    /// the caller, or here in [`Core::learn`]. `None`: every session is busy.
-    fn pin(&mut self, key: &SessionKey, endpoint: u32, matched: bool, now: Instant) -> Option<u32> {
-        // A table far above a limit that was just lowered shrinks in steps, so that nobody waits for it.
-        for _ in 0..EVICTED_PER_PICK {
-            if self.sessions.len() < self.rules.max_sessions {
-                break;
-            }
-            let oldest = self.sessions.oldest()?;
-            self.unpin(oldest);
-        }
-        let born = BORN_BEFORE + self.started.map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
-        let session = self.sessions.insert(key, endpoint, matched, born.as_secs() as u32);
-        self.endpoints[endpoint].sessions += 1;
-        Some(session)
-    }
-
-    /// Forgets a session that is not busy.
-    fn unpin(&mut self, session: u32) {
-        self.take_credit(session);
-        self.pin_ends(session);
-        let endpoint = self.sessions.endpoint(session);
-        self.room.changed_for_session(|| self.sessions.session_key(session));
-        self.sessions.remove(session);
-        self.endpoints[endpoint].sessions -= 1;
-        self.release(endpoint);
-    }
-
-    fn move_pin(&mut self, session: u32, to: u32) {
-        let from = self.sessions.endpoint(session);
-        if self.sessions.credit(session) != 0 {
-            self.endpoints[from].credit -= 1;
-            self.endpoints[to].credit += 1;
-        }
-        self.endpoints[from].sessions -= 1;
-        self.endpoints[to].sessions += 1;
-        self.sessions.set_endpoint(session, to);
-        if self.sessions.confirmed(session) {
-            self.pin_changed(session);
-        }
-        self.room.changed_for_session(|| self.sessions.session_key(session));
-        self.reindex(from);
-        self.reindex(to);
-        self.release(from);
-    }
-
-    /// Lets a session weigh as one run until its first.
-    fn give_credit(&mut self, session: u32, now: Instant) {
-        self.take_credit(session);
-        self.last_credit += 1;
-        self.credits.insert(self.last_credit, (now + CREDIT_TIME, session));
-        self.sessions.set_credit(session, self.last_credit);
-        let endpoint = self.sessions.endpoint(session);
-        self.endpoints[endpoint].credit += 1;
-        self.reindex(endpoint);
-    }
-
-    fn take_credit(&mut self, session: u32) {
-        let serial = self.sessions.credit(session);
-        if serial != 0 {
-            self.credits.remove(&serial);
-            self.sessions.set_credit(session, 0);
-            let endpoint = self.sessions.endpoint(session);
-            self.endpoints[endpoint].credit -= 1;
-            self.reindex(endpoint);
-        }
     }
 
     // Endpoints.
