@@ -16,6 +16,7 @@ mod report;
 mod retry;
 mod rollout;
 mod shadow;
+mod standing;
 mod succession;
 mod waiting;
 
@@ -30,7 +31,7 @@ use crate::orca::Report;
 use crate::state::changes::Changes;
 use crate::state::core::waiting::Room;
 use crate::state::dispatcher::Ask;
-use crate::state::endpoints::{Endpoint, Endpoints, HealthStanding, Version};
+use crate::state::endpoints::{Endpoints, HealthStanding, Version};
 use crate::state::runs::{Runs, Stop};
 use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
 use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
@@ -193,14 +194,6 @@ struct Request<'a> {
     version: Option<&'a str>,
     now: Instant,
     rng: u64,
-}
-
-/// What a pinned session can expect of its endpoint.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Standing {
-    Open,
-    Draining,
-    Lost,
 }
 
 impl Core {
@@ -481,76 +474,6 @@ impl Core {
         self.has_queue_place() || self.versions.iter().any(|version| version.has_slot())
     }
 
-    // Endpoints.
-
-    fn standing(&self, number: u32) -> Standing {
-        let endpoint = &self.endpoints[number];
-        let unhealthy = self.rules.checked && endpoint.health.standing == HealthStanding::Unhealthy;
-        if endpoint.gone || unhealthy || !endpoint.serves() || endpoint.ejected_until.is_some() {
-            Standing::Lost
-        } else if endpoint.draining() {
-            Standing::Draining
-        } else {
-            // Not asked yet is no reason to think that its sessions are lost.
-            Standing::Open
-        }
-    }
-
-    fn is_ready(&self, endpoint: &Endpoint) -> bool {
-        !endpoint.draining()
-            && endpoint.serves()
-            && !endpoint.awaited
-            && endpoint.ejected_until.is_none()
-            && (!self.rules.checked || endpoint.health.standing == HealthStanding::Healthy)
-    }
-
-    /// Brings readiness and all orders up to date with what became of an endpoint.
-    fn refresh(&mut self, number: u32, now: Instant) {
-        let ready = self.is_ready(&self.endpoints[number]);
-        let Rules { slow_start, affinity, .. } = self.rules;
-        let endpoint = &mut self.endpoints[number];
-        let were_ready = self.versions[endpoint.version].ready();
-        let turned = ready != endpoint.ready;
-        if turned {
-            endpoint.ready = ready;
-            endpoint.ramp = (ready && !endpoint.original && !slow_start.is_zero()).then_some(now);
-            if ready {
-                endpoint.original = false;
-            }
-        }
-        let version = &mut self.versions[endpoint.version];
-        version.place_in_rotation(number, endpoint);
-        // New sessions of a version without ready endpoints go to others; hashed ones go by all that are ready.
-        if (were_ready == 0) != (version.ready() == 0) || (turned && affinity == config::Affinity::Hash) {
-            self.room.changed_for_all();
-        }
-        if turned && ready {
-            self.room.fresh(number, now);
-        }
-        self.room.changed_for(number);
-        self.reindex(number);
-    }
-
-    fn reindex(&mut self, number: u32) {
-        let endpoint = &mut self.endpoints[number];
-        self.versions[endpoint.version].index(number, endpoint);
-        self.room.touched(number);
-    }
-
-    /// Takes endpoints whose slow start is over into the common order.
-    fn graduate(&mut self, version: usize, now: Instant) {
-        let slow_start = self.rules.slow_start;
-        let endpoints = &self.endpoints;
-        let over = |number: &u32| {
-            endpoints[*number].ramp.is_none_or(|since| now.saturating_duration_since(since) >= slow_start)
-        };
-        let done: Vec<u32> = self.versions[version].ramping().iter().copied().filter(over).collect();
-        for number in done {
-            self.endpoints[number].ramp = None;
-            self.reindex(number);
-        }
-    }
-
     /// Ejects an endpoint that failed too often, where its version can do without.
     fn judge(&mut self, number: u32, now: Instant) {
         let config::Outlier { consecutive_failures, eject_for, .. } = self.rules.outlier;
@@ -597,48 +520,6 @@ impl Core {
             endpoint.failures = 0;
             self.versions[endpoint.version].ejected -= 1;
             self.refresh(number, now);
-        }
-    }
-
-    /// Ends the drain of a removed endpoint that has finished, or whose time is over.
-    fn settle(&mut self, number: u32, now: Instant) {
-        // Forgetting its last session may have released it already.
-        if !self.endpoints.contains(number) {
-            return;
-        }
-        self.reindex(number);
-        let endpoint = &mut self.endpoints[number];
-        if endpoint.configured {
-            return;
-        }
-        if !endpoint.gone && (endpoint.idle() || endpoint.drain_deadline.is_none_or(|deadline| now >= deadline)) {
-            endpoint.gone = true;
-            let drained = std::mem::take(&mut endpoint.drained);
-            endpoint.says = None;
-            endpoint.target.retire();
-            self.room.changed_for(number);
-            if drained {
-                self.drains_changed();
-            }
-        }
-        self.release(number);
-    }
-
-    /// Forgets an endpoint that is gone once nothing refers to it.
-    fn release(&mut self, number: u32) {
-        let endpoint = &self.endpoints[number];
-        if !endpoint.gone || !endpoint.idle() || endpoint.sessions > 0 {
-            return;
-        }
-        self.ejected.retain(|other| *other != number);
-        self.room.changed_for(number);
-        if let Some(endpoint) = self.endpoints.remove(number) {
-            let version = &mut self.versions[endpoint.version];
-            version.endpoints.retain(|other| *other != number);
-            if endpoint.ejected_until.is_some() {
-                version.ejected -= 1;
-            }
-            self.by_identity.remove(&endpoint.identity);
         }
     }
 

@@ -4,7 +4,8 @@
 use crate::balance::{self, Candidate};
 use crate::config;
 use crate::state::AffinityOutcome;
-use crate::state::core::{Core, Grant, Request, Rules, Standing, Unplaced, rollout};
+use crate::state::core::standing::Standing;
+use crate::state::core::{Core, Grant, Request, Rules, Unplaced, rollout};
 use crate::state::dispatcher::PinHint;
 use crate::state::endpoints::{Choice, Endpoints, Version};
 use crate::state::runs::{About, NewRun};
