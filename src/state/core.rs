@@ -366,33 +366,6 @@ impl Core {
         Some(Arc::clone(&self.runs.run(grant.run?)?.stop))
     }
 
-    /// Starts or ends an operator's drain of all endpoints at an address (or identity); ending it also forgets what they
-    /// said of themselves. False where there is none.
-    pub fn set_drained(&mut self, address: &str, drained: bool, now: Instant) -> bool {
-        let now = self.advance(now);
-        let deadline = now + self.rules.drain_timeout;
-        let mut found = false;
-        for number in self.endpoints.numbers() {
-            let endpoint = &mut self.endpoints[number];
-            if endpoint.configured && (&*endpoint.target.address == address || &*endpoint.identity == address) {
-                endpoint.drained = drained;
-                if drained {
-                    endpoint.drain_deadline.get_or_insert(deadline);
-                } else {
-                    // Should it still say so itself, it drains again when it next does.
-                    endpoint.says = None;
-                    if !endpoint.draining() {
-                        endpoint.end_drain();
-                    }
-                }
-                found = true;
-                self.drains_changed();
-                self.refresh(number, now);
-            }
-        }
-        found
-    }
-
     /// What is due with time: slow starts and ejections that are over, drains past their deadline, credits.
     pub fn tick(&mut self, now: Instant) {
         let now = self.advance(now);
