@@ -2,6 +2,8 @@
 //!
 //! Everything that changes an endpoint's load ends in `reindex`, so that the next pick finds the least loaded endpoint
 //! at the top of an ordered set; nothing is ever scanned to place a run.
+//!
+//! Here is the life of an exchange, from its pick to its end, and what is due with time. What these call is in the files below.
 
 mod apply;
 mod changes;
