@@ -457,7 +457,7 @@ impl Reloader {
                 });
                 error!(problems = problems.list.len(), "configuration refused, the one in effect stays");
                 for problem in &problems.list {
-                    error!("{}", describe(&problems.file, problem));
+                    error!("{}:{problem}", problems.file);
                 }
             }
         }
@@ -493,7 +493,7 @@ fn forget_unnamed(store: &Store, kept: Kept) {
 /// Logs what is not wrong but worth a line.
 pub fn log_warnings(file: &str, loaded: &Loaded) {
     for problem in &loaded.warnings {
-        warn!("{file}:{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message);
+        warn!("{file}:{problem}");
     }
 }
 
@@ -518,8 +518,4 @@ fn one_problem(file: &str, path: &str, message: String) -> Problems {
     // As `check` calls what is wrong with the file as a whole.
     let path = if path.is_empty() { "(file)" } else { path };
     Problems { file: file.to_owned(), list: vec![problem(path, message)] }
-}
-
-fn describe(file: &str, problem: &Problem) -> String {
-    format!("{file}:{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message)
 }
