@@ -16,14 +16,14 @@ impl Core {
         let (version, matched) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
         let endpoint = match request.run {
             None if !request.creates => self.versions[version].next_in_rotation(&[]).ok_or(Unplaced::Empty)?,
-            _ => self.place_session(version, &request)?,
+            _ => self.place_session(version, &request, &[])?,
         };
         Ok(self.reserve(endpoint, None, matched, AffinityOutcome::None, &request))
     }
 
     pub(super) fn pick_new(&mut self, key: &SessionKey, request: Request<'_>) -> Result<Grant, Unplaced> {
         let (version, matched) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
-        let endpoint = self.place_session(version, &request)?;
+        let endpoint = self.place_session(version, &request, &[])?;
         let session = self.pin(key, endpoint, matched, request.now);
         self.count_session(endpoint, matched);
         // A table full of busy sessions leaves the new one without a pin; its run is counted all the same.
@@ -149,7 +149,7 @@ impl Core {
     /// A new endpoint for a session that had one: in its version if that has any, else as a new session's.
     pub(super) fn place_again(&mut self, version: usize, request: &Request<'_>) -> Result<u32, Unplaced> {
         if self.versions[version].configured && self.versions[version].ready() > 0 {
-            return self.place_session(version, request);
+            return self.place_session(version, request, &[]);
         }
         self.place_by_weights(request)
     }
@@ -157,15 +157,21 @@ impl Core {
     pub(super) fn place_by_weights(&mut self, request: &Request<'_>) -> Result<u32, Unplaced> {
         let request = Request { version: None, ..*request };
         let (version, _) = self.choose_version(&request, &[]).ok_or(Unplaced::Empty)?;
-        self.place_session(version, &request)
+        self.place_session(version, &request, &[])
     }
 
-    /// An endpoint of the version for a session: the least loaded, for an exchange without a run a full one too.
-    fn place_session(&mut self, version: usize, request: &Request<'_>) -> Result<u32, Unplaced> {
-        match self.choose(version, request, &[]) {
+    /// An endpoint of the version for a session, none of those tried: the least loaded, for an exchange without a run a
+    /// full one too.
+    pub(super) fn place_session(
+        &mut self,
+        version: usize,
+        request: &Request<'_>,
+        tried: &[u32],
+    ) -> Result<u32, Unplaced> {
+        match self.choose(version, request, tried) {
             Some(endpoint) => Ok(endpoint),
             None if request.run.is_some() => Err(Unplaced::Full(Some(version))),
-            None => self.versions[version].next_in_rotation(&[]).ok_or(Unplaced::Empty),
+            None => self.versions[version].next_in_rotation(tried).ok_or(Unplaced::Empty),
         }
     }
 
@@ -218,7 +224,7 @@ impl Core {
     }
 
     /// The endpoint of a version for one run more.
-    pub(super) fn choose(&mut self, version: usize, request: &Request<'_>, tried: &[u32]) -> Option<u32> {
+    fn choose(&mut self, version: usize, request: &Request<'_>, tried: &[u32]) -> Option<u32> {
         if let Some(serving) = self.room.serving() {
             let offered = &self.endpoints[serving];
             return (offered.version == version && offered.ready && offered.has_slot()).then_some(serving);

@@ -58,11 +58,7 @@ impl Core {
         if request.run.is_none() && grant.session.is_none() && !grant.placing {
             return self.versions[version].next_in_rotation(&tried).ok_or(Unplaced::Empty);
         }
-        match self.choose(version, &request, &tried) {
-            Some(endpoint) => Ok(endpoint),
-            None if request.run.is_some() => Err(Unplaced::Full(Some(version))),
-            None => self.versions[version].next_in_rotation(&tried).ok_or(Unplaced::Empty),
-        }
+        self.place_session(version, &request, &tried)
     }
 
     /// Hands the grant's place over to another endpoint, and its tentative pin with it. (One that is confirmed at the
