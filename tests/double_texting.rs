@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use support::{
-    Backend, Body, Counting, Gate, Proxy, RawClient, Request, Script, Seen, Step, eventually, post, start_proxy,
+    Backend, Counting, Gate, Proxy, RawClient, Request, Script, Seen, Step, eventually, langgraph, post, start_proxy,
 };
 
 const SESSIONS: usize = 1_000;
@@ -194,13 +194,11 @@ impl Threads {
     }
 
     fn answer(&self, request: &Request) -> Script {
-        let json = |status, body: &str| Script::answer(status, &[("content-type", "application/json")], body);
-        let parts: Vec<&str> = request.target.trim_start_matches('/').split(['/', '?']).collect();
         let mut state = self.0.lock().expect("no panic");
-        match (request.method.as_str(), parts.as_slice()) {
+        match (request.method.as_str(), langgraph::parts(request).as_slice()) {
             ("POST", ["threads", thread, "runs", "stream"]) => {
                 state.runs += 1;
-                let run = format!("22222222-2222-4222-8222-{:012}", state.runs);
+                let run = langgraph::run_id(state.runs);
                 let gate = Gate::new();
                 state.running.insert(run.clone(), gate.clone());
                 let story = state.story.entry((*thread).to_owned()).or_default();
@@ -210,17 +208,7 @@ impl Threads {
                     gate.open();
                     state.running.remove(&run);
                 }
-                let headers = vec![
-                    ("content-type".to_owned(), "text/event-stream".to_owned()),
-                    ("content-location".to_owned(), format!("/threads/{thread}/runs/{run}")),
-                ];
-                Script(vec![
-                    Step::ReadBody,
-                    Step::Head { status: 200, headers, body: Body::Chunked },
-                    Step::Data(format!("event: metadata\ndata: {{\"run_id\":\"{run}\"}}\n\n").into()),
-                    Step::Wait(gate),
-                    Step::End,
-                ])
+                langgraph::stream(thread, &run, Some(&gate))
             }
             ("POST", ["threads", thread, "runs", run, "cancel", action]) => {
                 let authorization = request.header("authorization").map(str::to_owned);
@@ -229,13 +217,13 @@ impl Threads {
                 if let Some(gate) = state.running.remove(*run) {
                     gate.open();
                 }
-                json(202, "")
+                Script::json(202, "")
             }
-            ("GET", ["threads", _, "runs", run]) => match state.running.get(*run) {
-                Some(_) => json(200, &format!(r#"{{"run_id":"{run}","status":"running"}}"#)),
-                None => json(200, &format!(r#"{{"run_id":"{run}","status":"interrupted"}}"#)),
-            },
-            _ => json(404, "{}"),
+            ("GET", ["threads", _, "runs", run]) => {
+                let runs = state.running.contains_key(*run);
+                langgraph::state(run, Some(if runs { "running" } else { "interrupted" }))
+            }
+            _ => Script::json(404, "{}"),
         }
     }
 }

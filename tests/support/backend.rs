@@ -84,6 +84,10 @@ impl Script {
         ])
     }
 
+    pub fn json(status: u16, body: &str) -> Script {
+        Script::answer(status, &[("content-type", "application/json")], body)
+    }
+
     /// These bytes as they are, after the request was read; then the connection closes.
     pub fn raw(bytes: impl AsRef<[u8]>) -> Script {
         Script(vec![Step::ReadBody, Step::Raw(bytes.as_ref().to_vec()), Step::Close])

@@ -9,6 +9,7 @@ mod counting;
 mod dns;
 mod http2;
 mod kubernetes;
+pub mod langgraph;
 mod peer;
 mod program;
 mod proxy;
