@@ -82,14 +82,15 @@ async fn text_twice(proxy: &Proxy, backend: &Counting, session: usize, release: 
     }
 }
 
-async fn text_all(proxy: &Proxy, backend: &Counting, release: Release) -> Vec<Texted> {
+/// What `text` got in each session.
+async fn text_all<F: Future>(text: impl Fn(usize) -> F) -> Vec<F::Output> {
     let mut under_way = FuturesUnordered::new();
     let mut texted = Vec::new();
     for session in 0..SESSIONS {
         if under_way.len() >= AT_ONCE {
             texted.extend(under_way.next().await);
         }
-        under_way.push(text_twice(proxy, backend, session, release));
+        under_way.push(text(session));
     }
     while let Some(one) = under_way.next().await {
         texted.push(one);
@@ -112,7 +113,7 @@ async fn thousand(policy: &str, release: Release) -> (Vec<Texted>, HashMap<Strin
     let runs = format!("queue: {{max: 1000}}, double_texting: {{policy: {policy}}}");
     let proxy = start_proxy(&config(&backend.url(), "http", &runs)).await;
     let begun = longhaul::ids::now();
-    let texted = text_all(&proxy, &backend, release).await;
+    let texted = text_all(|session| text_twice(&proxy, &backend, session, release)).await;
     let sessions = by_session(backend.seen());
     let runs: usize = sessions.values().map(Vec::len).sum();
     let beside = sessions.values().flatten().filter(|run| run.beside > 0).count();
@@ -257,17 +258,7 @@ async fn thousand_threads(policy: &str, action: &str) {
     let runs = format!("queue: {{max: 1000}}, double_texting: {{policy: {policy}}}");
     let proxy = start_proxy(&config(backend.url(), "langgraph", &runs)).await;
     let begun = longhaul::ids::now();
-    let mut under_way = FuturesUnordered::new();
-    let mut texted = Vec::new();
-    for number in 0..SESSIONS {
-        if under_way.len() >= AT_ONCE {
-            texted.extend(under_way.next().await);
-        }
-        under_way.push(text_thread(&proxy, number));
-    }
-    while let Some(one) = under_way.next().await {
-        texted.push(one);
-    }
+    let texted = text_all(|number| text_thread(&proxy, number)).await;
     assert!(texted.iter().all(|one| *one == (true, 200)));
     let state = threads.0.lock().expect("no panic");
     let mut credentials: Vec<Option<String>> = state.cancelled_with.clone();
