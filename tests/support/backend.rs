@@ -260,6 +260,15 @@ impl Backend {
         Backend::listen_at(Kind::Tcp, Some(address.into())).await
     }
 
+    /// As [`Backend::start`], so many.
+    pub async fn start_several(count: usize) -> Vec<Backend> {
+        let mut backends = Vec::new();
+        for _ in 0..count {
+            backends.push(Backend::start().await);
+        }
+        backends
+    }
+
     /// Backends on one port of addresses of their own, as the pods of a service are.
     pub async fn start_fleet(count: u8) -> Vec<Backend> {
         let mut fleet: Vec<Backend> = Vec::new();
