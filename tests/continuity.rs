@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use longhaul::state::status::EndpointState;
 use support::{
-    Backend, Body, Drip, Gate, Proxy, RawClient, Response, Script, Step, eventually, eventually_within, get, post,
-    start_proxy,
+    Backend, Body, Drip, Gate, Proxy, Random, RawClient, Response, Script, Step, eventually, eventually_within, get,
+    post, start_proxy,
 };
 use tokio::task::JoinSet;
 
@@ -345,19 +345,6 @@ async fn sessions_are_split_by_the_weights_of_versions() {
         let off = (at_canary as f64 - expected) / sigma;
         println!("{at_canary} of {SESSIONS} sessions at a canary of {canary} %: {off:.2} sigma");
         assert!(off.abs() <= 4.0, "{at_canary} of {SESSIONS} at {canary} %");
-    }
-}
-
-/// Seeded randomness (splitmix64), so that a failure can be had again.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (mixed ^ (mixed >> 31)) % end
     }
 }
 

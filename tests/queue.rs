@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use support::{Backend, Counting, Drip, Proxy, RawClient, Response, Seen, eventually_async, get, post, start_proxy};
+use support::{
+    Backend, Counting, Drip, Proxy, Random, RawClient, Response, Seen, eventually_async, get, post, start_proxy,
+};
 
 /// A service of these endpoints with a limit of runs for each.
 fn config(urls: &[String], limit: usize, more: &str) -> String {
@@ -275,16 +277,6 @@ async fn what_fails_after_a_position_was_told_is_an_event_and_a_visible_cut() {
     proxy.metric_becomes("longhaul_runs_total", &["outcome=\"failed\""], 1.0).await;
 }
 
-/// A small generator of even numbers.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) % bound
-    }
-}
-
 fn percentile(sorted: &[Duration], percent: usize) -> Duration {
     sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
 }
@@ -306,7 +298,7 @@ async fn capacity_is_exact_and_nothing_is_lost_under_overload() {
         .map(|client| {
             let (address, next, done) = (proxy.address, Arc::clone(&next), Arc::clone(&done));
             tokio::spawn(async move {
-                let mut chance = Chance(client as u64 + 1);
+                let mut chance = Random(client as u64);
                 let (mut answered, mut aborted) = (0, 0);
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);

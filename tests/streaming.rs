@@ -5,8 +5,8 @@ mod support;
 use std::time::Duration;
 
 use support::{
-    Backend, Body, Drip, Gate, Http2Client, Proxy, RawClient, Script, Step, eventually, fetch, get, http2_request,
-    post, start_proxy, within,
+    Backend, Body, Drip, Gate, Http2Client, Proxy, Random, RawClient, Script, Step, eventually, fetch, get,
+    http2_request, post, start_proxy, within,
 };
 
 /// A configuration with one service of one endpoint.
@@ -705,9 +705,9 @@ async fn all_pairs_of_versions_carry_any_body_unchanged() {
     let http2_client = Http2Client::connect(proxy.address).await;
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     for length in [0, 1, 2, 1000, 16_383, 16_384, 65_535, 65_536, 200_001] {
-        let body: Vec<u8> = (0..length).map(|_| random.next() as u8).collect();
+        let body = random.bytes(length);
         let chunked = chunks(&body, &mut random);
-        let write_size = 1 + random.next() as usize % 40_000;
+        let write_size = random.up_to(40_000);
         for path in ["/one/echo", "/two/echo"] {
             let what = format!("{path}, {length} bytes, written by {write_size}");
             let head = format!("POST {path} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
@@ -727,7 +727,7 @@ fn chunks(body: &[u8], random: &mut Random) -> Vec<u8> {
     let mut wire = Vec::new();
     let mut rest = body;
     while !rest.is_empty() {
-        let (chunk, after) = rest.split_at(rest.len().min(1 + random.next() as usize % 20_000));
+        let (chunk, after) = rest.split_at(rest.len().min(random.up_to(20_000)));
         wire.extend_from_slice(format!("{:X}\r\n", chunk.len()).as_bytes());
         wire.extend_from_slice(chunk);
         wire.extend_from_slice(b"\r\n");
@@ -735,18 +735,6 @@ fn chunks(body: &[u8], random: &mut Random) -> Vec<u8> {
     }
     wire.extend_from_slice(b"0\r\n\r\n");
     wire
-}
-
-/// xorshift64: the same numbers in every run of a test.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
 }
 
 #[tokio::test]
