@@ -5,8 +5,8 @@ mod support;
 use std::time::Duration;
 
 use support::{
-    Backend, Body, Drip, Gate, Http2Client, Proxy, Random, RawClient, Script, Step, eventually, fetch, get,
-    http2_request, post, start_proxy, within,
+    Backend, Body, Drip, Gate, Http2Client, Http2Stream, Proxy, Random, RawClient, Script, Step, eventually, fetch,
+    get, http2_request, post, start_proxy, within,
 };
 
 /// A configuration with one service of one endpoint.
@@ -29,6 +29,15 @@ async fn open_stream(proxy: &Proxy, backend: &Backend) -> (RawClient, Drip) {
     let drip = backend.drip().await;
     assert_eq!(client.read_head().await.status, 200);
     (client, drip)
+}
+
+/// As [`open_stream`] over HTTP/2; the head is still to be read.
+async fn open_http2_stream(proxy: &Proxy, backend: &Backend) -> (Http2Client, Http2Stream, Drip) {
+    let client = Http2Client::connect(proxy.address).await;
+    let mut stream = client.open(http2_request("POST", proxy.address, "/run"), false).await;
+    stream.send(b"hi", true).await;
+    let drip = backend.drip().await;
+    (client, stream, drip)
 }
 
 #[tokio::test]
@@ -98,10 +107,7 @@ async fn an_endpoint_that_dies_mid_stream_resets_the_stream_of_http2() {
     let backend = Backend::start().await;
     backend.drip_each();
     let proxy = start_proxy(&one(&backend)).await;
-    let client = Http2Client::connect(proxy.address).await;
-    let mut stream = client.open(http2_request("POST", proxy.address, "/run"), false).await;
-    stream.send(b"hi", true).await;
-    let drip = backend.drip().await;
+    let (_client, stream, drip) = open_http2_stream(&proxy, &backend).await;
     drip.event("one").await;
     let (head, mut body) = stream.head().await;
     assert_eq!(head.status, 200);
@@ -157,10 +163,7 @@ async fn a_reset_of_http2_closes_the_endpoint() {
     let backend = Backend::start().await;
     backend.drip_each();
     let proxy = start_proxy(&one(&backend)).await;
-    let client = Http2Client::connect(proxy.address).await;
-    let mut stream = client.open(http2_request("POST", proxy.address, "/run"), false).await;
-    stream.send(b"hi", true).await;
-    let drip = backend.drip().await;
+    let (_client, mut stream, drip) = open_http2_stream(&proxy, &backend).await;
     drip.event("one").await;
     stream.reset();
     drip.until_gone().await;
