@@ -17,12 +17,10 @@ fn chunk(event_bytes: usize) -> Vec<u8> {
     chunk
 }
 
-/// The framing checked, the event counted.
-#[divan::bench(args = [200, 2000])]
-fn event_step(bencher: Bencher<'_, '_>, event_bytes: usize) {
-    let chunk = chunk(event_bytes);
+/// What one read brought, again and again: the framing checked, the events counted.
+fn pass(bencher: Bencher<'_, '_>, read: &[u8]) -> Observer {
     let mut buffer = vec![0; HEADROOM];
-    buffer.extend_from_slice(&chunk);
+    buffer.extend_from_slice(read);
     let mut chunks = Chunks::new(4096);
     let mut observer = Observer::default();
     observer.expect_events();
@@ -31,6 +29,12 @@ fn event_step(bencher: Bencher<'_, '_>, event_bytes: usize) {
         let observe = |payload: &[u8]| observer.observe(payload);
         chunks.pass(black_box(&mut buffer), HEADROOM, end, observe).expect("canonical chunks").forward
     });
+    observer
+}
+
+#[divan::bench(args = [200, 2000])]
+fn event_step(bencher: Bencher<'_, '_>, event_bytes: usize) {
+    let observer = pass(bencher, &chunk(event_bytes));
     assert!(observer.events > 0 && observer.bytes == observer.events * event_bytes as u64, "each step is one event");
 }
 
@@ -38,16 +42,7 @@ fn event_step(bencher: Bencher<'_, '_>, event_bytes: usize) {
 #[divan::bench]
 fn full_read_of_small_events(bencher: Bencher<'_, '_>) {
     let chunk = chunk(40);
-    let mut buffer = vec![0; HEADROOM];
-    buffer.extend_from_slice(&chunk.repeat(16 * 1024 / chunk.len()));
-    let mut chunks = Chunks::new(4096);
-    let mut observer = Observer::default();
-    observer.expect_events();
-    bencher.bench_local(|| {
-        let end = buffer.len();
-        let observe = |payload: &[u8]| observer.observe(payload);
-        chunks.pass(black_box(&mut buffer), HEADROOM, end, observe).expect("canonical chunks").forward
-    });
+    pass(bencher, &chunk.repeat(16 * 1024 / chunk.len()));
 }
 
 /// A read buffer borrowed for one event and given back.

@@ -373,24 +373,21 @@ fn escape_text(value: &str, line: &mut String) -> std::fmt::Result {
     if !value.is_empty() && value != "-" && value.bytes().all(plain) {
         return line.write_str(value);
     }
-    line.push('"');
-    for character in value.chars() {
-        match character {
-            '"' => line.push_str("\\\""),
-            '\\' => line.push_str("\\\\"),
-            '\n' => line.push_str("\\n"),
-            '\r' => line.push_str("\\r"),
-            '\t' => line.push_str("\\t"),
-            other if other.is_control() || misleading(other) => write!(line, "\\u{{{:x}}}", u32::from(other))?,
-            other => line.push(other),
-        }
-    }
-    line.push('"');
-    Ok(())
+    escape_quoted(value, line, |line, character| write!(line, "\\u{{{character:x}}}"))
 }
 
 /// RFC 8259 section 7, and beyond it what [`misleading`] finds.
 fn escape_json(value: &str, line: &mut String) -> std::fmt::Result {
+    // All of these are below U+10000, so one escape is enough.
+    escape_quoted(value, line, |line, character| write!(line, "\\u{character:04x}"))
+}
+
+/// Writes a value in quotes; `by_number` writes what has no escape of its own.
+fn escape_quoted(
+    value: &str,
+    line: &mut String,
+    by_number: impl Fn(&mut String, u32) -> std::fmt::Result,
+) -> std::fmt::Result {
     line.push('"');
     for character in value.chars() {
         match character {
@@ -399,8 +396,7 @@ fn escape_json(value: &str, line: &mut String) -> std::fmt::Result {
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),
-            // All of these are below U+10000, so one escape is enough.
-            other if other.is_control() || misleading(other) => write!(line, "\\u{:04x}", u32::from(other))?,
+            other if other.is_control() || misleading(other) => by_number(line, u32::from(other))?,
             other => line.push(other),
         }
     }

@@ -20,6 +20,8 @@ pub mod spread;
 
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod testing;
 
 use std::time::{Duration, SystemTime};
 
@@ -410,21 +412,7 @@ mod tests {
     const MINUTE: u64 = 60_000;
 
     fn plan() -> config::Rollout {
-        let step = |share, minutes: u64| RolloutStep { share, hold: Duration::from_secs(60 * minutes) };
-        config::Rollout {
-            from: "stable".to_owned(),
-            to: "canary".to_owned(),
-            steps: vec![step(0.01, 10), step(0.5, 20), step(1.0, 0)],
-            judge: Judge {
-                min_runs: 50,
-                max_failed: Some(0.05),
-                failed_ratio: Some(2.0),
-                first_event_p95_ratio: Some(1.5),
-                duration_p95_ratio: Some(1.5),
-                confidence: 0.95,
-            },
-            on_bad: OnBad::Abort,
-        }
+        testing::plan(&[(0.01, 600), (0.5, 1200), (1.0, 0)])
     }
 
     fn started() -> Rollout {

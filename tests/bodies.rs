@@ -9,8 +9,8 @@ use std::task::{Context, Poll, ready};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use support::{
-    Backend, Body, Http2Client, Proxy, RawClient, Response, Script, Step, eventually, http2_request, start_proxy,
-    within,
+    Backend, Body, Http2Client, Proxy, Random, RawClient, Response, Script, Step, eventually, http2_request,
+    start_proxy, within,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -107,7 +107,7 @@ impl World {
                 let sent = random.bytes(case.request_length);
                 let answer = random.bytes(case.response_length);
                 let before = backend.request_count();
-                let (to_send, split) = (answer.clone(), random.next());
+                let (to_send, split) = (answer.clone(), random.number());
                 // Not as the next script only: then an exchange that fails would give its answer to the one after it.
                 backend.each(move |_| script(case, &to_send, &mut Random(split)));
                 let got = if http2_client {
@@ -309,25 +309,4 @@ async fn pass_on(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unp
     }
     // The end is passed on as an end.
     let _ = to.shutdown().await;
-}
-
-/// xorshift64: the same numbers for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    /// From 1 to `most`.
-    fn up_to(&mut self, most: usize) -> usize {
-        1 + (self.next() % most.max(1) as u64) as usize
-    }
-
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| self.next() as u8).collect()
-    }
 }

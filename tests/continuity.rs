@@ -6,24 +6,15 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use longhaul::state::dispatcher::Dispatcher;
-use longhaul::state::status::{EndpointState, ServiceStatus};
+use longhaul::state::status::EndpointState;
 use support::{
-    Backend, Body, Drip, Gate, Proxy, RawClient, Response, Script, Step, eventually, eventually_within, get, post,
-    start_proxy,
+    Backend, Body, Drip, Gate, Proxy, Random, RawClient, Response, Script, Step, eventually, eventually_within, get,
+    post, start_proxy,
 };
 use tokio::task::JoinSet;
 
-async fn several(count: usize) -> Vec<Backend> {
-    let mut backends = Vec::new();
-    for _ in 0..count {
-        backends.push(Backend::start().await);
-    }
-    backends
-}
-
 async fn named(count: usize) -> Vec<Backend> {
-    let backends = several(count).await;
+    let backends = Backend::start_several(count).await;
     for (number, backend) in backends.iter().enumerate() {
         backend.each(move |_| Script::ok(&format!("backend {number}")));
     }
@@ -56,21 +47,9 @@ fn split(stable: &[Backend], canary: &[Backend], weights: (u32, u32), more: &str
     )
 }
 
-fn dispatcher(proxy: &Proxy) -> Arc<Dispatcher> {
-    proxy.app.running.snapshot.load().services[0].dispatcher.clone()
-}
-
-fn state(proxy: &Proxy) -> ServiceStatus {
-    dispatcher(proxy).status(longhaul::ids::now())
-}
-
-fn outstanding(proxy: &Proxy) -> u64 {
-    state(proxy).outstanding_runs
-}
-
 /// Outstanding runs and open exchanges at each backend.
 fn loads(proxy: &Proxy, backends: &[Backend]) -> Vec<(usize, usize)> {
-    let endpoints: Vec<_> = state(proxy).versions.into_iter().flat_map(|version| version.endpoints).collect();
+    let endpoints: Vec<_> = proxy.state().versions.into_iter().flat_map(|version| version.endpoints).collect();
     let load = |backend: &Backend| {
         let of = endpoints.iter().find(|endpoint| endpoint.address == backend.name());
         of.map_or((0, 0), |endpoint| (endpoint.outstanding_runs as usize, endpoint.open_exchanges as usize))
@@ -79,7 +58,7 @@ fn loads(proxy: &Proxy, backends: &[Backend]) -> Vec<(usize, usize)> {
 }
 
 fn standing(proxy: &Proxy, backend: &Backend) -> Option<EndpointState> {
-    let mut endpoints = state(proxy).versions.into_iter().flat_map(|version| version.endpoints);
+    let mut endpoints = proxy.state().versions.into_iter().flat_map(|version| version.endpoints);
     endpoints.find(|endpoint| endpoint.address == backend.name()).map(|endpoint| endpoint.state)
 }
 
@@ -122,7 +101,7 @@ async fn open_stream(proxy: &Proxy, backends: &[Backend], headers: &str) -> (Raw
 async fn fifty_reloads_under_two_hundred_streams_lose_no_event_and_no_count() {
     const STREAMS: usize = 200;
     const RELOADS: usize = 50;
-    let backends = several(4).await;
+    let backends = Backend::start_several(4).await;
     backends.iter().for_each(Backend::drip_each);
     let proxy = start_proxy(&stable(&backends[..3], "")).await;
     let mut drips = Vec::new();
@@ -157,7 +136,7 @@ async fn fifty_reloads_under_two_hundred_streams_lose_no_event_and_no_count() {
         let next = reload(&proxy, &config).await;
         assert!(next > generation, "it took effect");
         generation = next;
-        assert_eq!(outstanding(&proxy), STREAMS as u64, "after reload {round}");
+        assert_eq!(proxy.outstanding(), STREAMS as u64, "after reload {round}");
         let metric = proxy.metric("longhaul_outstanding_runs", &["service=\"support\""]).await;
         assert_eq!(metric, Some(STREAMS as f64), "after reload {round}");
     }
@@ -209,7 +188,7 @@ async fn ten_thousand_runs_of_a_thousand_sessions_through_fifty_reloads() {
     const SESSIONS: usize = 1000;
     const ROUNDS: usize = 10;
     const RELOADS: usize = 50;
-    let backends = several(5).await;
+    let backends = Backend::start_several(5).await;
     let current: Current = Arc::new(Mutex::new(Gate::new()));
     for (name, backend) in backends.iter().enumerate() {
         answer_in_two(backend, name, &current);
@@ -252,7 +231,7 @@ async fn ten_thousand_runs_of_a_thousand_sessions_through_fifty_reloads() {
         let mut check = async |expected: usize| {
             let total = proxy.metric("longhaul_outstanding_runs", &["service=\"support\""]).await;
             checks += 1;
-            inexact += usize::from(total != Some(expected as f64) || outstanding(&proxy) != expected as u64);
+            inexact += usize::from(total != Some(expected as f64) || proxy.outstanding() != expected as u64);
         };
         check(CLIENTS).await;
         let there: Vec<(usize, usize)> = backends.iter().map(|backend| (backend.in_flight(), 0)).collect();
@@ -300,7 +279,7 @@ async fn ten_thousand_runs_of_a_thousand_sessions_through_fifty_reloads() {
 
 #[tokio::test]
 async fn fifty_unpinned_runs_on_five_idle_endpoints_lie_ten_on_each() {
-    let backends = several(5).await;
+    let backends = Backend::start_several(5).await;
     backends.iter().for_each(Backend::drip_each);
     let proxy = start_proxy(&stable(&backends, "")).await;
     // Started at once, from as many connections.
@@ -369,25 +348,12 @@ async fn sessions_are_split_by_the_weights_of_versions() {
     }
 }
 
-/// Seeded randomness (splitmix64), so that a failure can be had again.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (mixed ^ (mixed >> 31)) % end
-    }
-}
-
 #[tokio::test]
 async fn counts_return_to_zero_after_random_aborts_of_both_sides() {
     const STREAMS: u64 = 300;
     for seed in 1..=3 {
         let mut random = Random(seed);
-        let backends = several(3).await;
+        let backends = Backend::start_several(3).await;
         let never = Gate::new();
         for backend in &backends {
             let never = never.clone();
@@ -465,8 +431,8 @@ async fn counts_return_to_zero_after_random_aborts_of_both_sides() {
         assert_eq!(proxy.metric("longhaul_outstanding_runs", &["service=\"support\""]).await, Some(0.0));
         proxy.metric_becomes("longhaul_connections", &[], 0.0).await;
         let now = longhaul::ids::now();
-        assert_eq!(dispatcher(&proxy).runs(None, 10, now), []);
-        assert!(dispatcher(&proxy).sessions(None, 1000, now).iter().all(|session| session.confirmed));
+        assert_eq!(proxy.dispatcher().runs(None, 10, now), []);
+        assert!(proxy.dispatcher().sessions(None, 1000, now).iter().all(|session| session.confirmed));
         eventually("the endpoints know it", || backends.iter().all(|backend| backend.in_flight() == 0)).await;
         // And it works on.
         assert_eq!(post(proxy.address, "/", "X-End: whole\r\n", "hi").await.status(), 200);
@@ -503,7 +469,7 @@ async fn a_match_reaches_weight_zero_and_weight_zero_keeps_its_sessions() {
 
 #[tokio::test]
 async fn a_removed_endpoint_finishes_its_stream_and_its_sessions_move_at_their_next_start() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     backends.iter().for_each(Backend::drip_each);
     let proxy = start_proxy(&stable(&backends[..1], "")).await;
     let finish = async |client: &mut RawClient, drip: Drip| {
@@ -548,7 +514,7 @@ async fn a_removed_endpoint_finishes_its_stream_and_its_sessions_move_at_their_n
 
 #[tokio::test]
 async fn stay_keeps_sessions_at_a_draining_endpoint_until_it_is_gone() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     let keeping = |backends: &[Backend], when_lost: &str| {
         let session = format!("{{key: [{{header: x-session-id}}], when_draining: stay, when_lost: {when_lost}}}");
         stable(backends, "").replace("{key: [{header: x-session-id}]}", &session)

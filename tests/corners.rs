@@ -4,7 +4,7 @@ mod support;
 
 use bytes::Bytes;
 use support::{
-    Backend, Gate, Http2Client, Proxy, Response, Script, Step, eventually, fetch, http2_request, post, start_proxy,
+    Backend, Gate, Http2Client, Response, Script, Step, eventually, fetch, http2_request, post, start_proxy,
 };
 use tokio::net::TcpListener;
 
@@ -17,11 +17,6 @@ fn service(urls: &[&str], version: &str, more: &str) -> String {
 }
 
 const BY_JSON: &str = "    session: {key: [{json: /thread}]}\n";
-
-fn outstanding(proxy: &Proxy) -> u64 {
-    let dispatcher = proxy.app.running.snapshot.load().services[0].dispatcher.clone();
-    dispatcher.status(longhaul::ids::now()).outstanding_runs
-}
 
 fn affinity(answer: &Response) -> &str {
     answer.header("longhaul-affinity").unwrap_or_default()
@@ -60,7 +55,7 @@ async fn trailers_of_a_request_that_was_answered_here_are_not_the_next_ones() {
     assert_eq!(client.read_response().await.status(), 429);
     gate.open();
     assert_eq!(first.read_response().await.text(), "first");
-    eventually("a free slot", || outstanding(&proxy) == 0).await;
+    eventually("a free slot", || proxy.outstanding() == 0).await;
     client.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi").await;
     assert_eq!(client.read_response().await.status(), 200);
     assert_eq!(backend.requests()[1].trailers, []);
@@ -178,9 +173,9 @@ async fn a_reset_by_the_client_while_the_endpoint_takes_no_more_closes_the_endpo
         () = until_stuck => {}
         () = others => {}
     }
-    assert_eq!(outstanding(&proxy), 1);
+    assert_eq!(proxy.outstanding(), 1);
     upload.reset();
-    eventually("the run has ended", || outstanding(&proxy) == 0).await;
+    eventually("the run has ended", || proxy.outstanding() == 0).await;
 }
 
 #[tokio::test]
@@ -275,7 +270,7 @@ async fn counts_return_to_zero_after_resets_anywhere() {
                 client.abort();
             }
         }
-        eventually("no run is left", || outstanding(&proxy) == 0).await;
+        eventually("no run is left", || proxy.outstanding() == 0).await;
         eventually("no exchange is left", || running.open_exchanges.load(std::sync::atomic::Ordering::Acquire) == 0)
             .await;
         eventually("none is left at the endpoint", || backend.in_flight() == 0).await;

@@ -120,7 +120,7 @@ async fn every_change_is_routed_soon_and_costs_little() {
         kubeconfig.display()
     );
     let proxy = start_proxy_in(Surroundings::default(), &config);
-    let dispatcher = Arc::clone(&proxy.app.running.snapshot.load().services[0].dispatcher);
+    let dispatcher = proxy.dispatcher();
     let state = || -> HashMap<String, &'static str> {
         let status = dispatcher.status(ids::now());
         let endpoints = status.versions.into_iter().flat_map(|version| version.endpoints);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use support::{
-    Backend, Body, Counting, Gate, Proxy, RawClient, Request, Script, Seen, Step, eventually, post, start_proxy,
+    Backend, Counting, Gate, Proxy, RawClient, Request, Script, Seen, Step, eventually, langgraph, post, start_proxy,
 };
 
 const SESSIONS: usize = 1_000;
@@ -82,14 +82,15 @@ async fn text_twice(proxy: &Proxy, backend: &Counting, session: usize, release: 
     }
 }
 
-async fn text_all(proxy: &Proxy, backend: &Counting, release: Release) -> Vec<Texted> {
+/// What `text` got in each session.
+async fn text_all<F: Future>(text: impl Fn(usize) -> F) -> Vec<F::Output> {
     let mut under_way = FuturesUnordered::new();
     let mut texted = Vec::new();
     for session in 0..SESSIONS {
         if under_way.len() >= AT_ONCE {
             texted.extend(under_way.next().await);
         }
-        under_way.push(text_twice(proxy, backend, session, release));
+        under_way.push(text(session));
     }
     while let Some(one) = under_way.next().await {
         texted.push(one);
@@ -112,7 +113,7 @@ async fn thousand(policy: &str, release: Release) -> (Vec<Texted>, HashMap<Strin
     let runs = format!("queue: {{max: 1000}}, double_texting: {{policy: {policy}}}");
     let proxy = start_proxy(&config(&backend.url(), "http", &runs)).await;
     let begun = longhaul::ids::now();
-    let texted = text_all(&proxy, &backend, release).await;
+    let texted = text_all(|session| text_twice(&proxy, &backend, session, release)).await;
     let sessions = by_session(backend.seen());
     let runs: usize = sessions.values().map(Vec::len).sum();
     let beside = sessions.values().flatten().filter(|run| run.beside > 0).count();
@@ -194,13 +195,11 @@ impl Threads {
     }
 
     fn answer(&self, request: &Request) -> Script {
-        let json = |status, body: &str| Script::answer(status, &[("content-type", "application/json")], body);
-        let parts: Vec<&str> = request.target.trim_start_matches('/').split(['/', '?']).collect();
         let mut state = self.0.lock().expect("no panic");
-        match (request.method.as_str(), parts.as_slice()) {
+        match (request.method.as_str(), langgraph::parts(request).as_slice()) {
             ("POST", ["threads", thread, "runs", "stream"]) => {
                 state.runs += 1;
-                let run = format!("22222222-2222-4222-8222-{:012}", state.runs);
+                let run = langgraph::run_id(state.runs);
                 let gate = Gate::new();
                 state.running.insert(run.clone(), gate.clone());
                 let story = state.story.entry((*thread).to_owned()).or_default();
@@ -210,17 +209,7 @@ impl Threads {
                     gate.open();
                     state.running.remove(&run);
                 }
-                let headers = vec![
-                    ("content-type".to_owned(), "text/event-stream".to_owned()),
-                    ("content-location".to_owned(), format!("/threads/{thread}/runs/{run}")),
-                ];
-                Script(vec![
-                    Step::ReadBody,
-                    Step::Head { status: 200, headers, body: Body::Chunked },
-                    Step::Data(format!("event: metadata\ndata: {{\"run_id\":\"{run}\"}}\n\n").into()),
-                    Step::Wait(gate),
-                    Step::End,
-                ])
+                langgraph::stream(thread, &run, Some(&gate))
             }
             ("POST", ["threads", thread, "runs", run, "cancel", action]) => {
                 let authorization = request.header("authorization").map(str::to_owned);
@@ -229,13 +218,13 @@ impl Threads {
                 if let Some(gate) = state.running.remove(*run) {
                     gate.open();
                 }
-                json(202, "")
+                Script::json(202, "")
             }
-            ("GET", ["threads", _, "runs", run]) => match state.running.get(*run) {
-                Some(_) => json(200, &format!(r#"{{"run_id":"{run}","status":"running"}}"#)),
-                None => json(200, &format!(r#"{{"run_id":"{run}","status":"interrupted"}}"#)),
-            },
-            _ => json(404, "{}"),
+            ("GET", ["threads", _, "runs", run]) => {
+                let runs = state.running.contains_key(*run);
+                langgraph::state(run, Some(if runs { "running" } else { "interrupted" }))
+            }
+            _ => Script::json(404, "{}"),
         }
     }
 }
@@ -269,17 +258,7 @@ async fn thousand_threads(policy: &str, action: &str) {
     let runs = format!("queue: {{max: 1000}}, double_texting: {{policy: {policy}}}");
     let proxy = start_proxy(&config(backend.url(), "langgraph", &runs)).await;
     let begun = longhaul::ids::now();
-    let mut under_way = FuturesUnordered::new();
-    let mut texted = Vec::new();
-    for number in 0..SESSIONS {
-        if under_way.len() >= AT_ONCE {
-            texted.extend(under_way.next().await);
-        }
-        under_way.push(text_thread(&proxy, number));
-    }
-    while let Some(one) = under_way.next().await {
-        texted.push(one);
-    }
+    let texted = text_all(|number| text_thread(&proxy, number)).await;
     assert!(texted.iter().all(|one| *one == (true, 200)));
     let state = threads.0.lock().expect("no panic");
     let mut credentials: Vec<Option<String>> = state.cancelled_with.clone();

@@ -6,20 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use longhaul::state::dispatcher::Dispatcher;
-use longhaul::state::status::{EndpointState, ServiceStatus};
+use longhaul::state::status::EndpointState;
 use support::{
     Backend, Body, Certificate, Drip, Gate, Proxy, RawClient, Response, Script, Step, eventually, fetch, get, post,
     start_proxy,
 };
-
-async fn several(count: usize) -> Vec<Backend> {
-    let mut backends = Vec::new();
-    for _ in 0..count {
-        backends.push(Backend::start().await);
-    }
-    backends
-}
 
 /// A service of these endpoints in one version; `more` are further keys of it, each line indented by four.
 fn service(urls: &[&str], more: &str) -> String {
@@ -32,26 +23,13 @@ fn over(backends: &[Backend], more: &str) -> String {
 
 const BY_HEADER: &str = "    session: {key: [{header: x-session-id}]}\n";
 
-fn dispatcher(proxy: &Proxy) -> Arc<Dispatcher> {
-    proxy.app.running.snapshot.load().services[0].dispatcher.clone()
-}
-
-/// What the dispatcher knows at this instant.
-fn state(proxy: &Proxy) -> ServiceStatus {
-    dispatcher(proxy).status(longhaul::ids::now())
-}
-
-fn outstanding(proxy: &Proxy) -> u64 {
-    state(proxy).outstanding_runs
-}
-
 /// Outstanding runs at one backend.
 fn load(proxy: &Proxy, backend: &Backend) -> u32 {
     endpoint(proxy, backend).map_or(0, |(_, outstanding)| outstanding)
 }
 
 fn endpoint(proxy: &Proxy, backend: &Backend) -> Option<(EndpointState, u32)> {
-    let endpoints = state(proxy).versions.into_iter().flat_map(|version| version.endpoints);
+    let endpoints = proxy.state().versions.into_iter().flat_map(|version| version.endpoints);
     let mut found = endpoints.filter(|endpoint| endpoint.address == backend.name());
     found.next().map(|endpoint| (endpoint.state, endpoint.outstanding_runs))
 }
@@ -111,7 +89,7 @@ fn reset_before_the_answer() -> Script {
 
 #[tokio::test]
 async fn a_refused_start_goes_to_another_endpoint_as_the_same_run() {
-    let mut backends = several(2).await;
+    let mut backends = Backend::start_several(2).await;
     backends[0].refuse().await;
     backends[1].drip_each();
     let proxy = start_proxy(&over(&backends, "    outlier: {consecutive_failures: 0}\n")).await;
@@ -127,7 +105,7 @@ async fn a_refused_start_goes_to_another_endpoint_as_the_same_run() {
         streams.push((client, drip));
         assert_eq!((load(&proxy, &backends[0]), load(&proxy, &backends[1])), (0, count), "the slot was handed over");
     }
-    let runs = dispatcher(&proxy).runs(None, 100, longhaul::ids::now());
+    let runs = proxy.dispatcher().runs(None, 100, longhaul::ids::now());
     assert_eq!(runs.len(), 6);
     // From the second on the refusing endpoint is the least loaded one.
     assert!(runs.iter().filter(|run| run.attempts == 2).count() >= 5, "{runs:?}");
@@ -135,14 +113,14 @@ async fn a_refused_start_goes_to_another_endpoint_as_the_same_run() {
         drip.finish().await;
         while client.read_chunk().await.is_some() {}
     }
-    assert_eq!(outstanding(&proxy), 0);
+    assert_eq!(proxy.outstanding(), 0);
     ended_are(&proxy, &[("completed", 6.0)]).await;
     assert_eq!(proxy.metric("longhaul_affinity_total", &[]).await, Some(6.0), "picked once each");
 }
 
 #[tokio::test]
 async fn all_refused_is_connect_failed() {
-    let mut backends = several(3).await;
+    let mut backends = Backend::start_several(3).await;
     for backend in &mut backends {
         backend.refuse().await;
     }
@@ -150,14 +128,14 @@ async fn all_refused_is_connect_failed() {
     let answer = run(&proxy).await;
     is_error(&answer, 502, "connect_failed");
     assert!(answer.header("longhaul-run-id").is_some() && answer.header("retry-after").is_some());
-    assert_eq!(outstanding(&proxy), 0);
+    assert_eq!(proxy.outstanding(), 0);
     ended_are(&proxy, &[("failed", 1.0)]).await;
 }
 
 #[tokio::test]
 async fn a_retry_never_exceeds_the_attempts() {
     for attempts in 1..=3 {
-        let backends = several(4).await;
+        let backends = Backend::start_several(4).await;
         backends.iter().for_each(|backend| backend.each(|_| reset_before_the_answer()));
         let proxy = start_proxy(&over(&backends, &format!("    retries: {{attempts: {attempts}}}\n"))).await;
         is_error(&get(proxy.address, "/", "").await, 502, "upstream_reset");
@@ -169,7 +147,7 @@ async fn a_retry_never_exceeds_the_attempts() {
 
 #[tokio::test]
 async fn what_an_endpoint_may_have_done_is_not_done_twice() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     backends.iter().for_each(|backend| backend.each(|_| reset_before_the_answer()));
     let proxy = start_proxy(&over(&backends, "    outlier: {consecutive_failures: 0}\n")).await;
     for method in ["POST", "PATCH"] {
@@ -178,7 +156,7 @@ async fn what_an_endpoint_may_have_done_is_not_done_twice() {
         is_error(&answer.await, 502, "upstream_reset");
         assert_eq!(backends[0].request_count() + backends[1].request_count(), before + 1, "{method}");
     }
-    assert_eq!(outstanding(&proxy), 0);
+    assert_eq!(proxy.outstanding(), 0);
     ended_are(&proxy, &[("failed", 1.0)]).await;
 }
 
@@ -186,7 +164,7 @@ async fn what_an_endpoint_may_have_done_is_not_done_twice() {
 async fn what_is_safe_to_repeat_is_repeated_with_its_body() {
     for method in ["GET", "HEAD", "OPTIONS", "PUT", "DELETE"] {
         for chunked in [false, true] {
-            let backends = several(2).await;
+            let backends = Backend::start_several(2).await;
             let resets = Arc::new(AtomicUsize::new(0));
             for backend in &backends {
                 let resets = Arc::clone(&resets);
@@ -215,7 +193,7 @@ async fn what_is_safe_to_repeat_is_repeated_with_its_body() {
 
 #[tokio::test]
 async fn a_large_body_is_not_kept_to_be_repeated() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     backends.iter().for_each(|backend| backend.each(|_| reset_before_the_answer()));
     let proxy = start_proxy(&over(&backends, "")).await;
     let mut wire = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n".to_vec();
@@ -227,7 +205,7 @@ async fn a_large_body_is_not_kept_to_be_repeated() {
 
 #[tokio::test]
 async fn a_status_is_never_repeated() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     backends.iter().for_each(|backend| backend.each(|_| Script::status(503)));
     let proxy = start_proxy(&over(&backends, "    outlier: {consecutive_failures: 0}\n")).await;
     assert_eq!(get(proxy.address, "/", "").await.status(), 503);
@@ -238,7 +216,7 @@ async fn a_status_is_never_repeated() {
 
 #[tokio::test]
 async fn a_pooled_connection_that_was_closed_is_noticed_even_for_a_post_to_a_lone_endpoint() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     let proxy = start_proxy(&over(&backends, "")).await;
     let mut client = proxy.connect().await;
     for count in 1..=10 {
@@ -253,7 +231,7 @@ async fn a_pooled_connection_that_was_closed_is_noticed_even_for_a_post_to_a_lon
 
 #[tokio::test]
 async fn a_pooled_connection_that_dies_at_the_next_request_is_replaced_also_at_a_lone_endpoint() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     let proxy = start_proxy(&over(&backends, "")).await;
     // As an endpoint whose keep-alive time ends in the very moment of reuse.
     backends[0].each(|request| match request.connection {
@@ -278,7 +256,7 @@ async fn a_pooled_connection_that_dies_at_the_next_request_is_replaced_also_at_a
 
 #[tokio::test]
 async fn a_confirmed_pin_is_tried_again_at_its_own_endpoint_only() {
-    let mut backends = several(2).await;
+    let mut backends = Backend::start_several(2).await;
     let proxy = start_proxy(&over(&backends, BY_HEADER)).await;
     assert_eq!(run_in(&proxy, "anna").await.status(), 200);
     let (home, other) = if backends[0].request_count() == 1 { (0, 1) } else { (1, 0) };
@@ -296,12 +274,12 @@ async fn a_confirmed_pin_is_tried_again_at_its_own_endpoint_only() {
     assert_eq!((backends[home].request_count(), backends[other].request_count()), (3, 0));
     assert_eq!(run_in(&proxy, "anna").await.header("longhaul-affinity"), Some("hit"));
     assert_eq!((backends[home].request_count(), backends[other].request_count()), (4, 0));
-    assert_eq!(outstanding(&proxy), 0);
+    assert_eq!(proxy.outstanding(), 0);
 }
 
 #[tokio::test]
 async fn a_tentative_pin_moves_with_the_retry() {
-    let mut backends = several(2).await;
+    let mut backends = Backend::start_several(2).await;
     backends[0].refuse().await;
     let proxy = start_proxy(&over(&backends, &format!("{BY_HEADER}    outlier: {{consecutive_failures: 0}}\n"))).await;
     for number in 0..10 {
@@ -312,7 +290,7 @@ async fn a_tentative_pin_moves_with_the_retry() {
         assert_eq!(run_in(&proxy, &format!("session-{number}")).await.header("longhaul-affinity"), Some("hit"));
     }
     assert_eq!((backends[0].request_count(), backends[1].request_count()), (0, 20), "they live where they were served");
-    let sessions = dispatcher(&proxy).sessions(None, 100, longhaul::ids::now());
+    let sessions = proxy.dispatcher().sessions(None, 100, longhaul::ids::now());
     assert!(sessions.iter().all(|session| session.endpoint == backends[1].name()), "{sessions:?}");
 }
 
@@ -365,15 +343,15 @@ async fn a_client_that_leaves_while_we_connect_cancels_its_run() {
     let proxy = start_proxy(&service(&[&deaf.url], "    timeouts: {connect: 1h}\n")).await;
     let mut client = proxy.connect().await;
     client.send("GET / HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n").await;
-    eventually("the run is outstanding", || outstanding(&proxy) == 1).await;
+    eventually("the run is outstanding", || proxy.outstanding() == 1).await;
     drop(client);
-    eventually("it ends", || outstanding(&proxy) == 0).await;
+    eventually("it ends", || proxy.outstanding() == 0).await;
     ended_are(&proxy, &[("cancelled", 1.0)]).await;
 }
 
 #[tokio::test]
 async fn an_endpoint_that_does_not_answer_is_first_byte_timeout_and_not_asked_again() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     let never = Gate::new();
     for backend in &backends {
         let never = never.clone();
@@ -385,12 +363,12 @@ async fn an_endpoint_that_does_not_answer_is_first_byte_timeout_and_not_asked_ag
     assert_eq!(backends[0].request_count() + backends[1].request_count(), 2, "no other is asked");
     eventually("the endpoints are told", || backends.iter().all(|backend| backend.in_flight() == 0)).await;
     ended_are(&proxy, &[("timed_out", 1.0)]).await;
-    assert_eq!(outstanding(&proxy), 0);
+    assert_eq!(proxy.outstanding(), 0);
 }
 
 #[tokio::test]
 async fn a_run_that_takes_too_long_is_run_timeout_or_cut() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     let never = Gate::new();
     backends[0].next(Script::ok("late").after(&never));
     let proxy = start_proxy(&over(&backends, "    runs: {max_duration: 300ms}\n")).await;
@@ -418,7 +396,7 @@ async fn a_run_that_takes_too_long_is_run_timeout_or_cut() {
 
 #[tokio::test]
 async fn silence_cuts_a_stream() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     backends[0].drip_each();
     let proxy = start_proxy(&over(&backends, "    timeouts: {idle: 300ms}\n")).await;
     let (mut client, drip) = stream_at(&proxy, &backends[0]).await;
@@ -428,7 +406,7 @@ async fn silence_cuts_a_stream() {
     drip.until_gone().await;
     // An end before the end is truncated; only first_byte and max_duration time out.
     ended_are(&proxy, &[("truncated", 1.0)]).await;
-    assert_eq!(outstanding(&proxy), 0);
+    assert_eq!(proxy.outstanding(), 0);
 }
 
 /// Waits as long as it takes the proxy to cut `times` silent streams, one after another.
@@ -469,7 +447,7 @@ async fn the_time_in_which_the_client_holds_back_is_no_silence() {
 
 #[tokio::test]
 async fn an_endpoint_that_dies_in_its_answer_cuts_it_visibly() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     let proxy = start_proxy(&over(&backends, "")).await;
     for (body, count) in [(Body::Length(100), 1.0), (Body::Chunked, 2.0)] {
         for end in [Step::Close, Step::Reset] {
@@ -486,12 +464,12 @@ async fn an_endpoint_that_dies_in_its_answer_cuts_it_visibly() {
     let answer = run(&proxy).await;
     assert_eq!((answer.truncated, answer.text().as_str()), (false, "part"));
     ended_are(&proxy, &[("truncated", 4.0), ("completed", 1.0)]).await;
-    assert_eq!(outstanding(&proxy), 0);
+    assert_eq!(proxy.outstanding(), 0);
 }
 
 #[tokio::test]
 async fn outcomes_follow_status_and_client() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     let proxy = start_proxy(&over(&backends, "    outlier: {consecutive_failures: 0}\n")).await;
     for status in [200, 204, 302, 400, 401, 404, 429, 500, 502, 503, 504] {
         backends[0].next(Script(vec![
@@ -517,23 +495,23 @@ async fn outcomes_follow_status_and_client() {
     drip.until_gone().await;
     let mut client = proxy.connect().await;
     client.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 200\r\n\r\nhi").await;
-    eventually("it is outstanding", || outstanding(&proxy) == 1).await;
+    eventually("it is outstanding", || proxy.outstanding() == 1).await;
     drop(client);
-    eventually("nothing is outstanding", || outstanding(&proxy) == 0).await;
+    eventually("nothing is outstanding", || proxy.outstanding() == 0).await;
     ended_are(&proxy, &[("completed", 7.0), ("failed", 4.0), ("cancelled", 3.0)]).await;
 }
 
 #[tokio::test]
 async fn a_run_is_over_for_the_count_before_its_client_sees_the_end() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     backends[0].drip_each();
     let proxy = start_proxy(&over(&backends, "")).await;
     for _ in 0..50 {
         let (mut client, drip) = stream_at(&proxy, &backends[0]).await;
-        assert_eq!(outstanding(&proxy), 1);
+        assert_eq!(proxy.outstanding(), 1);
         drip.finish().await;
         assert!(client.read_chunk().await.is_none());
-        assert_eq!(outstanding(&proxy), 0);
+        assert_eq!(proxy.outstanding(), 0);
     }
 }
 
@@ -580,7 +558,7 @@ const QUICK_CHECKS: &str =
 
 #[tokio::test]
 async fn an_endpoint_is_not_ready_before_its_first_health_answer_and_one_suffices() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     let gate = Gate::new();
     let held = gate.clone();
     backends[0].each(move |request| match request.target.as_str() {
@@ -601,7 +579,7 @@ async fn an_endpoint_is_not_ready_before_its_first_health_answer_and_one_suffice
 
 #[tokio::test]
 async fn some_answers_in_a_row_make_an_endpoint_unhealthy_and_healthy_again() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     let status = checked(&backends[0]);
     checked(&backends[1]);
     let proxy = start_proxy(&over(&backends, QUICK_CHECKS)).await;
@@ -645,7 +623,7 @@ async fn some_answers_in_a_row_make_an_endpoint_unhealthy_and_healthy_again() {
 
 #[tokio::test]
 async fn probes_carry_configured_headers_and_no_clients_credentials() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     checked(&backends[0]);
     let config = format!(
         "services:\n  - name: support\n{QUICK_CHECKS}    versions: [{{name: stable, endpoints: [\"{}\"], \
@@ -668,7 +646,7 @@ async fn probes_carry_configured_headers_and_no_clients_credentials() {
 
 #[tokio::test]
 async fn failures_in_a_row_eject_an_endpoint_for_a_while() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     let status = Arc::new(AtomicU16::new(500));
     let answered = Arc::clone(&status);
     backends[0].each(move |_| Script::status(answered.load(Ordering::SeqCst)));
@@ -704,7 +682,7 @@ async fn failures_in_a_row_eject_an_endpoint_for_a_while() {
 #[tokio::test]
 async fn never_more_than_max_ejected_and_never_a_lone_endpoint() {
     for (count, most, expected) in [(4, "50%", 2), (4, "100%", 3), (5, "20%", 1), (4, "0%", 0), (1, "100%", 0)] {
-        let mut backends = several(count).await;
+        let mut backends = Backend::start_several(count).await;
         for backend in &mut backends {
             backend.refuse().await;
         }
@@ -732,7 +710,7 @@ async fn a_service_without_endpoint_is_no_endpoint() {
 
 #[tokio::test]
 async fn full_endpoints_are_queue_full_for_runs_only() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     backends.iter().for_each(Backend::drip_each);
     let proxy = start_proxy(&over(&backends, "    runs: {max_per_endpoint: 2}\n")).await;
     let mut streams = Vec::new();
@@ -749,14 +727,14 @@ async fn full_endpoints_are_queue_full_for_runs_only() {
     reader.send("GET /log HTTP/1.1\r\nHost: a\r\n\r\n").await;
     assert_eq!(reader.read_head().await.status, 200, "what is no run passes");
     drop(streams.pop());
-    eventually("a slot is free", || outstanding(&proxy) == 3).await;
+    eventually("a slot is free", || proxy.outstanding() == 3).await;
     streams.push(stream(&proxy, "").await);
     is_error(&run(&proxy).await, 429, "queue_full");
 }
 
 #[tokio::test]
 async fn an_endpoints_own_limit_counts_and_a_retry_does_not_break_it() {
-    let mut backends = several(2).await;
+    let mut backends = Backend::start_several(2).await;
     backends.iter().for_each(Backend::drip_each);
     let limited = format!("{{url: \"{}\", max_runs: 1}}", backends[0].url());
     let proxy = start_proxy(&service(&[&limited, backends[1].url()], "    outlier: {consecutive_failures: 0}\n")).await;
@@ -789,7 +767,7 @@ async fn burst(proxy: &Proxy, backend: &Backend, count: usize) {
 
 #[tokio::test]
 async fn idle_connections_are_kept_up_to_max_idle_and_not_for_ever() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     backends[0].drip_each();
     let proxy = start_proxy(&over(&backends, "    pool: {max_idle: 3, idle_timeout: 1s}\n")).await;
     burst(&proxy, &backends[0], 10).await;
@@ -802,7 +780,7 @@ async fn idle_connections_are_kept_up_to_max_idle_and_not_for_ever() {
 
 #[tokio::test]
 async fn max_connections_is_overloaded() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     backends[0].drip_each();
     let proxy = start_proxy(&over(&backends, "    pool: {max_connections: 2}\n")).await;
     let first = stream_at(&proxy, &backends[0]).await;
@@ -818,7 +796,7 @@ async fn max_connections_is_overloaded() {
 
 #[tokio::test]
 async fn idle_connections_never_use_up_max_connections() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     let proxy = start_proxy(&over(&backends, "    pool: {max_connections: 1}\n")).await;
     // Connections of clients alternate between workers; the endpoint's idle one is at one of them.
     for _ in 0..50 {
@@ -830,7 +808,7 @@ async fn idle_connections_never_use_up_max_connections() {
 
 #[tokio::test]
 async fn connections_to_a_removed_endpoint_are_dropped() {
-    let backends = several(2).await;
+    let backends = Backend::start_several(2).await;
     let proxy = start_proxy(&over(&backends, "")).await;
     for _ in 0..8 {
         assert_eq!(run(&proxy).await.status(), 200);
@@ -856,7 +834,7 @@ async fn run_with(proxy: &Proxy, cookie: &str) -> Response {
 }
 
 async fn named(count: usize) -> Vec<Backend> {
-    let backends = several(count).await;
+    let backends = Backend::start_several(count).await;
     for (number, backend) in backends.iter().enumerate() {
         backend.each(move |_| Script::ok(&format!("backend {number}")));
     }
@@ -887,7 +865,7 @@ async fn the_cookie_is_the_browsers_secret_and_survives_reloads_and_forgetting()
     }
     // The table forgets it, as another replica would not know it: the cookie tells where it lives.
     for _ in 0..5 {
-        assert_eq!(dispatcher(&proxy).forget_sessions(None, longhaul::ids::now()), 1);
+        assert_eq!(proxy.dispatcher().forget_sessions(None, longhaul::ids::now()), 1);
         let answer = run_with(&proxy, &cookie).await;
         assert_eq!((answer.text(), answer.header("longhaul-affinity")), (first.text(), Some("hit")));
     }
@@ -924,7 +902,7 @@ async fn a_session_that_moves_gets_a_new_cookie() {
     assert_eq!((moved.text(), moved.header("longhaul-affinity")), (format!("backend {}", 1 - home), Some("moved")));
     let newer = cookie_of(&moved).expect("one that knows the new place");
     assert_eq!(proxy.drain("support", &backends[home].name(), true).await.status(), 200);
-    dispatcher(&proxy).forget_sessions(None, longhaul::ids::now());
+    proxy.dispatcher().forget_sessions(None, longhaul::ids::now());
     let answer = run_with(&proxy, &newer).await;
     assert_eq!((answer.text(), answer.header("longhaul-affinity")), (moved.text(), Some("hit")));
     // And it is the same session still.
@@ -933,7 +911,7 @@ async fn a_session_that_moves_gets_a_new_cookie() {
 
 #[tokio::test]
 async fn a_failed_answer_issues_no_cookie() {
-    let backends = several(1).await;
+    let backends = Backend::start_several(1).await;
     backends[0].each(|_| Script::status(500));
     let proxy = start_proxy(&over(&backends, &format!("{COOKIE}    outlier: {{consecutive_failures: 0}}\n"))).await;
     let answer = run(&proxy).await;

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use support::{Backend, Counting, Proxy, RawClient, Response, Seen, eventually_async, get, post, start_proxy};
+use support::{
+    Backend, Counting, Drip, Proxy, Random, RawClient, Response, Seen, eventually_async, get, post, start_proxy,
+};
 
 /// A service of these endpoints with a limit of runs for each.
 fn config(urls: &[String], limit: usize, more: &str) -> String {
@@ -35,15 +37,21 @@ async fn waiting_client(proxy: &Proxy, headers: &str, count: f64) -> RawClient {
     client
 }
 
-#[tokio::test]
-async fn a_start_waits_for_a_slot_and_is_counted_while_it_does() {
+/// A backend whose only slot, by the proxy's limit, is taken by the run of a first client; `more` are further settings of
+/// runs.
+async fn full(more: &str) -> (Backend, Proxy, RawClient, Drip) {
     let backend = Backend::start().await;
     backend.drip_each();
-    let urls = [backend.url().to_owned()];
-    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 2}")).await;
+    let proxy = start_proxy(&config(&[backend.url().to_owned()], 1, more)).await;
     let mut first = proxy.connect().await;
     first.send(start("")).await;
     let running = backend.drip().await;
+    (backend, proxy, first, running)
+}
+
+#[tokio::test]
+async fn a_start_waits_for_a_slot_and_is_counted_while_it_does() {
+    let (backend, proxy, mut first, running) = full(", queue: {max: 2}").await;
     let mut second = waiting_client(&proxy, "", 1.0).await;
     let mut third = waiting_client(&proxy, "", 2.0).await;
     let refused = post(proxy.address, "/run", "", "{}").await;
@@ -71,13 +79,7 @@ async fn a_start_waits_for_a_slot_and_is_counted_while_it_does() {
 
 #[tokio::test]
 async fn whoever_waits_too_long_or_leaves_gives_up_its_place() {
-    let backend = Backend::start().await;
-    backend.drip_each();
-    let urls = [backend.url().to_owned()];
-    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 1, timeout: 300ms}")).await;
-    let mut first = proxy.connect().await;
-    first.send(start("")).await;
-    let running = backend.drip().await;
+    let (backend, proxy, mut first, running) = full(", queue: {max: 1, timeout: 300ms}").await;
     drop(waiting_client(&proxy, "", 1.0).await);
     queued(&proxy, 0.0).await;
     // One that has sent but a part of its body leaves, too.
@@ -98,13 +100,7 @@ async fn whoever_waits_too_long_or_leaves_gives_up_its_place() {
 
 #[tokio::test]
 async fn over_http2_a_reset_gives_up_the_place() {
-    let backend = Backend::start().await;
-    backend.drip_each();
-    let urls = [backend.url().to_owned()];
-    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 5}")).await;
-    let mut first = proxy.connect().await;
-    first.send(start("")).await;
-    let _running = backend.drip().await;
+    let (_backend, proxy, _first, _running) = full(", queue: {max: 5}").await;
     let client = support::Http2Client::connect(proxy.address).await;
     let request = support::http2_request("POST", proxy.address, "/run");
     let mut stream = client.open(request, false).await;
@@ -151,14 +147,8 @@ async fn a_pinned_start_waits_for_its_own_endpoint_and_holds_up_nobody() {
 
 #[tokio::test]
 async fn the_more_urgent_goes_first_and_principals_take_turns() {
-    let backend = Backend::start().await;
-    backend.drip_each();
-    let urls = [backend.url().to_owned()];
     let more = ", queue: {max: 50, priority_header: x-priority}}\n    session: {scope: [{header: authorization}]";
-    let proxy = start_proxy(&config(&urls, 1, more)).await;
-    let mut first = proxy.connect().await;
-    first.send(start("")).await;
-    let mut running = backend.drip().await;
+    let (backend, proxy, _first, mut running) = full(more).await;
     let mut clients = Vec::new();
     for (name, headers) in [
         ("crowd", "Authorization: a\r\n"),
@@ -181,13 +171,7 @@ async fn the_more_urgent_goes_first_and_principals_take_turns() {
 
 #[tokio::test]
 async fn the_proxys_drain_waits_for_those_who_wait() {
-    let backend = Backend::start().await;
-    backend.drip_each();
-    let urls = [backend.url().to_owned()];
-    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 5}")).await;
-    let mut first = proxy.connect().await;
-    first.send(start("")).await;
-    let running = backend.drip().await;
+    let (backend, proxy, mut first, running) = full(", queue: {max: 5}").await;
     let mut second = waiting_client(&proxy, "", 1.0).await;
     assert_eq!(proxy.admin("POST", "/api/v1/drain").await.status(), 202);
     running.finish().await;
@@ -239,13 +223,7 @@ async fn a_principal_has_no_more_runs_than_it_may() {
 
 #[tokio::test]
 async fn the_kill_switch_frees_a_slot_and_ends_what_it_names() {
-    let backend = Backend::start().await;
-    backend.drip_each();
-    let urls = [backend.url().to_owned()];
-    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 5}")).await;
-    let mut first = proxy.connect().await;
-    first.send(start("")).await;
-    let running = backend.drip().await;
+    let (backend, proxy, mut first, running) = full(", queue: {max: 5}").await;
     running.event("x").await;
     let head = first.read_head().await;
     let mut second = waiting_client(&proxy, "", 1.0).await;
@@ -260,13 +238,7 @@ async fn the_kill_switch_frees_a_slot_and_ends_what_it_names() {
 
 #[tokio::test]
 async fn who_reads_events_is_told_its_position_while_it_waits() {
-    let backend = Backend::start().await;
-    backend.drip_each();
-    let urls = [backend.url().to_owned()];
-    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 5, timeout: 1s, progress: 50ms}")).await;
-    let mut first = proxy.connect().await;
-    first.send(start("")).await;
-    let running = backend.drip().await;
+    let (backend, proxy, _first, running) = full(", queue: {max: 5, timeout: 1s, progress: 50ms}").await;
     let mut second = waiting_client(&proxy, "Accept: text/event-stream\r\n", 1.0).await;
     let mut third = waiting_client(&proxy, "Accept: text/event-stream\r\n", 2.0).await;
     let mut plain = waiting_client(&proxy, "", 3.0).await;
@@ -293,13 +265,7 @@ async fn who_reads_events_is_told_its_position_while_it_waits() {
 
 #[tokio::test]
 async fn what_fails_after_a_position_was_told_is_an_event_and_a_visible_cut() {
-    let backend = Backend::start().await;
-    backend.drip_each();
-    let urls = [backend.url().to_owned()];
-    let proxy = start_proxy(&config(&urls, 1, ", queue: {max: 5, progress: 50ms}")).await;
-    let mut first = proxy.connect().await;
-    first.send(start("")).await;
-    let running = backend.drip().await;
+    let (backend, proxy, _first, running) = full(", queue: {max: 5, progress: 50ms}").await;
     backend.next(support::Script::status(500));
     let mut second = waiting_client(&proxy, "Accept: text/event-stream\r\n", 1.0).await;
     second.read_head().await;
@@ -309,16 +275,6 @@ async fn what_fails_after_a_position_was_told_is_an_event_and_a_visible_cut() {
     assert!(seen.contains("event: error\ndata: {") && seen.contains("upstream_reset"), "{seen}");
     assert!(!seen.ends_with("0\r\n\r\n"), "it does not end as a whole one: {seen}");
     proxy.metric_becomes("longhaul_runs_total", &["outcome=\"failed\""], 1.0).await;
-}
-
-/// A small generator of even numbers.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) % bound
-    }
 }
 
 fn percentile(sorted: &[Duration], percent: usize) -> Duration {
@@ -342,7 +298,7 @@ async fn capacity_is_exact_and_nothing_is_lost_under_overload() {
         .map(|client| {
             let (address, next, done) = (proxy.address, Arc::clone(&next), Arc::clone(&done));
             tokio::spawn(async move {
-                let mut chance = Chance(client as u64 + 1);
+                let mut chance = Random(client as u64);
                 let (mut answered, mut aborted) = (0, 0);
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use support::{Backend, Program, Request, Script, eventually, eventually_async, fetch, post};
+use support::{Backend, Program, Request, Script, eventually, eventually_async, fetch, langgraph, post};
 use tokio::time::Instant;
 
 const THREAD: &str = "11111111-1111-4111-8111-111111111111";
@@ -105,22 +105,12 @@ async fn agent(runs: &Arc<Mutex<HashMap<String, &'static str>>>) -> Backend {
 }
 
 fn answer(request: &Request, name: &str, runs: &mut HashMap<String, &'static str>) -> Script {
-    let json = |status, body: &str| Script::answer(status, &[("content-type", "application/json")], body);
-    let parts: Vec<&str> = request.target.trim_start_matches('/').split(['/', '?']).collect();
-    match (request.method.as_str(), parts.as_slice()) {
+    match (request.method.as_str(), langgraph::parts(request).as_slice()) {
         ("POST", ["threads", thread, "runs"]) => {
             runs.insert(RUN.to_owned(), "running");
-            let location = format!("/threads/{thread}/runs/{RUN}");
-            Script::answer(
-                200,
-                &[("content-type", "application/json"), ("content-location", &location)],
-                &format!(r#"{{"run_id":"{RUN}","thread_id":"{thread}","status":"pending"}}"#),
-            )
+            langgraph::created(thread, RUN)
         }
-        ("GET", ["threads", _, "runs", run]) => match runs.get(*run) {
-            Some(status) => json(200, &format!(r#"{{"run_id":"{run}","status":"{status}"}}"#)),
-            None => json(404, "{}"),
-        },
+        ("GET", ["threads", _, "runs", run]) => langgraph::state(run, runs.get(*run).copied()),
         _ => Script::ok(name),
     }
 }

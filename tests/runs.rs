@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use support::{
-    Backend, Body, Gate, Proxy, RawClient, Request, Script, Step, eventually, eventually_async, get, post, start_proxy,
+    Backend, Gate, Proxy, RawClient, Request, Script, Step, eventually, eventually_async, get, langgraph, post,
+    start_proxy,
 };
 
 const THREAD: &str = "11111111-1111-4111-8111-111111111111";
@@ -34,45 +35,26 @@ impl Agent {
     }
 
     fn answer(&self, request: &Request) -> Script {
-        let json = |status, body: &str| Script::answer(status, &[("content-type", "application/json")], body);
-        let parts: Vec<&str> = request.target.trim_start_matches('/').split(['/', '?']).collect();
         let mut runs = self.runs.lock().expect("runs");
-        match (request.method.as_str(), parts.as_slice()) {
-            ("POST", ["threads"]) => json(200, &format!(r#"{{"thread_id":"{THREAD}","status":"idle"}}"#)),
+        match (request.method.as_str(), langgraph::parts(request).as_slice()) {
+            ("POST", ["threads"]) => Script::json(200, &format!(r#"{{"thread_id":"{THREAD}","status":"idle"}}"#)),
             ("POST", ["threads", thread, "runs"]) => {
-                let run = format!("22222222-2222-4222-8222-{:012}", runs.len());
+                let run = langgraph::run_id(runs.len());
                 runs.insert(run.clone(), "running");
-                let location = format!("/threads/{thread}/runs/{run}");
-                Script::answer(
-                    200,
-                    &[("content-type", "application/json"), ("content-location", &location)],
-                    &format!(r#"{{"run_id":"{run}","thread_id":"{thread}","status":"pending"}}"#),
-                )
+                langgraph::created(thread, &run)
             }
             ("POST", ["threads", thread, "runs", "stream"]) => {
-                let run = format!("22222222-2222-4222-8222-{:012}", runs.len());
+                let run = langgraph::run_id(runs.len());
                 runs.insert(run.clone(), "running");
-                let headers = vec![
-                    ("content-type".to_owned(), "text/event-stream".to_owned()),
-                    ("content-location".to_owned(), format!("/threads/{thread}/runs/{run}")),
-                ];
-                Script(vec![
-                    Step::ReadBody,
-                    Step::Head { status: 200, headers, body: Body::Chunked },
-                    Step::Data(format!("event: metadata\r\ndata: {{\"run_id\":\"{run}\"}}\r\n\r\n").into()),
-                    Step::End,
-                ])
+                langgraph::stream(thread, &run, None)
             }
-            ("GET", ["threads", _, "runs", run]) => match runs.get(*run) {
-                Some(status) => json(200, &format!(r#"{{"run_id":"{run}","status":"{status}"}}"#)),
-                None => json(404, r#"{"detail":"Run not found"}"#),
-            },
+            ("GET", ["threads", _, "runs", run]) => langgraph::state(run, runs.get(*run).copied()),
             ("POST", ["threads", _, "runs", run, "cancel", ..]) => {
                 runs.insert((*run).to_owned(), "interrupted");
-                json(202, "")
+                Script::json(202, "")
             }
-            ("DELETE", ["threads", ..]) => json(204, ""),
-            _ => json(404, "{}"),
+            ("DELETE", ["threads", ..]) => Script::json(204, ""),
+            _ => Script::json(404, "{}"),
         }
     }
 }
@@ -176,7 +158,7 @@ async fn the_end_of_a_stream_is_not_the_end_of_its_run() {
     let streamed = post(proxy.address, &path, headers, r#"{"assistant_id":"agent"}"#).await;
     assert!(streamed.text().contains("metadata"), "{}", streamed.text());
     outstanding(&proxy, 1.0).await;
-    agent.set("22222222-2222-4222-8222-000000000000", "success");
+    agent.set(&langgraph::run_id(0), "success");
     ended(&proxy, "completed", 1.0).await;
 }
 
@@ -361,8 +343,8 @@ async fn load_that_an_endpoint_reports_keeps_new_runs_away_from_it() {
 #[tokio::test]
 async fn load_in_the_answer_of_a_health_check_counts_and_so_does_an_agentcore_ping() {
     let (busy, idle) = (Backend::start().await, Backend::start().await);
-    busy.each(|_| Script::answer(200, &[("content-type", "application/json")], r#"{"queue":{"running":7}}"#));
-    idle.each(|_| Script::answer(200, &[("content-type", "application/json")], r#"{"queue":{"running":0}}"#));
+    busy.each(|_| Script::json(200, r#"{"queue":{"running":7}}"#));
+    idle.each(|_| Script::json(200, r#"{"queue":{"running":0}}"#));
     let more = "    health: {path: /status, interval: 50ms, load: /queue/running}\n";
     let proxy = start_proxy(&config(&[&busy, &idle], more)).await;
     let address = busy.address().to_string();

@@ -5,8 +5,8 @@ mod support;
 use std::time::Duration;
 
 use support::{
-    Backend, Body, Drip, Gate, Http2Client, Proxy, RawClient, Script, Step, eventually, fetch, get, http2_request,
-    post, start_proxy, within,
+    Backend, Body, Drip, Gate, Http2Client, Http2Stream, Proxy, Random, RawClient, Script, Step, eventually, fetch,
+    get, http2_request, post, start_proxy, within,
 };
 
 /// A configuration with one service of one endpoint.
@@ -29,6 +29,15 @@ async fn open_stream(proxy: &Proxy, backend: &Backend) -> (RawClient, Drip) {
     let drip = backend.drip().await;
     assert_eq!(client.read_head().await.status, 200);
     (client, drip)
+}
+
+/// As [`open_stream`] over HTTP/2; the head is still to be read.
+async fn open_http2_stream(proxy: &Proxy, backend: &Backend) -> (Http2Client, Http2Stream, Drip) {
+    let client = Http2Client::connect(proxy.address).await;
+    let mut stream = client.open(http2_request("POST", proxy.address, "/run"), false).await;
+    stream.send(b"hi", true).await;
+    let drip = backend.drip().await;
+    (client, stream, drip)
 }
 
 #[tokio::test]
@@ -98,10 +107,7 @@ async fn an_endpoint_that_dies_mid_stream_resets_the_stream_of_http2() {
     let backend = Backend::start().await;
     backend.drip_each();
     let proxy = start_proxy(&one(&backend)).await;
-    let client = Http2Client::connect(proxy.address).await;
-    let mut stream = client.open(http2_request("POST", proxy.address, "/run"), false).await;
-    stream.send(b"hi", true).await;
-    let drip = backend.drip().await;
+    let (_client, stream, drip) = open_http2_stream(&proxy, &backend).await;
     drip.event("one").await;
     let (head, mut body) = stream.head().await;
     assert_eq!(head.status, 200);
@@ -157,10 +163,7 @@ async fn a_reset_of_http2_closes_the_endpoint() {
     let backend = Backend::start().await;
     backend.drip_each();
     let proxy = start_proxy(&one(&backend)).await;
-    let client = Http2Client::connect(proxy.address).await;
-    let mut stream = client.open(http2_request("POST", proxy.address, "/run"), false).await;
-    stream.send(b"hi", true).await;
-    let drip = backend.drip().await;
+    let (_client, mut stream, drip) = open_http2_stream(&proxy, &backend).await;
     drip.event("one").await;
     stream.reset();
     drip.until_gone().await;
@@ -705,9 +708,9 @@ async fn all_pairs_of_versions_carry_any_body_unchanged() {
     let http2_client = Http2Client::connect(proxy.address).await;
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     for length in [0, 1, 2, 1000, 16_383, 16_384, 65_535, 65_536, 200_001] {
-        let body: Vec<u8> = (0..length).map(|_| random.next() as u8).collect();
+        let body = random.bytes(length);
         let chunked = chunks(&body, &mut random);
-        let write_size = 1 + random.next() as usize % 40_000;
+        let write_size = random.up_to(40_000);
         for path in ["/one/echo", "/two/echo"] {
             let what = format!("{path}, {length} bytes, written by {write_size}");
             let head = format!("POST {path} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
@@ -727,7 +730,7 @@ fn chunks(body: &[u8], random: &mut Random) -> Vec<u8> {
     let mut wire = Vec::new();
     let mut rest = body;
     while !rest.is_empty() {
-        let (chunk, after) = rest.split_at(rest.len().min(1 + random.next() as usize % 20_000));
+        let (chunk, after) = rest.split_at(rest.len().min(random.up_to(20_000)));
         wire.extend_from_slice(format!("{:X}\r\n", chunk.len()).as_bytes());
         wire.extend_from_slice(chunk);
         wire.extend_from_slice(b"\r\n");
@@ -735,18 +738,6 @@ fn chunks(body: &[u8], random: &mut Random) -> Vec<u8> {
     }
     wire.extend_from_slice(b"0\r\n\r\n");
     wire
-}
-
-/// xorshift64: the same numbers in every run of a test.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
 }
 
 #[tokio::test]

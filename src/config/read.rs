@@ -130,51 +130,26 @@ impl<'k, T: 'k> Kind<'k, T> {
     }
 
     pub fn map<U: 'k>(self, change: impl Fn(T) -> U + 'k) -> Kind<'k, U> {
-        let read = self.read;
-        Kind {
-            expects: self.expects,
-            empty_is_default: self.empty_is_default,
-            schema: self.schema,
-            read: Rc::new(move |context, node, path| {
-                let Read { value, shown } = read(context, node, path)?;
-                Some(Read { value: change(value), shown })
-            }),
-        }
+        self.then(move |_, _, _, Read { value, shown }| Some(Read { value: change(value), shown }))
     }
 
     /// Adds a check on the value; its error is the message.
     pub fn checked(self, check: impl Fn(&T) -> Result<(), String> + 'k) -> Kind<'k, T> {
-        let read = self.read;
-        Kind {
-            expects: self.expects,
-            empty_is_default: self.empty_is_default,
-            schema: self.schema,
-            read: Rc::new(move |context, node, path| {
-                let found = read(context, node, path)?;
-                match check(&found.value) {
-                    Ok(()) => Some(found),
-                    Err(message) => {
-                        context.problem(node.spot, path, message);
-                        None
-                    }
-                }
-            }),
-        }
+        self.then(move |context, node, path, found| match check(&found.value) {
+            Ok(()) => Some(found),
+            Err(message) => {
+                context.problem(node.spot, path, message);
+                None
+            }
+        })
     }
 
     /// Adds a look at the value that may find problems anywhere in it.
     pub fn inspected(self, inspect: impl Fn(&mut Context, &T) + 'k) -> Kind<'k, T> {
-        let read = self.read;
-        Kind {
-            expects: self.expects,
-            empty_is_default: self.empty_is_default,
-            schema: self.schema,
-            read: Rc::new(move |context, node, path| {
-                let found = read(context, node, path)?;
-                inspect(context, &found.value);
-                Some(found)
-            }),
-        }
+        self.then(move |context, _, _, found| {
+            inspect(context, &found.value);
+            Some(found)
+        })
     }
 
     /// The value, or nothing where the file says null.
@@ -197,20 +172,27 @@ impl<'k, T: 'k> Kind<'k, T> {
 
     /// The value together with where it stands.
     pub fn located(self) -> Kind<'k, Located<T>> {
+        self.then(|_, node, path, Read { value, shown }| {
+            let keys = match &node.data {
+                Data::Map(pairs) => {
+                    pairs.iter().filter_map(|(key, value)| Some((key.key()?.to_owned(), value.spot))).collect()
+                }
+                _ => Vec::new(),
+            };
+            Some(Read { value: Located { value, spot: node.spot, path: path.to_owned(), keys }, shown })
+        })
+    }
+
+    /// This kind, with `step` after each reading that found a value.
+    fn then<U: 'k>(self, step: impl Fn(&mut Context, &Node, &str, Read<T>) -> Option<Read<U>> + 'k) -> Kind<'k, U> {
         let read = self.read;
         Kind {
             expects: self.expects,
             empty_is_default: self.empty_is_default,
             schema: self.schema,
             read: Rc::new(move |context, node, path| {
-                let Read { value, shown } = read(context, node, path)?;
-                let keys = match &node.data {
-                    Data::Map(pairs) => {
-                        pairs.iter().filter_map(|(key, value)| Some((key.key()?.to_owned(), value.spot))).collect()
-                    }
-                    _ => Vec::new(),
-                };
-                Some(Read { value: Located { value, spot: node.spot, path: path.to_owned(), keys }, shown })
+                let found = read(context, node, path)?;
+                step(context, node, path, found)
             }),
         }
     }

@@ -3,112 +3,55 @@
 //! The order matters. Everything that can fail comes first (read, check, certificates, sockets) and touches nothing that
 //! runs. Then dispatchers learn their new endpoints, the snapshot is swapped, and last the accept loop hears of new and
 //! gone listeners: so no request ever meets a service that its dispatcher does not know, nor a socket without listener.
+//!
+//! Here is the loop that does one reload after the other. What can fail is the [`builder`]'s, part by part: [`services`],
+//! [`listeners`], [`sides`] and [`tls`]. Others ask through the [`handle`] and see the [`status`].
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+mod builder;
+mod handle;
+mod listeners;
+mod services;
+mod sides;
+mod status;
+mod tls;
+
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
-use rustls_pki_types::ServerName;
-use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use crate::config::{self, Address, EndpointHost, EndpointUrl, Loaded, Problem, Problems};
-use crate::control::call::Way;
-use crate::control::discovery::{Discovery, Plan, Surroundings, Template};
-use crate::control::health::{Check, OwnLoad, Probe};
+use crate::config::{self, Address, Loaded, Problem, Problems};
+use crate::control::discovery::{Discovery, Surroundings};
 use crate::control::notify::Notifier;
+use crate::control::reload::builder::{Announcements, Builder, Prepared};
+use crate::control::reload::handle::{Request, Trigger};
+use crate::control::reload::sides::SIDE_COMMANDS_MAX;
+use crate::control::reload::status::Removed;
 use crate::drain::Drain;
 use crate::ids;
 use crate::logging::AccessLog;
-use crate::metrics::{Metrics, VersionMetrics};
-use crate::net::cookie::Sealer;
+use crate::metrics::Metrics;
 use crate::net::inherit::{Inherited, Spare};
-use crate::net::listen::{self, Socket};
-use crate::net::tls::{self, ServerTls};
+use crate::net::listen::Socket;
 use crate::pulse::Pulses;
-use crate::snapshot::{AcceptCommand, Contended, Listener, Recognition, Running, Service, Snapshot};
-use crate::state::core::Restored;
-use crate::state::dispatcher::{Dispatcher, ServiceSettings};
+use crate::snapshot::{AcceptCommand, Contended, Running, Snapshot};
+use crate::state::TargetSettings;
 use crate::state::image::Place;
-use crate::state::{self, ClientTls, TargetSettings};
 use crate::store::{Kept, Secrets, Store, StoreSlot};
 
-/// Between the swap and the drain of a removed service's endpoints.
-const REMOVAL_GRACE: Duration = Duration::from_secs(1);
-/// Reloads that may wait for their turn; whoever comes after waits for a place.
-const WAITING_MAX: usize = 16;
+pub(super) use handle::HandedOver;
+pub use handle::ReloadHandle;
+pub use listeners::bind_admin;
+pub(crate) use listeners::display;
+pub use sides::{Side, SideCommand};
+pub use status::{ReloadState, ReloadStatus};
+
 /// Commands that the accept loop may be behind.
 const COMMANDS_MAX: usize = 64;
-
-/// Asks for reloads, from anywhere. Cheap to clone.
-#[derive(Clone)]
-pub struct ReloadHandle {
-    file: Arc<str>,
-    requests: mpsc::Sender<Request>,
-}
-
-impl ReloadHandle {
-    /// Reads the file and lets it take effect; answers the generation that is in effect then (the old one where the file
-    /// means the same). On an error nothing has changed.
-    pub async fn reload(&self) -> Result<u64, Problems> {
-        self.ask(Trigger::Asked).await
-    }
-
-    /// As [`ReloadHandle::reload`], but an error that is known already is neither logged nor counted again.
-    pub(super) async fn retry(&self) -> Result<u64, Problems> {
-        self.ask(Trigger::Retry).await
-    }
-
-    /// Stops every listener; from then on reloads are refused.
-    pub(super) async fn close_listeners(&self) {
-        let (reply, done) = oneshot::channel();
-        if self.requests.send(Request::CloseListeners { reply }).await.is_ok() {
-            let _ = done.await;
-        }
-    }
-
-    /// Handles of all listening sockets, for another process. From then on reloads are refused until
-    /// [`ReloadHandle::hand_over_failed`].
-    pub(super) async fn hand_over(&self) -> std::io::Result<HandedOver> {
-        let gone = || std::io::Error::other("the proxy is stopping");
-        let (reply, answer) = oneshot::channel();
-        self.requests.send(Request::HandOver { reply }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-
-    /// This process stays the one that serves.
-    pub(super) async fn hand_over_failed(&self) {
-        // Whoever reloads has gone only where the process ends.
-        let _ = self.requests.send(Request::HandOverFailed).await;
-    }
-
-    async fn ask(&self, trigger: Trigger) -> Result<u64, Problems> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || one_problem(&self.file, "", "the proxy is stopping and reloads nothing any more".to_owned());
-        self.requests.send(Request::Reload { trigger, reply }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-}
-
-enum Request {
-    Reload { trigger: Trigger, reply: oneshot::Sender<Result<u64, Problems>> },
-    CloseListeners { reply: oneshot::Sender<()> },
-    HandOver { reply: oneshot::Sender<std::io::Result<HandedOver>> },
-    HandOverFailed,
-}
-
-/// What a process has to have before it can build anything that takes over from another.
-pub(super) struct HandedOver {
-    pub sockets: Vec<Spare>,
-    pub secrets: Secrets,
-    pub generation: u64,
-    pub sha256: String,
-}
 
 /// What a process begins with that was not made by it.
 #[derive(Default)]
@@ -125,119 +68,6 @@ pub struct Heritage {
     /// Where endpoints are looked for.
     pub surroundings: Surroundings,
 }
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Trigger {
-    Asked,
-    Retry,
-}
-
-/// What is known about reloads: for the admin API and metrics.
-#[derive(Clone, Debug)]
-pub struct ReloadStatus {
-    pub generation: u64,
-    /// Of the last file that was found good, also where it changed nothing.
-    pub sha256: String,
-    /// When this generation took effect.
-    pub loaded_at: SystemTime,
-    /// Why the last reload was refused; `None` after one that was not.
-    pub last_error: Option<Problems>,
-    /// Reloads since the start, the first load not counted.
-    pub succeeded: u64,
-    pub failed: u64,
-    /// Every file that the last good configuration names.
-    pub files: Vec<PathBuf>,
-}
-
-/// [`ReloadStatus`], shared, and the services that left the configuration while runs of theirs go on.
-pub struct ReloadState {
-    status: watch::Sender<ReloadStatus>,
-    removed: Mutex<Vec<Removed>>,
-}
-
-/// A service that left the configuration. It is kept until the last exchange lets go of its dispatcher.
-struct Removed {
-    dispatcher: Arc<Dispatcher>,
-    config: config::Service,
-    at: Instant,
-    emptied: bool,
-}
-
-impl ReloadState {
-    pub fn status(&self) -> ReloadStatus {
-        self.status.borrow().clone()
-    }
-
-    /// Changes after every reload, refused ones included.
-    pub fn subscribe(&self) -> watch::Receiver<ReloadStatus> {
-        self.status.subscribe()
-    }
-
-    /// The services that are no longer configured, but still have exchanges.
-    pub fn removed_services(&self) -> Vec<(String, Arc<Dispatcher>)> {
-        self.lock_removed().iter().map(|gone| (gone.config.name.clone(), Arc::clone(&gone.dispatcher))).collect()
-    }
-
-    /// Drains the endpoints of removed services, and lets go of those that nobody uses. True as [`Dispatcher::tick`].
-    pub(super) fn tick_removed(&self, now: Instant) -> bool {
-        let mut is_cutting = false;
-        self.lock_removed().retain_mut(|gone| {
-            // Not at once: a request that was routed by the snapshot before may be about to pick.
-            if !gone.emptied && now.saturating_duration_since(gone.at) >= REMOVAL_GRACE {
-                let config = config::Service { versions: Vec::new(), ..gone.config.clone() };
-                gone.dispatcher.apply(ServiceSettings { config, targets: Vec::new(), discovered: Vec::new() }, now);
-                gone.emptied = true;
-            }
-            is_cutting |= gone.dispatcher.tick(now);
-            // Every lease holds its dispatcher, so the last reference means: no exchange left.
-            !(gone.emptied && Arc::strong_count(&gone.dispatcher) == 1)
-        });
-        is_cutting
-    }
-
-    fn lock_removed(&self) -> MutexGuard<'_, Vec<Removed>> {
-        self.removed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A server beside the listeners and the admin API, which a reload may start, move or stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    Probes,
-    ExternalMetrics,
-    Keda,
-}
-
-impl Side {
-    const ALL: [Side; 3] = [Side::Probes, Side::ExternalMetrics, Side::Keda];
-
-    /// The key of the configuration that has its address.
-    pub fn key(self) -> &'static str {
-        match self {
-            Side::Probes => "admin.probes",
-            Side::ExternalMetrics => "kubernetes.external_metrics",
-            Side::Keda => "kubernetes.keda",
-        }
-    }
-
-    fn configured(self, config: &config::Config) -> Option<SocketAddr> {
-        match self {
-            Side::Probes => config.admin.probes,
-            Side::ExternalMetrics => config.kubernetes.external_metrics.as_ref().map(|metrics| metrics.address),
-            Side::Keda => config.kubernetes.keda.as_ref().map(|keda| keda.address),
-        }
-    }
-}
-
-/// What such a server has to do after a reload.
-pub struct SideCommand {
-    pub side: Side,
-    /// Serve on this socket, and no longer on the one before; `None`: stop.
-    pub socket: Option<Socket>,
-}
-
-/// Commands that they may be behind.
-const SIDE_COMMANDS_MAX: usize = Side::ALL.len();
 
 /// What a new [`Reloader`] hands to the other parts.
 pub struct Outlets {
@@ -294,22 +124,14 @@ impl Reloader {
         let Heritage { sockets, secrets, generation, notifier, store, mut kept, surroundings } = heritage;
         let file: Arc<str> = path.display().to_string().into();
         let secrets = secrets.or(kept.as_ref().map(|kept| kept.secrets.clone())).unwrap_or_else(Secrets::generate);
-        let mut builder = Builder {
-            file: Arc::clone(&file),
-            metrics: Arc::clone(&metrics),
-            cookie_secret: secrets.cookie,
-            client_tls: Vec::new(),
-            version_metrics: HashMap::new(),
-            sides: Vec::new(),
-            inherited: Mutex::new(sockets),
-        };
+        let mut builder = Builder::new(Arc::clone(&file), Arc::clone(&metrics), secrets.cookie, sockets);
         let mut prepared = builder.prepare(loaded, None, &[])?;
         if let Some((generation, sha256)) = generation {
             // The same file is the same generation, whatever process it is in effect in.
             let changed = u64::from(sha256 != prepared.snapshot.loaded.sha256);
             prepared.snapshot.generation = generation + changed;
         }
-        let (request_sender, requests) = mpsc::channel(WAITING_MAX);
+        let (handle, requests) = ReloadHandle::new(file);
         let (accept, accept_receiver) = mpsc::channel(COMMANDS_MAX);
         let (sides, sides_receiver) = mpsc::channel(SIDE_COMMANDS_MAX);
         let discovery = Discovery::new(surroundings);
@@ -339,7 +161,7 @@ impl Reloader {
             failed: 0,
             files: prepared.snapshot.loaded.files.clone(),
         };
-        let state = Arc::new(ReloadState { status: watch::Sender::new(status), removed: Mutex::new(Vec::new()) });
+        let state = Arc::new(ReloadState::new(status));
         let running = Arc::new(Running {
             snapshot: ArcSwap::from_pointee(prepared.snapshot),
             metrics,
@@ -352,7 +174,7 @@ impl Reloader {
         });
         let outlets = Outlets {
             running: Arc::clone(&running),
-            handle: ReloadHandle { file, requests: request_sender },
+            handle,
             state: Arc::clone(&state),
             accept: accept_receiver,
             sides: sides_receiver,
@@ -635,7 +457,7 @@ impl Reloader {
                 });
                 error!(problems = problems.list.len(), "configuration refused, the one in effect stays");
                 for problem in &problems.list {
-                    error!("{}", describe(&problems.file, problem));
+                    error!("{}:{problem}", problems.file);
                 }
             }
         }
@@ -671,7 +493,7 @@ fn forget_unnamed(store: &Store, kept: Kept) {
 /// Logs what is not wrong but worth a line.
 pub fn log_warnings(file: &str, loaded: &Loaded) {
     for problem in &loaded.warnings {
-        warn!("{file}:{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message);
+        warn!("{file}:{problem}");
     }
 }
 
@@ -681,565 +503,6 @@ struct Done {
     loaded_at: SystemTime,
     sha256: String,
     files: Vec<PathBuf>,
-}
-
-/// Builds snapshots, and keeps what must stay the same thing from one to the next.
-struct Builder {
-    file: Arc<str>,
-    metrics: Arc<Metrics>,
-    /// The secret behind the cookies of services that name none: no reload and no handover changes it, and with
-    /// `state: {file: ..}` no restart.
-    cookie_secret: [u8; 32],
-    client_tls: Vec<CachedClientTls>,
-    /// By service and version.
-    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
-    sides: Vec<BoundSide>,
-    /// Sockets that were open already when the process began.
-    inherited: Mutex<Inherited>,
-}
-
-/// Unchanged settings keep the same `Arc`, by which the dispatcher sees that a target is unchanged.
-#[derive(Clone)]
-struct CachedClientTls {
-    settings: config::UpstreamTls,
-    http: config::HttpVersion,
-    /// Of the files that `settings` names.
-    content: [u8; 32],
-    config: Arc<rustls::ClientConfig>,
-}
-
-#[derive(Clone)]
-struct BoundSide {
-    side: Side,
-    configured: SocketAddr,
-    local: Address,
-}
-
-/// A next generation that can take effect without failing.
-struct Prepared {
-    snapshot: Snapshot,
-    /// In the order of the services.
-    dispatchers: Vec<(Arc<Dispatcher>, ServiceSettings)>,
-    /// Of the endpoints that are listed.
-    checks: Vec<Arc<Check>>,
-    plans: Vec<Plan>,
-    announcements: Announcements,
-    client_tls: Vec<CachedClientTls>,
-    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
-    sides_bound: Vec<BoundSide>,
-}
-
-#[derive(Default)]
-struct Announcements {
-    starts: Vec<(Address, Socket)>,
-    stops: Vec<Address>,
-    sides: Vec<SideCommand>,
-}
-
-impl Builder {
-    /// Whether `loaded` would change nothing, the content of upstream certificates included.
-    fn means_the_same(&self, current: &Snapshot, loaded: &Loaded) -> bool {
-        current.loaded.config == loaded.config
-            && loaded.config.services.iter().flat_map(|service| &service.versions).all(|version| {
-                !(version.endpoints.iter().any(|endpoint| is_https(&endpoint.url)) || finds_https(version))
-                    || find_client_tls(&self.client_tls, version, &file_content(&version.tls)).is_some()
-            })
-    }
-
-    /// Re-reads the listeners' certificates; a bad file leaves those that were there.
-    fn refresh_certificates(&self, current: &Snapshot) -> Result<(), Problems> {
-        let mut problems = Vec::new();
-        for (index, listener) in current.listeners.iter().enumerate() {
-            if let Some(tls) = &listener.tls {
-                refresh(tls, index, &mut problems);
-            }
-        }
-        self.all_well(problems)
-    }
-
-    /// Builds the generation after `current`. Sockets that it binds are closed again when it fails.
-    fn prepare(
-        &self,
-        loaded: Loaded,
-        current: Option<&Snapshot>,
-        removed: &[(String, Arc<Dispatcher>)],
-    ) -> Result<Prepared, Problems> {
-        let mut problems = Vec::new();
-        let mut services = Services::default();
-        for (index, service) in loaded.config.services.iter().enumerate() {
-            self.service(index, service, current, removed, &mut services, &mut problems);
-        }
-        let (listeners, mut announcements) = self.listeners(&loaded.config, current, &mut problems);
-        let sides_bound = self.bind_sides(&loaded.config, &mut announcements, &mut problems);
-        self.all_well(problems)?;
-
-        let generation = current.map_or(1, |current| current.generation + 1);
-        let loaded_at = ids::wall_clock();
-        let Services { list, dispatchers, checks, plans, client_tls, version_metrics } = services;
-        let snapshot = Snapshot { generation, loaded, loaded_at, listeners, services: list };
-        Ok(Prepared { snapshot, dispatchers, checks, plans, announcements, client_tls, version_metrics, sides_bound })
-    }
-
-    fn service(
-        &self,
-        index: usize,
-        service: &config::Service,
-        current: Option<&Snapshot>,
-        removed: &[(String, Arc<Dispatcher>)],
-        services: &mut Services,
-        problems: &mut Vec<Problem>,
-    ) {
-        let old = current.and_then(|current| current.services.iter().find(|old| *old.name == *service.name));
-        let name = old.map_or_else(|| Arc::from(service.name.as_str()), |old| Arc::clone(&old.name));
-        let metrics = old.map_or_else(|| self.metrics.service(&service.name), |old| Arc::clone(&old.metrics));
-        let dispatcher = match old {
-            Some(old) => Arc::clone(&old.dispatcher),
-            None => match removed.iter().find(|(removed, _)| *removed == service.name) {
-                Some((_, dispatcher)) => Arc::clone(dispatcher),
-                None => Dispatcher::new(&service.name, Arc::clone(&metrics)),
-            },
-        };
-        let recognition = Recognition::of(service.agent_protocol);
-        let cookie = service.session.cookie.as_ref().map(|cookie| self.sealer(&service.name, cookie));
-
-        let mut targets = Vec::with_capacity(service.versions.len());
-        for (version_index, version) in service.versions.iter().enumerate() {
-            let path = format!("services[{index}].versions[{version_index}]");
-            let version_name: Arc<str> = version.name.as_str().into();
-            let metrics = self.version_metrics(&service.name, &version.name);
-            services.version_metrics.insert((service.name.clone(), version.name.clone()), Arc::clone(&metrics));
-            let mut of_version = Vec::with_capacity(version.endpoints.len());
-            for (endpoint_index, endpoint) in version.endpoints.iter().enumerate() {
-                let tls = match self.endpoint_tls(version, &endpoint.url, &mut services.client_tls) {
-                    Ok(tls) => tls,
-                    Err(failure) => {
-                        problems.push(problem(&format!("{path}.{}", failure.key(endpoint_index)), failure.message()));
-                        continue;
-                    }
-                };
-                let own_load = OwnLoad::of(recognition);
-                if service.health.path.is_some() || service.health.tcp || own_load.is_some() {
-                    services.checks.push(Arc::new(Check {
-                        service: Arc::clone(&name),
-                        dispatcher: Arc::clone(&dispatcher),
-                        identity: endpoint.url.identity(),
-                        probe: Probe {
-                            way: Way {
-                                url: endpoint.url.clone(),
-                                port: service.health.port,
-                                http: version.http,
-                                host: version.host.clone(),
-                                set: version.headers.set.clone(),
-                                tls: tls.clone(),
-                            },
-                            health: service.health.clone(),
-                            own_load,
-                        },
-                    }));
-                }
-                of_version.push(TargetSettings {
-                    service: Arc::clone(&name),
-                    version: Arc::clone(&version_name),
-                    url: endpoint.url.clone(),
-                    uid: None,
-                    http: version.http,
-                    host: version.host.clone(),
-                    headers: version.headers.clone(),
-                    pool: service.pool.clone(),
-                    tls,
-                    metrics: Arc::clone(&metrics),
-                });
-            }
-            if !version.sources.is_empty() {
-                let tls = match self.tls_of_sources(version, &mut services.client_tls) {
-                    Ok(tls) => tls,
-                    Err(message) => {
-                        problems.push(problem(&format!("{path}.tls"), message));
-                        continue;
-                    }
-                };
-                services.plans.extend(version.sources.iter().map(|source| Plan {
-                    service: Arc::clone(&name),
-                    dispatcher: Arc::clone(&dispatcher),
-                    version: Arc::clone(&version_name),
-                    source: source.clone(),
-                    template: Template {
-                        http: version.http,
-                        host: version.host.clone(),
-                        headers: version.headers.clone(),
-                        pool: service.pool.clone(),
-                        metrics: Arc::clone(&metrics),
-                        https: finds_https(version),
-                        tls: tls.clone(),
-                        server_name: version.tls.server_name.as_ref().and_then(|name| server_name(name).ok()),
-                        health: service.health.clone(),
-                        own_load: OwnLoad::of(recognition),
-                    },
-                }));
-            }
-            targets.push(of_version);
-        }
-        let settings = ServiceSettings { config: service.clone(), targets, discovered: Vec::new() };
-        services.dispatchers.push((Arc::clone(&dispatcher), settings));
-        services.list.push(Arc::new(Service {
-            name,
-            config: service.clone(),
-            dispatcher,
-            metrics,
-            cookie,
-            recognition,
-        }));
-    }
-
-    /// Lets a service of the first generation go on from what was kept of it.
-    fn go_on(
-        &self,
-        dispatcher: &Arc<Dispatcher>,
-        settings: ServiceSettings,
-        store: &Store,
-        kept: &mut Kept,
-        now: Instant,
-    ) {
-        let image = kept.take(&settings.config);
-        store.keep(dispatcher, image.is_some());
-        let Some(mut image) = image else { return dispatcher.apply(settings, now) };
-        if let Some(rollout) = image.rollout.take() {
-            dispatcher.restore_rollout(rollout, now);
-        }
-        let config = settings.config.clone();
-        dispatcher.apply(settings, now);
-        let restored = dispatcher.restore(image, &|place| self.unnamed_target(&config, place), now);
-        let Restored { pins, dropped, runs } = restored;
-        info!(service = config.name, pins, expired = dropped, runs, "goes on from the state that was kept");
-    }
-
-    /// How an endpoint is reached that the configuration no longer names: as its version's others, if that is still there.
-    /// `None`: nobody can tell.
-    fn unnamed_target(&self, service: &config::Service, place: &Place) -> Option<TargetSettings> {
-        let (url, uid) = state::of_identity(&place.endpoint)?;
-        let version = service.versions.iter().find(|version| version.name == place.version);
-        let tls = match version {
-            Some(version) => self.endpoint_tls(version, &url, &mut Vec::new()).ok()?,
-            // What its certificate is to be checked by is not known.
-            None if is_https(&url) => return None,
-            None => None,
-        };
-        Some(TargetSettings {
-            service: service.name.as_str().into(),
-            version: place.version.as_str().into(),
-            url,
-            uid: uid.map(Arc::from),
-            http: version.map_or(config::HttpVersion::Auto, |version| version.http),
-            host: version.map_or(config::HostPolicy::Preserve, |version| version.host.clone()),
-            headers: version.map(|version| version.headers.clone()).unwrap_or_default(),
-            pool: service.pool.clone(),
-            tls,
-            metrics: self.version_metrics(&service.name, &place.version),
-        })
-    }
-
-    fn version_metrics(&self, service: &str, version: &str) -> Arc<VersionMetrics> {
-        let key = (service.to_owned(), version.to_owned());
-        self.version_metrics.get(&key).map_or_else(|| self.metrics.version(service, version), Arc::clone)
-    }
-
-    fn sealer(&self, service: &str, cookie: &config::SessionCookie) -> Sealer {
-        if cookie.secrets.is_empty() {
-            Sealer::new(service, &cookie.name, cookie.ttl, &[self.own_secret(service)])
-        } else {
-            Sealer::new(service, &cookie.name, cookie.ttl, &cookie.secrets)
-        }
-    }
-
-    /// The secret of a service that names none: the same after every reload, another one for every service.
-    fn own_secret(&self, service: &str) -> String {
-        let mut secret = Sha256::new();
-        secret.update(self.cookie_secret);
-        secret.update(service.as_bytes());
-        hex(&secret.finalize())
-    }
-
-    fn endpoint_tls(
-        &self,
-        version: &config::Version,
-        url: &EndpointUrl,
-        next: &mut Vec<CachedClientTls>,
-    ) -> Result<Option<ClientTls>, TlsFailure> {
-        let EndpointUrl::Tcp { https: true, host, .. } = url else { return Ok(None) };
-        let server_name = match (&version.tls.server_name, host) {
-            (Some(name), _) => server_name(name)?,
-            (None, EndpointHost::Ip(ip)) => ServerName::IpAddress((*ip).into()),
-            (None, EndpointHost::Name(name)) => server_name(name)?,
-        };
-        let content = file_content(&version.tls);
-        if let Some(known) = find_client_tls(next, version, &content) {
-            return Ok(Some(ClientTls { config: Arc::clone(&known.config), server_name }));
-        }
-        let cached = match find_client_tls(&self.client_tls, version, &content) {
-            Some(known) => known.clone(),
-            None => CachedClientTls {
-                settings: version.tls.clone(),
-                http: version.http,
-                content,
-                config: tls::client(&version.tls, version.http).map_err(TlsFailure::Settings)?,
-            },
-        };
-        let config = Arc::clone(&cached.config);
-        next.push(cached);
-        Ok(Some(ClientTls { config, server_name }))
-    }
-
-    /// By which endpoints that are found are reached over https. `None`: that is neither wanted nor possible.
-    fn tls_of_sources(
-        &self,
-        version: &config::Version,
-        next: &mut Vec<CachedClientTls>,
-    ) -> Result<Option<Arc<rustls::ClientConfig>>, String> {
-        // Any: each endpoint has a name of its own.
-        let host = EndpointHost::Ip(std::net::Ipv4Addr::LOCALHOST.into());
-        let url = EndpointUrl::Tcp { https: true, host, port: 443 };
-        match self.endpoint_tls(version, &url, next) {
-            Ok(tls) => Ok(tls.map(|tls| tls.config)),
-            Err(failure) if finds_https(version) => Err(failure.message()),
-            Err(_) => Ok(None),
-        }
-    }
-
-    /// The listeners of the next snapshot. A listener is its address: whatever else changes, the socket stays.
-    fn listeners(
-        &self,
-        config: &config::Config,
-        current: Option<&Snapshot>,
-        problems: &mut Vec<Problem>,
-    ) -> (Vec<Arc<Listener>>, Announcements) {
-        let mut announcements = Announcements::default();
-        let mut old: Vec<&Arc<Listener>> = current.map_or_else(Vec::new, |current| current.listeners.iter().collect());
-        let mut listeners = Vec::with_capacity(config.listeners.len());
-        for (index, listener) in config.listeners.iter().enumerate() {
-            let same =
-                |old: &&Arc<Listener>| old.config.address == listener.address || old.local_address == listener.address;
-            // Several may have the address "any free port": then the name tells them apart.
-            let place = old
-                .iter()
-                .position(|old| same(old) && old.config.name == listener.name)
-                .or_else(|| old.iter().position(same));
-            let kept = place.map(|place| old.swap_remove(place));
-            let tls = listener.tls.as_ref().and_then(|settings| {
-                let kept = kept.filter(|kept| kept.config.tls.as_ref() == Some(settings));
-                listener_tls(settings, kept.and_then(|kept| kept.tls.as_ref()), index, problems)
-            });
-            let local_address = match kept {
-                Some(kept) => kept.local_address.clone(),
-                None => match self.take_or_bind(&listener.address, &listener.name, listen::bind_shared) {
-                    Ok((local_address, socket)) => {
-                        announcements.starts.push((local_address.clone(), socket));
-                        local_address
-                    }
-                    Err(message) => {
-                        problems.push(problem(&format!("listeners[{index}].address"), message));
-                        continue;
-                    }
-                },
-            };
-            listeners.push(Arc::new(Listener {
-                local_address,
-                tls,
-                metrics: self.metrics.listener(&listener.name),
-                routes: config.routes.iter().map(|route| self.metrics.route(&listener.name, &route.label)).collect(),
-                no_route: self.metrics.route(&listener.name, "none"),
-                config: listener.clone(),
-            }));
-        }
-        announcements.stops = old.iter().map(|old| old.local_address.clone()).collect();
-        (listeners, announcements)
-    }
-
-    /// The servers beside as the configuration wants them.
-    fn bind_sides(
-        &self,
-        config: &config::Config,
-        announcements: &mut Announcements,
-        problems: &mut Vec<Problem>,
-    ) -> Vec<BoundSide> {
-        let mut sides = Vec::new();
-        for side in Side::ALL {
-            let known = self.sides.iter().find(|bound| bound.side == side);
-            let Some(configured) = side.configured(config) else {
-                if known.is_some() {
-                    announcements.sides.push(SideCommand { side, socket: None });
-                }
-                continue;
-            };
-            if let Some(bound) = known.filter(|bound| bound.configured == configured) {
-                sides.push(bound.clone());
-                continue;
-            }
-            match self.take_or_bind(&Address::Tcp(configured), side.key(), listen::bind) {
-                Ok((local, socket)) => {
-                    announcements.sides.push(SideCommand { side, socket: Some(socket) });
-                    sides.push(BoundSide { side, configured, local });
-                }
-                Err(message) => problems.push(problem(&format!("{}.address", side.key()), message)),
-            }
-        }
-        sides
-    }
-
-    /// The inherited socket of this address, or a new one.
-    fn take_or_bind(
-        &self,
-        address: &Address,
-        purpose: &str,
-        listen: fn(&Address) -> std::io::Result<Socket>,
-    ) -> Result<(Address, Socket), String> {
-        take_or_bind(&mut self.inherited(), address, purpose, listen)
-    }
-
-    fn inherited(&self) -> MutexGuard<'_, Inherited> {
-        self.inherited.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn all_well(&self, list: Vec<Problem>) -> Result<(), Problems> {
-        if list.is_empty() { Ok(()) } else { Err(Problems { file: self.file.to_string(), list }) }
-    }
-}
-
-/// What [`Builder::service`] adds to, service by service.
-#[derive(Default)]
-struct Services {
-    list: Vec<Arc<Service>>,
-    dispatchers: Vec<(Arc<Dispatcher>, ServiceSettings)>,
-    checks: Vec<Arc<Check>>,
-    plans: Vec<Plan>,
-    client_tls: Vec<CachedClientTls>,
-    version_metrics: HashMap<(String, String), Arc<VersionMetrics>>,
-}
-
-/// Endpoints that are found have no scheme: it is https where the version says anything of TLS.
-fn finds_https(version: &config::Version) -> bool {
-    !version.sources.is_empty() && version.tls != config::UpstreamTls::default()
-}
-
-/// Why there is no TLS towards an endpoint.
-enum TlsFailure {
-    /// The version's `tls` block.
-    Settings(String),
-    /// Neither `tls.server_name` nor the endpoint's host is a name that a certificate can have.
-    ServerName(String),
-}
-
-impl TlsFailure {
-    fn key(&self, endpoint: usize) -> String {
-        match self {
-            TlsFailure::Settings(_) => "tls".to_owned(),
-            TlsFailure::ServerName(_) => format!("endpoints[{endpoint}]"),
-        }
-    }
-
-    fn message(self) -> String {
-        match self {
-            TlsFailure::Settings(message) => message,
-            TlsFailure::ServerName(name) => {
-                format!("\"{name}\" is no name that a certificate can have; set tls.server_name to one")
-            }
-        }
-    }
-}
-
-fn server_name(name: &str) -> Result<ServerName<'static>, TlsFailure> {
-    ServerName::try_from(name.to_owned()).map_err(|_| TlsFailure::ServerName(name.to_owned()))
-}
-
-fn listener_tls(
-    settings: &config::ListenerTls,
-    kept: Option<&Arc<ServerTls>>,
-    index: usize,
-    problems: &mut Vec<Problem>,
-) -> Option<Arc<ServerTls>> {
-    if let Some(kept) = kept {
-        refresh(kept, index, problems);
-        return Some(Arc::clone(kept));
-    }
-    match tls::server(settings) {
-        Ok(tls) => Some(Arc::new(tls)),
-        Err(message) => {
-            problems.push(problem(&format!("listeners[{index}].tls"), message));
-            None
-        }
-    }
-}
-
-fn refresh(tls: &ServerTls, index: usize, problems: &mut Vec<Problem>) {
-    match tls.reload_if_changed() {
-        Ok(true) => info!("certificates of listeners[{index}] were read anew"),
-        Ok(false) => {}
-        Err(message) => problems.push(problem(&format!("listeners[{index}].tls"), message)),
-    }
-}
-
-/// Binds the admin API's address, unless its socket was inherited.
-pub fn bind_admin(inherited: &mut Inherited, address: &Address) -> Result<(Address, Socket), String> {
-    take_or_bind(inherited, address, "admin", listen::bind_private)
-}
-
-fn take_or_bind(
-    inherited: &mut Inherited,
-    address: &Address,
-    purpose: &str,
-    listen: fn(&Address) -> std::io::Result<Socket>,
-) -> Result<(Address, Socket), String> {
-    match inherited.take(address, purpose) {
-        Some(socket) => bind_by(|_| socket, address),
-        None => bind_by(listen, address).map_err(|failure| match inherited.left() {
-            left if left.is_empty() => failure,
-            left => format!("{failure} (passed to this process are sockets for {} only)", left.join(", ")),
-        }),
-    }
-}
-
-/// Binds; on failure says what to do about it.
-fn bind_by(
-    listen: impl FnOnce(&Address) -> std::io::Result<Socket>,
-    address: &Address,
-) -> Result<(Address, Socket), String> {
-    let socket = listen(address).map_err(|failure| failure.to_string())?;
-    let local_address =
-        socket.local_address().map_err(|failure| format!("can't listen on {}: {failure}", display(address)))?;
-    Ok((local_address, socket))
-}
-
-pub(crate) fn display(address: &Address) -> String {
-    match address {
-        Address::Tcp(address) => address.to_string(),
-        Address::Unix(path) => format!("unix:{}", path.display()),
-    }
-}
-
-fn is_https(url: &EndpointUrl) -> bool {
-    matches!(url, EndpointUrl::Tcp { https: true, .. })
-}
-
-fn find_client_tls<'a>(
-    cache: &'a [CachedClientTls],
-    version: &config::Version,
-    content: &[u8; 32],
-) -> Option<&'a CachedClientTls> {
-    cache.iter().find(|known| known.settings == version.tls && known.http == version.http && known.content == *content)
-}
-
-/// A digest of the files; one that can't be read counts as such and is reported by whoever needs it.
-fn file_content(tls: &config::UpstreamTls) -> [u8; 32] {
-    let mut digest = Sha256::new();
-    for path in [&tls.ca_file, &tls.cert_file, &tls.key_file].into_iter().flatten() {
-        match std::fs::read(Path::new(path)) {
-            Ok(content) => {
-                digest.update((content.len() as u64).to_be_bytes());
-                digest.update(content);
-            }
-            Err(_) => digest.update(u64::MAX.to_be_bytes()),
-        }
-    }
-    digest.finalize().into()
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {
@@ -1255,56 +518,4 @@ fn one_problem(file: &str, path: &str, message: String) -> Problems {
     // As `check` calls what is wrong with the file as a whole.
     let path = if path.is_empty() { "(file)" } else { path };
     Problems { file: file.to_owned(), list: vec![problem(path, message)] }
-}
-
-fn describe(file: &str, problem: &Problem) -> String {
-    format!("{file}:{}:{}: {}: {}", problem.line, problem.column, problem.path, problem.message)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn builder() -> Builder {
-        Builder {
-            file: "longhaul.yaml".into(),
-            metrics: Metrics::new(),
-            cookie_secret: ids::random_bytes(),
-            client_tls: Vec::new(),
-            version_metrics: HashMap::new(),
-            sides: Vec::new(),
-            inherited: Mutex::default(),
-        }
-    }
-
-    #[test]
-    fn own_cookie_secrets_stay_for_the_life_of_the_process() {
-        let process = builder();
-        assert_eq!(process.own_secret("support"), process.own_secret("support"));
-        assert_ne!(process.own_secret("support"), process.own_secret("sales"));
-        assert_ne!(process.own_secret("support"), builder().own_secret("support"));
-    }
-
-    #[test]
-    fn client_tls_is_kept_by_content() {
-        let directory = tempfile::tempdir().unwrap();
-        let ca_file = directory.path().join("ca.crt");
-        let settings = config::UpstreamTls { ca_file: Some(ca_file.clone()), ..config::UpstreamTls::default() };
-        let missing = file_content(&settings);
-        std::fs::write(&ca_file, "one").unwrap();
-        let first = file_content(&settings);
-        assert_ne!(missing, first);
-        assert_eq!(first, file_content(&settings));
-        std::fs::write(&ca_file, "two").unwrap();
-        assert_ne!(first, file_content(&settings));
-    }
-
-    #[test]
-    fn a_taken_port_is_named_with_advice() {
-        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = taken.local_addr().unwrap();
-        let Err(message) = bind_by(listen::bind, &Address::Tcp(address)) else { panic!("{address} was bound twice") };
-        assert!(message.contains(&address.to_string()), "{message}");
-        assert!(message.contains("choose another address"), "{message}");
-    }
 }

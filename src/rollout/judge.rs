@@ -273,17 +273,7 @@ impl fmt::Display for Summary {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn judge() -> Judge {
-        Judge {
-            min_runs: 50,
-            max_failed: Some(0.05),
-            failed_ratio: Some(2.0),
-            first_event_p95_ratio: Some(1.5),
-            duration_p95_ratio: Some(1.5),
-            confidence: 0.95,
-        }
-    }
+    use crate::rollout::testing::judge;
 
     fn runs(good: u64, bad: u64, seconds: f64) -> Runs {
         let mut runs = Runs::default();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::config::{self, Judge, OnBad, RolloutStep};
+use crate::rollout::testing::plan;
 use crate::rollout::{EndedRun, Ending, Moment, Place, Rollout, Side};
 
 /// Runs of both versions together, in each second.
@@ -93,7 +93,7 @@ impl Scenario {
     /// The runs of `to` that were seen when the rollout was aborted; `None`: it completed.
     fn runs_until_abort(&self, seed: u64) -> Option<u64> {
         let mut rng = StdRng::seed_from_u64(seed);
-        let mut rollout = Rollout::load(&self.plan(), None, Moment(0));
+        let mut rollout = Rollout::load(&plan(self.steps), None, Moment(0));
         let mut under_way: BinaryHeap<Reverse<(u64, u64, u64)>> = BinaryHeap::new();
         let mut ended: Vec<EndedRun> = Vec::new();
         let mut arrives = 0.0;
@@ -130,24 +130,6 @@ impl Scenario {
                 under_way.push(Reverse((now + run.duration.as_millis() as u64, index, index)));
                 ended.push(run);
             }
-        }
-    }
-
-    fn plan(&self) -> config::Rollout {
-        let step = |(share, seconds): &(f64, u64)| RolloutStep { share: *share, hold: Duration::from_secs(*seconds) };
-        config::Rollout {
-            from: "stable".to_owned(),
-            to: "canary".to_owned(),
-            steps: self.steps.iter().map(step).collect(),
-            judge: Judge {
-                min_runs: 50,
-                max_failed: Some(0.05),
-                failed_ratio: Some(2.0),
-                first_event_p95_ratio: Some(1.5),
-                duration_p95_ratio: Some(1.5),
-                confidence: 0.95,
-            },
-            on_bad: OnBad::Abort,
         }
     }
 }

@@ -84,6 +84,10 @@ impl Script {
         ])
     }
 
+    pub fn json(status: u16, body: &str) -> Script {
+        Script::answer(status, &[("content-type", "application/json")], body)
+    }
+
     /// These bytes as they are, after the request was read; then the connection closes.
     pub fn raw(bytes: impl AsRef<[u8]>) -> Script {
         Script(vec![Step::ReadBody, Step::Raw(bytes.as_ref().to_vec()), Step::Close])
@@ -254,6 +258,15 @@ impl Backend {
     /// As [`Backend::start`], at this address (a free port of it, where that is 0).
     pub async fn start_at(address: impl Into<SocketAddr>) -> Backend {
         Backend::listen_at(Kind::Tcp, Some(address.into())).await
+    }
+
+    /// As [`Backend::start`], so many.
+    pub async fn start_several(count: usize) -> Vec<Backend> {
+        let mut backends = Vec::new();
+        for _ in 0..count {
+            backends.push(Backend::start().await);
+        }
+        backends
     }
 
     /// Backends on one port of addresses of their own, as the pods of a service are.

@@ -9,9 +9,11 @@ mod counting;
 mod dns;
 mod http2;
 mod kubernetes;
+pub mod langgraph;
 mod peer;
 mod program;
 mod proxy;
+mod random;
 mod zone;
 
 use std::future::Future;
@@ -30,6 +32,7 @@ pub use kubernetes::{ApiServer, Pod, slice};
 pub use peer::{Fleet, Peer, PeerClient, PeerScript, Peers, Transcript, assert_same, post_json, transcript};
 pub use program::Program;
 pub use proxy::{Proxy, ask_admin, start_proxy, start_proxy_in, start_proxy_with};
+pub use random::Random;
 pub use zone::ZoneServer;
 
 /// How long a test waits for something that must happen. Far more than it ever takes: only a failure waits so long.

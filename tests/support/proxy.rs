@@ -2,10 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use longhaul::app::{self, App, Options};
 use longhaul::config::Address;
 use longhaul::control::discovery::Surroundings;
+use longhaul::ids;
+use longhaul::state::dispatcher::Dispatcher;
+use longhaul::state::status::ServiceStatus;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -97,6 +101,21 @@ impl Proxy {
 
     pub async fn status(&self) -> Value {
         self.admin("GET", "/api/v1/status").await.json()
+    }
+
+    /// The dispatcher of the first service.
+    pub fn dispatcher(&self) -> Arc<Dispatcher> {
+        Arc::clone(&self.app.running.snapshot.load().services[0].dispatcher)
+    }
+
+    /// What the first service's dispatcher knows at this instant.
+    pub fn state(&self) -> ServiceStatus {
+        self.dispatcher().status(ids::now())
+    }
+
+    /// The outstanding runs of the first service at this instant.
+    pub fn outstanding(&self) -> u64 {
+        self.state().outstanding_runs
     }
 
     /// The addresses of the first version's endpoints in this state, sorted.

@@ -13,6 +13,33 @@ use crate::state::status::{DrainEstimate, DrainStatus, RollEndpoint, RollReport}
 pub const SPREAD_PART: u32 = 10;
 
 impl Core {
+    /// Starts or ends an operator's drain of all endpoints at an address (or identity); ending it also forgets what they
+    /// said of themselves. False where there is none.
+    pub fn set_drained(&mut self, address: &str, drained: bool, now: Instant) -> bool {
+        let now = self.advance(now);
+        let deadline = now + self.rules.drain_timeout;
+        let mut found = false;
+        for number in self.endpoints.numbers() {
+            let endpoint = &mut self.endpoints[number];
+            if endpoint.configured && (&*endpoint.target.address == address || &*endpoint.identity == address) {
+                endpoint.drained = drained;
+                if drained {
+                    endpoint.drain_deadline.get_or_insert(deadline);
+                } else {
+                    // Should it still say so itself, it drains again when it next does.
+                    endpoint.says = None;
+                    if !endpoint.draining() {
+                        endpoint.end_drain();
+                    }
+                }
+                found = true;
+                self.drains_changed();
+                self.refresh(number, now);
+            }
+        }
+        found
+    }
+
     /// A health check was answered well, and with a word on whether the endpoint takes new sessions.
     pub fn probe_drains(&mut self, identity: &str, drains: bool, now: Instant) {
         let now = self.advance(now);

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use crate::ids::RunId;
 use crate::protocols::{Call, Cancel, Fact, Protocol, RunRef, Standing as Found};
-use crate::state::core::{Core, Ended, Grant, Standing};
+use crate::state::core::standing::Standing;
+use crate::state::core::{Core, Ended, Grant};
 use crate::state::runs::{About, Cancelling, NewRun, Run};
 use crate::state::sessions::SessionKey;
 use crate::state::status::{CancelReport, DueCall, Question};
