@@ -319,16 +319,22 @@ async fn begin(
     let current = connection.worker.current();
     let config = &current.snapshot.loaded.config;
 
-    // HTTP/1.1 heads were held to this where they were read.
-    if request.fields.len() > listener.config.limits.max_headers {
+    let trusted_proxies = &listener.config.trusted_proxies;
+    let client_address = forwarded::effective_client(connection.peer.address, trusted_proxies, &request.fields);
+    record.client = client_address;
+
+    // HTTP/1.1 heads were held to both where they were read.
+    let limits = &listener.config.limits;
+    if request.fields.len() > limits.max_headers {
         return Err(ProxyError::new(Code::HeaderTooLarge, "the request has more fields than limits.max_headers"));
+    }
+    if caller.version == Version::Http2 && http2_server::head_bytes(&request) > limits.max_header_bytes {
+        return Err(ProxyError::new(Code::HeaderTooLarge, "the request head exceeds limits.max_header_bytes"));
     }
 
     // 4 route
     let peer = &connection.peer;
     let trusted = connection.peer_trusted(listener);
-    let client_address = forwarded::effective_client(peer.address, &listener.config.trusted_proxies, &request.fields);
-    record.client = client_address;
     let index = route::find(&config.routes, &request.method, &request.authority, &request.path, &request.fields)
         .ok_or_else(|| {
             ProxyError::new(
