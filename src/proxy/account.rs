@@ -3,7 +3,9 @@
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
 
 use crate::error::Code;
 use crate::ids::RunId;
@@ -64,7 +66,7 @@ pub struct Record {
     pub affinity: AffinityOutcome,
     pub session: Option<SessionKey>,
     pub run: Option<RunId>,
-    pub queued: std::time::Duration,
+    pub queued: Duration,
     pub first_event_at: Option<Instant>,
     pub events: u64,
     pub bytes_in: u64,
@@ -96,7 +98,7 @@ impl Record {
             affinity: AffinityOutcome::None,
             session: None,
             run: None,
-            queued: std::time::Duration::ZERO,
+            queued: Duration::ZERO,
             first_event_at: None,
             events: 0,
             bytes_in: 0,
@@ -117,6 +119,37 @@ impl Record {
             _ => None,
         };
     }
+}
+
+/// Counts a request whose head could not be read, and writes its line: it has neither method nor path.
+pub fn unreadable(connection: &Connection, status: StatusCode, code: Code, bytes_out: usize) {
+    let status = status.as_u16();
+    connection.listener().no_route.record(status, Some(code));
+    let running = &connection.worker.running;
+    if !listener_logs(running) {
+        return;
+    }
+    running.access_log.write(&AccessLine {
+        time: crate::ids::wall_clock(),
+        client: connection.peer.address,
+        method: None,
+        path: None,
+        status,
+        code: Some(code),
+        outcome: None,
+        service: None,
+        version: None,
+        endpoint: None,
+        affinity: AffinityOutcome::None.as_str(),
+        session: None,
+        run: None,
+        queue: None,
+        first_event: None,
+        events: 0,
+        bytes_in: 0,
+        bytes_out: bytes_out as u64,
+        duration: Duration::ZERO,
+    });
 }
 
 fn listener_logs(running: &Running) -> bool {
@@ -156,8 +189,8 @@ impl Drop for Record {
         running.access_log.write(&AccessLine {
             time: crate::ids::wall_clock(),
             client: self.client,
-            method: self.method.as_str(),
-            path: &self.path,
+            method: Some(self.method.as_str()),
+            path: Some(&self.path),
             status: self.status,
             code: self.code,
             outcome: self.outcome.map(RunOutcome::as_str),
