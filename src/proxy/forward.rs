@@ -70,19 +70,23 @@ pub async fn forward(
 ) -> Result<Forwarded, ProxyError> {
     let Asked { connection, listener, service, route, caller, .. } = asked;
     let body_bytes_max = listener.config.limits.max_body_bytes;
+    let prefix = route.strip_prefix.as_deref();
     if matches!(request.framing, Framing::Length(length) if length > body_bytes_max) {
+        record.caller_form = form_by_head(service, prefix, &request);
         return Err(relay::over_limit());
     }
 
     // 5 identify
     let mut observer = Observer::up_to(body_bytes_max);
     let secret = &connection.worker.running.scope_secret;
-    let prefix = route.strip_prefix.as_deref();
     let identified = identify::identify(service, prefix, secret, &mut request, client, &mut observer, timer).await;
     let mut identity = match identified {
         Ok(identity) => identity,
         Err(SourceFault::Cut(_)) => return Ok(Forwarded::ClientGone),
-        Err(SourceFault::Malformed(reason)) => return Err(ProxyError::new(Code::BadRequest, reason)),
+        Err(SourceFault::Malformed(reason)) => {
+            record.caller_form = form_by_head(service, prefix, &request);
+            return Err(ProxyError::new(Code::BadRequest, reason));
+        }
     };
     record.session = identity.key.clone();
     record.starts = identity.kind == Kind::Start;
@@ -280,6 +284,12 @@ pub async fn forward(
         deadlines,
         record,
     )
+}
+
+/// The form of errors of whoever sent a request with this head.
+fn form_by_head(service: &Service, prefix: Option<&str>, request: &RequestHead) -> Option<Box<CallerForm>> {
+    let protocol = identify::protocol_by_head(service, prefix, request)?;
+    Some(Box::new(CallerForm { protocol, rpc_id: None }))
 }
 
 /// Nothing of the body was given to an endpoint: all that came in waits in front.

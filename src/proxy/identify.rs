@@ -12,7 +12,7 @@ use crate::config::{self, KeySource};
 use crate::json::{Extractor, Progress};
 use crate::message::{RequestHead, ResponseHead};
 use crate::net::cookie::CookieSession;
-use crate::protocols::{self, Plan, Recognised};
+use crate::protocols::{self, Plan, Protocol, Recognised};
 use crate::proxy::edits;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
@@ -124,11 +124,7 @@ impl Head {
             .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), &principal, crate::ids::wall_clock()))
             .map(Box::new);
         let view = view(request, prefix);
-        let plan = match service.recognition {
-            Recognition::Http => Plan::Http,
-            Recognition::Auto => Plan::new(None, &view),
-            Recognition::One(protocol) => Plan::new(Some(protocol), &view),
-        };
+        let plan = plan(service, &view);
         let places = if keyed { places(session, request) } else { Places::default() };
         let body = Ahead {
             fields: plan.wants(&view).map(|pointers| Box::new(Extractor::of(pointers.clone()))),
@@ -165,6 +161,24 @@ impl Head {
         };
         Identity { kind, key, cookie, scope, anonymous, principal, issue_cookie, recognised }
     }
+}
+
+fn plan(service: &Service, view: &protocols::Request<'_>) -> Plan {
+    match service.recognition {
+        Recognition::Http => Plan::Http,
+        Recognition::Auto => Plan::new(None, view),
+        Recognition::One(protocol) => Plan::new(Some(protocol), view),
+    }
+}
+
+/// Whose the request is as far as its head alone tells, for an error that comes before anyone has looked into its body.
+pub fn protocol_by_head(
+    service: &Service,
+    prefix: Option<&str>,
+    request: &RequestHead,
+) -> Option<&'static dyn Protocol> {
+    let view = view(request, prefix);
+    plan(service, &view).recognise(&view, None)?.protocol
 }
 
 /// The request as its endpoint will see it.
