@@ -211,6 +211,23 @@ async fn debug_fields_are_for_those_in_debug_from_who_ask() {
     assert_eq!((refused.header("longhaul-version"), refused.header("longhaul-endpoint")), (None, None));
 }
 
+#[tokio::test]
+async fn a_trusted_proxy_tells_who_asks_for_debug_fields_by_either_field() {
+    let backend = Backend::start().await;
+    let config = format!("{}{}", listening("trusted_proxies: [127.0.0.0/8]"), service(&backend, ""));
+    let proxy = start_proxy(&config).await;
+    for (told, shown) in [
+        ("", true),
+        ("X-Forwarded-For: 203.0.113.7\r\n", false),
+        ("Forwarded: for=203.0.113.7;proto=https\r\n", false),
+        ("Forwarded: for=203.0.113.7, for=127.0.0.9\r\n", false),
+        ("Forwarded: for=127.0.0.9\r\n", true),
+    ] {
+        let asked = get(proxy.address, "/", &format!("longhaul-debug: 1\r\n{told}")).await;
+        assert_eq!(asked.header("longhaul-endpoint").is_some(), shown, "{told}");
+    }
+}
+
 // ---- configured edits ----
 
 #[tokio::test]
