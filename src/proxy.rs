@@ -57,6 +57,7 @@ use crate::message::{RequestHead, Version};
 use crate::proxy::account::Record;
 use crate::proxy::connection::Connection;
 use crate::proxy::forward::Forwarded;
+use crate::proxy::forwarded::Outside;
 use crate::proxy::peer::Peer;
 use crate::proxy::relay::End;
 use crate::proxy::timer::Timer;
@@ -335,6 +336,7 @@ async fn begin(
     // 4 route
     let peer = &connection.peer;
     let trusted = connection.peer_trusted(listener);
+    let outside = if trusted { Outside::told(peer, &request.fields) } else { Outside::of(peer) };
     let index = route::find(&config.routes, &request.method, &request.authority, &request.path, &request.fields)
         .ok_or_else(|| {
             ProxyError::new(
@@ -347,7 +349,7 @@ async fn begin(
     let service = match &route.action {
         crate::config::RouteAction::Service(service) => current.services[*service].clone(),
         fixed => {
-            if let Some((mut head, body)) = problem::fixed(fixed, &request, peer.scheme()) {
+            if let Some((mut head, body)) = problem::fixed(fixed, &request, &outside) {
                 edits::apply(&route.response_headers, &mut head.fields);
                 head.fields.append("longhaul-affinity", b"none");
                 record.status = head.status.as_u16();
@@ -369,7 +371,7 @@ async fn begin(
     forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
     forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::quick_random_bytes()));
     let begun = forward::forward(
-        forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, policy, caller },
+        forward::Asked { connection, listener, service: &service, route, outside: &outside, debug, policy, caller },
         client,
         request,
         timer,

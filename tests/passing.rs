@@ -228,6 +228,37 @@ async fn a_trusted_proxy_tells_who_asks_for_debug_fields_by_either_field() {
     }
 }
 
+#[tokio::test]
+async fn what_we_say_of_our_own_place_is_as_the_client_behind_a_trusted_proxy_sees_it() {
+    let backend = Backend::start().await;
+    let url = backend.url().to_owned();
+    let card = format!(r#"{{"name":"agent","url":"{url}/rpc","capabilities":{{}}}}"#);
+    let there = format!("{url}/there");
+    backend.each(move |_| {
+        Script::answer(200, &[("content-type", "application/json"), ("location", there.as_str())], &card)
+    });
+    let routes = "routes:\n  - {match: {path: /new/**}, redirect: {path: /newer}}\n  \
+                  - {match: {path: /agents/**}, service: agent, strip_prefix: /agents}\n";
+    let cookie = "    session: {cookie: {name: lh}}\n";
+    let config = format!("{}{routes}{}", listening("trusted_proxies: [127.0.0.2/32]"), service(&backend, cookie));
+    let proxy = start_proxy(&config).await;
+    let told = "X-Forwarded-Proto: https\r\nX-Forwarded-Host: public.example\r\n";
+    for (from, base) in [([127, 0, 0, 1], "http://inner.test"), ([127, 0, 0, 2], "https://public.example")] {
+        let mut client = RawClient::connect_from(from, proxy.address).await;
+        client.send(format!("GET /new HTTP/1.1\r\nHost: inner.test\r\n{told}\r\n")).await;
+        let redirect = client.read_response().await;
+        assert_eq!(redirect.header("location"), Some(format!("{base}/newer").as_str()));
+
+        let path = "/agents/.well-known/agent-card.json";
+        client.send(format!("GET {path} HTTP/1.1\r\nHost: inner.test\r\n{told}\r\n")).await;
+        let answer = client.read_response().await;
+        assert_eq!(answer.json()["url"], format!("{base}/agents/rpc"));
+        assert_eq!(answer.header("location"), Some(format!("{base}/agents/there").as_str()));
+        let cookie = answer.header("set-cookie").expect("a cookie");
+        assert_eq!(cookie.ends_with("; Secure"), base.starts_with("https"), "{cookie}");
+    }
+}
+
 // ---- configured edits ----
 
 #[tokio::test]

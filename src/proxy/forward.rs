@@ -26,11 +26,11 @@ use crate::proxy::peer::{Peer, SourceFault};
 use crate::proxy::pick::{self, Found, Wanted};
 use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow, Timed};
 use crate::proxy::repeat::{self, Kept, Replayed, Way};
-use crate::proxy::rewrite::{self, Outside};
+use crate::proxy::rewrite::{self, Place};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
-use crate::proxy::{Caller, edits, in_place, may_keep_alive, respond, shadow, websocket, whose_error};
+use crate::proxy::{Caller, edits, forwarded, in_place, may_keep_alive, respond, shadow, websocket, whose_error};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Lease, Placed};
@@ -44,8 +44,7 @@ pub struct Asked<'a> {
     pub listener: &'a Listener,
     pub service: &'a Arc<Service>,
     pub route: &'a config::Route,
-    /// `http` or `https`, as the client sees it.
-    pub scheme: &'a str,
+    pub outside: &'a forwarded::Outside,
     /// The client may see which endpoint answers, and wants to.
     pub debug: bool,
     /// What it does if its session has a run.
@@ -255,7 +254,8 @@ pub async fn forward(
     };
 
     let mut upstream = exchange.expect("whoever was answered has an exchange");
-    let outside = Outside { scheme: asked.scheme, authority: &request.authority, prefix };
+    let outside =
+        Place { scheme: asked.outside.scheme, authority: asked.outside.authority(&request.authority), prefix };
     let ahead = rewrite::ahead(
         identity.recognised.as_ref(),
         service.recognition,
@@ -578,8 +578,8 @@ fn begin_answer(
             &mut answer.fields,
             &edits::PrefixRewrite {
                 prefix,
-                scheme: asked.scheme,
-                authority: &request.authority,
+                scheme: asked.outside.scheme,
+                authority: asked.outside.authority(&request.authority),
                 sent_host: &String::from_utf8_lossy(&sent_host),
                 endpoint: &target.url,
             },
@@ -597,7 +597,8 @@ fn begin_answer(
         answer.fields.append("longhaul-endpoint", target.address.as_bytes());
     }
     if success
-        && let Some(cookie) = cookie_to_set(asked.service, identity, &target, record.affinity, connection.peer.tls)
+        && let Some(cookie) =
+            cookie_to_set(asked.service, identity, &target, record.affinity, asked.outside.scheme == "https")
     {
         answer.fields.append("set-cookie", cookie.as_bytes());
     }

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::http1::valid_authority;
 use crate::message::Fields;
 use crate::proxy::edits;
 
@@ -18,6 +19,15 @@ pub struct Peer {
     plain: Box<str>,
     /// For Forwarded: a node of RFC 7239 section 6, where an IPv6 address is in brackets and therefore quoted.
     node: Box<str>,
+}
+
+/// Where the client sees us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outside {
+    /// `http` or `https`.
+    pub scheme: &'static str,
+    /// Where it is another than that of the request.
+    authority: Option<String>,
 }
 
 /// The random numbers of one request's ids, for those that it didn't bring.
@@ -58,6 +68,37 @@ impl Peer {
     /// True if the peer is one of `trusted_proxies`. A unix socket has no address and is never one.
     pub fn is_trusted(&self, trusted_proxies: &[IpNet]) -> bool {
         self.address.is_some_and(|address| contains(trusted_proxies, address.to_canonical()))
+    }
+}
+
+impl Outside {
+    /// As the connection shows it.
+    pub fn of(peer: &Peer) -> Outside {
+        Outside { scheme: peer.scheme(), authority: None }
+    }
+
+    /// As a trusted peer tells it: the proxy in front may be the one that speaks TLS, under a name of its own. What it does
+    /// not tell, or not so that it could be used, is as the connection shows it.
+    pub fn told(peer: &Peer, fields: &Fields) -> Outside {
+        let outermost = |name: &str| fields.get(name)?.split(|byte| *byte == b',').next();
+        let in_forwarded = |name: &[u8]| parameter(outermost(FORWARDED)?, name);
+        let scheme = outermost(PROTO).or_else(|| in_forwarded(b"proto")).map(unquoted);
+        let authority = outermost(HOST).or_else(|| in_forwarded(b"host")).map(unquoted);
+        Outside {
+            scheme: match scheme {
+                Some(scheme) if scheme.eq_ignore_ascii_case(b"https") => "https",
+                Some(scheme) if scheme.eq_ignore_ascii_case(b"http") => "http",
+                _ => peer.scheme(),
+            },
+            authority: authority
+                .filter(|authority| valid_authority(authority))
+                .map(|authority| String::from_utf8_lossy(authority).into_owned()),
+        }
+    }
+
+    /// `of_request`: the authority of the request.
+    pub fn authority<'a>(&'a self, of_request: &'a str) -> &'a str {
+        self.authority.as_deref().unwrap_or(of_request)
     }
 }
 
@@ -199,6 +240,11 @@ fn parameter<'a>(element: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     })
 }
 
+fn unquoted(value: &[u8]) -> &[u8] {
+    let value = value.trim_ascii();
+    value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value)
+}
+
 /// All fields of the name become one list, with `element` last: many programs read only the first field, or the last.
 fn append_to_list(fields: &mut Fields, name: &str, element: &str) {
     let mut list = Vec::new();
@@ -332,6 +378,28 @@ mod tests {
     }
 
     #[test]
+    fn a_trusted_peer_tells_where_the_client_sees_us() {
+        for (told, scheme, authority) in [
+            (vec![], "http", "inner"),
+            (vec![("x-forwarded-proto", "https")], "https", "inner"),
+            (
+                vec![("x-forwarded-proto", "HTTPS, http"), ("x-forwarded-host", "outer:8443, middle")],
+                "https",
+                "outer:8443",
+            ),
+            (vec![("forwarded", "for=5.6.7.8;proto=https;Host=\"outer:8443\", for=10.0.0.2")], "https", "outer:8443"),
+            (vec![("forwarded", "proto=https"), ("x-forwarded-proto", "http")], "http", "inner"),
+            (vec![("x-forwarded-proto", "gopher"), ("x-forwarded-host", "a b\"c")], "http", "inner"),
+            (vec![("x-forwarded-proto", ""), ("x-forwarded-host", "")], "http", "inner"),
+        ] {
+            let peer = Peer::new(Some("10.0.0.1".parse().unwrap()), false);
+            let outside = Outside::told(&peer, &fields(&told));
+            assert_eq!((outside.scheme, outside.authority("inner")), (scheme, authority), "{told:?}");
+        }
+        assert_eq!(Outside::of(&peer("1.2.3.4")).scheme, "https");
+    }
+
+    #[test]
     fn an_untrusted_peer_can_claim_nothing() {
         let mut told = fields(&[
             ("X-Forwarded-For", "9.9.9.9"),
@@ -442,6 +510,7 @@ mod tests {
                 let mut told = Fields::default();
                 told.append(name, &value);
                 effective_client(Some("10.0.0.1".parse().unwrap()), &networks(), &told);
+                Outside::told(&peer("10.0.0.1"), &told);
             }
         }
     }
