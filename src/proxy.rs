@@ -365,13 +365,13 @@ async fn begin(
 
     // 5 to 8
     let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
-    let debug =
+    record.debug =
         asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
     let policy = pick::policy(&service.config, &request)?;
     forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
     forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::quick_random_bytes()));
     let begun = forward::forward(
-        forward::Asked { connection, listener, service: &service, route, outside: &outside, debug, policy, caller },
+        forward::Asked { connection, listener, service: &service, route, outside: &outside, policy, caller },
         client,
         request,
         timer,
@@ -448,6 +448,7 @@ async fn answer_error(
         run.write(&mut text);
         head.fields.append("longhaul-run-id", &text);
     }
+    record.add_debug_fields(&mut head.fields);
     let body = respond::for_caller(caller.head_only, &mut head, body);
     record.own_bytes_out = body.len() as u64;
     let after = after_own_answer(client, caller, connection);

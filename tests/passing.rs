@@ -205,6 +205,10 @@ async fn debug_fields_are_for_those_in_debug_from_who_ask() {
     assert_eq!(asked.header("longhaul-version"), Some("v"));
     assert_eq!(asked.header("longhaul-endpoint"), Some(backend.name().as_str()));
     assert_eq!(get(proxy.address, "/", "").await.header("longhaul-endpoint"), None, "nobody asked");
+    backend.next(Script(vec![Step::ReadBody, Step::Close]));
+    let failed = post(proxy.address, "/", "longhaul-debug: 1\r\n", "hi").await;
+    assert_eq!((failed.status(), failed.header("longhaul-version")), (502, Some("v")));
+    assert_eq!(failed.header("longhaul-endpoint"), Some(backend.name().as_str()), "of an error too");
     let elsewhere = format!("debug_from: [10.0.0.0/8]\n{}", service(&backend, ""));
     let proxy = start_proxy(&elsewhere).await;
     let refused = get(proxy.address, "/", "longhaul-debug: 1\r\n").await;

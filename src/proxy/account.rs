@@ -10,7 +10,7 @@ use http::StatusCode;
 use crate::error::Code;
 use crate::ids::RunId;
 use crate::logging::AccessLine;
-use crate::message::RequestHead;
+use crate::message::{Fields, RequestHead};
 use crate::protocols::Protocol;
 use crate::proxy::connection::Connection;
 use crate::proxy::worker::{Local, Worker};
@@ -59,6 +59,8 @@ pub struct Record {
     pub outcome: Option<RunOutcome>,
     /// The exchange starts its run (it may also join one).
     pub starts: bool,
+    /// The client may see which endpoint answers, and wants to.
+    pub debug: bool,
     /// In whose form the caller reads errors.
     pub caller_form: Option<Box<CallerForm>>,
     pub service: Option<Local<Service>>,
@@ -92,6 +94,7 @@ impl Record {
             begun: false,
             outcome: None,
             starts: false,
+            debug: false,
             caller_form: None,
             service: None,
             target: None,
@@ -110,6 +113,14 @@ impl Record {
 
     pub fn started(&self) -> Instant {
         self.started
+    }
+
+    /// Tells of the endpoint that was chosen, where the client may know it and wants to.
+    pub fn add_debug_fields(&self, fields: &mut Fields) {
+        if let (true, Some(target)) = (self.debug, &self.target) {
+            fields.append("longhaul-version", target.version.as_bytes());
+            fields.append("longhaul-endpoint", target.address.as_bytes());
+        }
     }
 
     /// Notes how the run ended that the exchange started, if it did.

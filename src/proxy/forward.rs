@@ -45,8 +45,6 @@ pub struct Asked<'a> {
     pub service: &'a Arc<Service>,
     pub route: &'a config::Route,
     pub outside: &'a forwarded::Outside,
-    /// The client may see which endpoint answers, and wants to.
-    pub debug: bool,
     /// What it does if its session has a run.
     pub policy: config::Policy,
     pub caller: &'a Caller,
@@ -592,10 +590,6 @@ fn begin_answer(
         run.write(&mut text);
         answer.fields.append("longhaul-run-id", &text);
     }
-    if asked.debug {
-        answer.fields.append("longhaul-version", target.version.as_bytes());
-        answer.fields.append("longhaul-endpoint", target.address.as_bytes());
-    }
     if success
         && let Some(cookie) =
             cookie_to_set(asked.service, identity, &target, record.affinity, asked.outside.scheme == "https")
@@ -606,6 +600,8 @@ fn begin_answer(
     if let Some(kept) = &kept {
         kept.head(answer);
     }
+    // Who repeats this start may not have asked for them.
+    record.add_debug_fields(&mut answer.fields);
 
     // Both bodies.
     let upstream_keep_alive = answer.keep_alive;
