@@ -223,18 +223,17 @@ pub async fn forward(
         }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
         let whole = ahead_only(client, &direction) || direction.replay.is_some();
-        let may_retry = attempt < service.config.attempts
-            && !timed_out
-            && whole
-            && (unanswered.unsent || (idempotent && !drain_over && unanswered.error.code == Code::UpstreamReset));
+        let repeatable = idempotent && !drain_over && unanswered.error.code == Code::UpstreamReset;
+        let may_retry = attempt < service.config.attempts && !timed_out && whole && (unanswered.unsent || repeatable);
         let next = if !may_retry {
             None
         } else if unanswered.connection_spent {
             Some(target.clone())
         } else {
-            // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried.
+            // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried. So
+            // it is with what may be asked twice of anyone.
             let other = lease.retry(ids::now(), ids::random_u64());
-            other.ok().or_else(|| fresh.then(|| target.clone()))
+            other.ok().or_else(|| (fresh || repeatable).then(|| target.clone()))
         };
         if let Some(next) = next {
             attempt += 1;
