@@ -233,6 +233,27 @@ async fn a_trusted_proxy_tells_who_asks_for_debug_fields_by_either_field() {
 }
 
 #[tokio::test]
+async fn the_patterns_of_a_service_look_at_the_path_that_is_forwarded() {
+    let backend = Backend::start().await;
+    let routes =
+        "routes:\n  - {match: {path: /support/**}, service: agent, strip_prefix: /support}\n  - service: agent\n";
+    let keys = "    agent_protocol: http\n    session: {key: [{path: \"/threads/{session}/**\"}]}\n    \
+                runs: {match: [{methods: [POST], path: \"/threads/*/runs\"}]}\n";
+    let proxy = start_proxy(&format!("{routes}{}", service(&backend, keys))).await;
+    for (path, affinity, is_run) in [
+        ("/support/threads/t1/runs", "new", true),
+        ("/threads/t1/runs", "hit", true),
+        ("/support/threads/t1", "hit", false),
+        ("/support/runs", "none", false),
+    ] {
+        let answer = post(proxy.address, path, "", "hi").await;
+        assert_eq!(answer.header("longhaul-affinity"), Some(affinity), "{path}");
+        assert_eq!(answer.header("longhaul-run-id").is_some(), is_run, "{path}");
+    }
+    assert_eq!(backend.requests()[0].target, "/threads/t1/runs");
+}
+
+#[tokio::test]
 async fn what_we_say_of_our_own_place_is_as_the_client_behind_a_trusted_proxy_sees_it() {
     let backend = Backend::start().await;
     let url = backend.url().to_owned();

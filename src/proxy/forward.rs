@@ -93,7 +93,7 @@ pub async fn forward(
         record.caller_form = recognised.protocol.map(|protocol| Box::new(CallerForm { protocol, rpc_id }));
     }
 
-    let kept = match repeat::way(service, &request, &identity) {
+    let kept = match repeat::way(service, prefix, &request, &identity) {
         Ok(Way::Usual) => None,
         Ok(Way::First(kept)) => {
             // All that was read of the body waits in front.
