@@ -69,8 +69,8 @@ fn access_line(bencher: Bencher, format: LogFormat) {
     let line = AccessLine {
         time: SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_420_714),
         client: Some([192, 0, 2, 7].into()),
-        method: "POST",
-        path: "/support/runs",
+        method: Some("POST"),
+        path: Some("/support/runs"),
         status: 200,
         code: None,
         outcome: Some("completed"),

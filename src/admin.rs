@@ -201,14 +201,14 @@ async fn busy(State(context): Shared) -> Response {
     (status, Json(json!({ "outstanding_runs": outstanding_runs }))).into_response()
 }
 
-/// Prometheus text, or for whoever accepts JSON the load as at `/api/v1/metrics`: for the other replicas, which have no
+/// Prometheus text, or for whoever accepts JSON alone the load as at `/api/v1/metrics`: for the other replicas, which have no
 /// token. `activity` and `wait`: not before it is another activity than that, or so much time has passed.
 async fn metrics(
     State(context): Shared,
     Query(parameters): Parameters,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    if !accepts_json(&headers) {
+    if !wants_json(&headers) {
         return Ok(metrics_text(&context));
     }
     let parameters = Known::of(parameters, &["endpoints", "activity", "wait"])?;
@@ -224,10 +224,12 @@ async fn metrics(
     Ok(Json(load).into_response())
 }
 
-fn accepts_json(headers: &HeaderMap) -> bool {
+/// Many a client says by default that it takes JSON and anything else: that is no wish for it.
+fn wants_json(headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(header::ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
-    let mut ranges = accepted.flat_map(|value| value.split(','));
-    ranges.any(|range| range.split(';').next().unwrap_or_default().trim() == "application/json")
+    let ranges = accepted.flat_map(|value| value.split(','));
+    let types: Vec<&str> = ranges.map(|range| range.split(';').next().unwrap_or_default().trim()).collect();
+    types.contains(&"application/json") && !types.iter().any(|range| ["text/plain", "text/*", "*/*"].contains(range))
 }
 
 fn metrics_text(context: &Context) -> Response {

@@ -92,9 +92,10 @@ pub struct AccessLine<'a> {
     pub time: SystemTime,
     /// The effective client address; none behind a unix socket.
     pub client: Option<IpAddr>,
-    pub method: &'a str,
+    /// `None`, as the path: the request's head could not be read.
+    pub method: Option<&'a str>,
     /// Without the query, which may carry secrets.
-    pub path: &'a str,
+    pub path: Option<&'a str>,
     /// 0: no answer was begun.
     pub status: u16,
     pub code: Option<Code>,
@@ -283,8 +284,8 @@ impl AccessLine<'_> {
         write(&[
             ("time", Value::Safe(ascii(&time))),
             ("client", self.client.map_or(Value::Absent, Value::Address)),
-            ("method", Value::Text(self.method)),
-            ("path", Value::Text(self.path)),
+            ("method", text_or_absent(self.method)),
+            ("path", text_or_absent(self.path)),
             ("status", if self.status == 0 { Value::Absent } else { Value::Number(u64::from(self.status)) }),
             ("code", self.code.map_or(Value::Absent, |code| Value::Safe(code.as_str()))),
             ("outcome", text_or_absent(self.outcome)),
@@ -441,8 +442,8 @@ mod tests {
         AccessLine {
             time: UNIX_EPOCH + Duration::from_millis(1_795_420_714_120),
             client: Some("192.0.2.7".parse().unwrap()),
-            method: "POST",
-            path: "/support/runs",
+            method: Some("POST"),
+            path: Some("/support/runs"),
             status: 200,
             code: None,
             outcome: Some("completed"),
@@ -490,7 +491,7 @@ mod tests {
     #[test]
     fn no_value_can_forge_a_field_or_a_line() {
         let hostile = "/a b\" status=500\r\nclient=evil \u{1b}[2J\u{7f}\u{85}\u{2028}\u{202e}\\";
-        let line = AccessLine { path: hostile, session: Some("-"), status: 0, ..line() };
+        let line = AccessLine { path: Some(hostile), session: Some("-"), status: 0, ..line() };
         let text = line.text(true);
         assert_eq!(text.matches('\n').count(), 1);
         assert!(!text.trim_end().chars().any(|character| character.is_control() || misleading(character)), "{text:?}");

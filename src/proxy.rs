@@ -57,6 +57,7 @@ use crate::message::{RequestHead, Version};
 use crate::proxy::account::Record;
 use crate::proxy::connection::Connection;
 use crate::proxy::forward::Forwarded;
+use crate::proxy::forwarded::Outside;
 use crate::proxy::peer::Peer;
 use crate::proxy::relay::End;
 use crate::proxy::timer::Timer;
@@ -319,16 +320,23 @@ async fn begin(
     let current = connection.worker.current();
     let config = &current.snapshot.loaded.config;
 
-    // HTTP/1.1 heads were held to this where they were read.
-    if request.fields.len() > listener.config.limits.max_headers {
+    let trusted_proxies = &listener.config.trusted_proxies;
+    let client_address = forwarded::effective_client(connection.peer.address, trusted_proxies, &request.fields);
+    record.client = client_address;
+
+    // HTTP/1.1 heads were held to both where they were read.
+    let limits = &listener.config.limits;
+    if request.fields.len() > limits.max_headers {
         return Err(ProxyError::new(Code::HeaderTooLarge, "the request has more fields than limits.max_headers"));
+    }
+    if caller.version == Version::Http2 && http2_server::head_bytes(&request) > limits.max_header_bytes {
+        return Err(ProxyError::new(Code::HeaderTooLarge, "the request head exceeds limits.max_header_bytes"));
     }
 
     // 4 route
     let peer = &connection.peer;
     let trusted = connection.peer_trusted(listener);
-    let client_address = forwarded::effective_client(peer.address, &listener.config.trusted_proxies, &request.fields);
-    record.client = client_address;
+    let outside = if trusted { Outside::told(peer, &request.fields) } else { Outside::of(peer) };
     let index = route::find(&config.routes, &request.method, &request.authority, &request.path, &request.fields)
         .ok_or_else(|| {
             ProxyError::new(
@@ -341,7 +349,7 @@ async fn begin(
     let service = match &route.action {
         crate::config::RouteAction::Service(service) => current.services[*service].clone(),
         fixed => {
-            if let Some((mut head, body)) = problem::fixed(fixed, &request, peer.scheme()) {
+            if let Some((mut head, body)) = problem::fixed(fixed, &request, &outside) {
                 edits::apply(&route.response_headers, &mut head.fields);
                 head.fields.append("longhaul-affinity", b"none");
                 record.status = head.status.as_u16();
@@ -357,13 +365,13 @@ async fn begin(
 
     // 5 to 8
     let asked_debug = request.fields.get("longhaul-debug") == Some(b"1");
-    let debug =
+    record.debug =
         asked_debug && client_address.is_some_and(|address| config.debug_from.iter().any(|net| net.contains(&address)));
     let policy = pick::policy(&service.config, &request)?;
     forwarded::apply(&mut request.fields, peer, trusted, peer.scheme(), &request.authority);
     forwarded::add_ids(&mut request.fields, &forwarded::RequestIds::from_random(crate::ids::quick_random_bytes()));
     let begun = forward::forward(
-        forward::Asked { connection, listener, service: &service, route, scheme: peer.scheme(), debug, policy, caller },
+        forward::Asked { connection, listener, service: &service, route, outside: &outside, policy, caller },
         client,
         request,
         timer,
@@ -440,6 +448,7 @@ async fn answer_error(
         run.write(&mut text);
         head.fields.append("longhaul-run-id", &text);
     }
+    record.add_debug_fields(&mut head.fields);
     let body = respond::for_caller(caller.head_only, &mut head, body);
     record.own_bytes_out = body.len() as u64;
     let after = after_own_answer(client, caller, connection);

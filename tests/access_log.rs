@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use serde_json::Value;
-use support::{Backend, Program, Script, eventually, get, post};
+use support::{Backend, Http2Client, Program, Script, eventually, fetch, get, http2_request, post};
 
 /// In the order of every line.
 const FIELDS: [&str; 19] = [
@@ -51,6 +51,28 @@ async fn line_of(program: &Program, path: &str) -> String {
     let find = || program.lines().into_iter().find(|line| line.contains(path));
     eventually("the line is written", || find().is_some()).await;
     find().expect("it is there")
+}
+
+#[tokio::test]
+async fn a_head_that_cannot_be_read_has_its_line() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let backend = Backend::start().await;
+    let (program, address) = start_program(directory.path(), "{format: json}", &backend).await;
+    let answer = fetch(address, "GET /run HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n").await;
+    assert_eq!(answer.status(), 400);
+    let line: Value = serde_json::from_str(&line_of(&program, "bad_request").await).expect("JSON");
+    let keys: Vec<&String> = line.as_object().expect("an object").keys().collect();
+    assert_eq!(keys.len(), FIELDS.len());
+    assert_eq!((&line["status"], &line["client"]), (&Value::from(400), &Value::from("127.0.0.1")));
+    assert_eq!((&line["method"], &line["path"], &line["affinity"]), (&Value::Null, &Value::Null, &Value::from("none")));
+
+    // One of HTTP/2 that is too long has been read.
+    let client = Http2Client::connect(address).await;
+    let mut request = http2_request("GET", address, "/run");
+    request.headers_mut().insert("x-long", "x".repeat(70_000).parse().expect("a field value"));
+    assert_eq!(client.fetch(request, b"").await.status(), 431);
+    let line: Value = serde_json::from_str(&line_of(&program, "header_too_large").await).expect("JSON");
+    assert_eq!((&line["client"], &line["path"]), (&Value::from("127.0.0.1"), &Value::from("/run")));
 }
 
 #[tokio::test]

@@ -158,6 +158,13 @@ fn status_runs_sessions_and_metrics_tell_the_same() {
         "saturation": 0.375,
     });
     assert_eq!(load["services"]["support"], expected);
+    // At /metrics as well, but for those alone who want nothing else.
+    let beside = proxy.ask_with("GET /metrics", &["Accept: application/json"]).json();
+    assert_eq!(beside["services"]["support"], expected);
+    for accept in ["*/*", "application/json, text/plain, */*", "application/json;q=0.5, */*;q=0.1", "text/plain"] {
+        let answer = proxy.ask_with("GET /metrics", &[&format!("Accept: {accept}")]);
+        assert!(answer.body.starts_with("# HELP "), "{accept}: {}", answer.body);
+    }
     assert_eq!(proxy.sample("longhaul_outstanding_runs{service=\"support\",version=\"stable\"}"), Some(3.0));
     assert_eq!(proxy.sample("longhaul_saturation{service=\"support\"}"), Some(0.375));
     let busy = proxy.ask("GET /busy");

@@ -237,6 +237,32 @@ async fn too_many_fields_are_431_in_both_versions() {
     assert_eq!(backend.request_count(), 2);
 }
 
+#[tokio::test]
+async fn a_head_that_is_too_long_is_answered_alike_in_both_versions() {
+    let backend = Backend::start().await;
+    let listener = "listeners: [{name: public, address: \"127.0.0.1:0\", limits: {max_header_bytes: 4KiB}}]\n";
+    let proxy = start_proxy(&format!("{listener}{}", service(&[backend.url()], "", ""))).await;
+    let client = Http2Client::connect(proxy.address).await;
+    for length in [5_000, 100_000] {
+        let value = "x".repeat(length);
+        let mut request = http2_request("POST", proxy.address, "/");
+        request.headers_mut().insert("x-long", value.parse().expect("a field value"));
+        let over_http2 = client.fetch(request, b"hi").await;
+        let over_http1 = post(proxy.address, "/", &format!("X-Long: {value}\r\n"), "hi").await;
+        for answer in [over_http2, over_http1] {
+            assert_eq!((answer.status(), answer.code().as_deref()), (431, Some("header_too_large")), "{length}");
+            assert_eq!(affinity(&answer), "none");
+            assert!(answer.header("proxy-status").is_some_and(|field| field.starts_with("longhaul; error=")));
+        }
+    }
+    // The connection goes on, and a head within the limit passes.
+    let mut request = http2_request("POST", proxy.address, "/");
+    request.headers_mut().insert("x-long", "x".repeat(3_000).parse().expect("a field value"));
+    assert_eq!(client.fetch(request, b"hi").await.status(), 200);
+    proxy.metric_becomes("longhaul_requests_total", &["listener=\"public\"", "code=\"header_too_large\""], 4.0).await;
+    assert_eq!(backend.request_count(), 1);
+}
+
 /// Streams of HTTP/2 that are given up anywhere: before, within and after their bodies, also with the whole connection.
 #[tokio::test]
 async fn counts_return_to_zero_after_resets_anywhere() {

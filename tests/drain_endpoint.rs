@@ -194,6 +194,25 @@ async fn what_is_left_at_the_deadline_is_cut_one_after_another_with_a_last_word(
 }
 
 #[tokio::test]
+async fn the_deadline_of_a_drain_is_kept_to_a_fraction_of_a_second() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let proxy = start_proxy(&config(&[&backend], "    drain: {timeout: 1s}\n")).await;
+    // The second one begins soon after a tick of the clock, by which the first was cut.
+    for _ in 0..2 {
+        let (mut client, drip) = open_stream(proxy.address, &backend).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(proxy.drain("support", &backend.name(), false).await.status(), 200);
+        let began = ids::now();
+        client.closed().await;
+        let after = began.elapsed();
+        assert!(after >= Duration::from_secs(1) && after < Duration::from_millis(1550), "cut after {after:?}");
+        drop(drip);
+        assert_eq!(proxy.drain("support", &backend.name(), true).await.status(), 200);
+    }
+}
+
+#[tokio::test]
 async fn a_websocket_is_told_that_the_server_goes_away() {
     const OPENING: &str = "GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
                            Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n";

@@ -250,8 +250,30 @@ async fn a_pooled_connection_that_dies_at_the_next_request_is_replaced_also_at_a
     backends[0].cut_connections();
     eventually("all connections end", || backends[0].open_connections() == 0).await;
     backends[0].each(|_| reset_before_the_answer());
-    is_error(&get(proxy.address, "/", "").await, 502, "upstream_reset");
-    assert_eq!(backends[0].request_count(), 4, "a lone endpoint is not asked again and again");
+    is_error(&post(proxy.address, "/", "", "hi").await, 502, "upstream_reset");
+    assert_eq!(backends[0].request_count(), 4, "what it may have done is not done twice");
+}
+
+#[tokio::test]
+async fn a_lone_endpoint_is_asked_again_for_what_is_safe_to_repeat() {
+    for (method, tries) in
+        [("GET", 2), ("HEAD", 2), ("OPTIONS", 2), ("PUT", 2), ("DELETE", 2), ("POST", 1), ("PATCH", 1)]
+    {
+        let backend = Backend::start().await;
+        backend.next(reset_before_the_answer());
+        let proxy = start_proxy(&service(&[backend.url()], "")).await;
+        let mut client = proxy.connect().await;
+        client.send(format!("{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi")).await;
+        let status = if tries == 2 { 200 } else { 502 };
+        assert_eq!(client.read_response_to(method).await.status(), status, "{method}");
+        assert_eq!(backend.request_count(), tries, "{method}");
+
+        backend.each(|_| reset_before_the_answer());
+        client = proxy.connect().await;
+        client.send(format!("{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi")).await;
+        assert_eq!(client.read_response_to(method).await.status(), 502, "{method}");
+        assert_eq!(backend.request_count(), 2 * tries, "{method}: `attempts` and no more");
+    }
 }
 
 #[tokio::test]

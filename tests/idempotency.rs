@@ -25,6 +25,17 @@ async fn repeat(proxy: &Proxy, key: &str, headers: &str, body: &str) -> support:
     support::fetch(proxy.address, start(key, headers, body)).await
 }
 
+#[tokio::test]
+async fn debug_fields_are_not_kept_for_those_who_repeat() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&config(backend.url(), "")).await;
+    let first = repeat(&proxy, "a", "longhaul-debug: 1\r\n", "{}").await;
+    assert_eq!(first.header("longhaul-version"), Some("stable"));
+    let again = repeat(&proxy, "a", "", "{}").await;
+    assert_eq!(again.header("longhaul-run-id"), first.header("longhaul-run-id"));
+    assert_eq!((again.header("longhaul-version"), again.header("longhaul-endpoint")), (None, None));
+}
+
 /// 100 clients lose their connection in the middle of the answer (or before it) and start again.
 #[tokio::test]
 async fn a_hundred_starts_are_repeated_after_a_cut_and_run_once() {

@@ -205,10 +205,83 @@ async fn debug_fields_are_for_those_in_debug_from_who_ask() {
     assert_eq!(asked.header("longhaul-version"), Some("v"));
     assert_eq!(asked.header("longhaul-endpoint"), Some(backend.name().as_str()));
     assert_eq!(get(proxy.address, "/", "").await.header("longhaul-endpoint"), None, "nobody asked");
+    backend.next(Script(vec![Step::ReadBody, Step::Close]));
+    let failed = post(proxy.address, "/", "longhaul-debug: 1\r\n", "hi").await;
+    assert_eq!((failed.status(), failed.header("longhaul-version")), (502, Some("v")));
+    assert_eq!(failed.header("longhaul-endpoint"), Some(backend.name().as_str()), "of an error too");
     let elsewhere = format!("debug_from: [10.0.0.0/8]\n{}", service(&backend, ""));
     let proxy = start_proxy(&elsewhere).await;
     let refused = get(proxy.address, "/", "longhaul-debug: 1\r\n").await;
     assert_eq!((refused.header("longhaul-version"), refused.header("longhaul-endpoint")), (None, None));
+}
+
+#[tokio::test]
+async fn a_trusted_proxy_tells_who_asks_for_debug_fields_by_either_field() {
+    let backend = Backend::start().await;
+    let config = format!("{}{}", listening("trusted_proxies: [127.0.0.0/8]"), service(&backend, ""));
+    let proxy = start_proxy(&config).await;
+    for (told, shown) in [
+        ("", true),
+        ("X-Forwarded-For: 203.0.113.7\r\n", false),
+        ("Forwarded: for=203.0.113.7;proto=https\r\n", false),
+        ("Forwarded: for=203.0.113.7, for=127.0.0.9\r\n", false),
+        ("Forwarded: for=127.0.0.9\r\n", true),
+    ] {
+        let asked = get(proxy.address, "/", &format!("longhaul-debug: 1\r\n{told}")).await;
+        assert_eq!(asked.header("longhaul-endpoint").is_some(), shown, "{told}");
+    }
+}
+
+#[tokio::test]
+async fn the_patterns_of_a_service_look_at_the_path_that_is_forwarded() {
+    let backend = Backend::start().await;
+    let routes =
+        "routes:\n  - {match: {path: /support/**}, service: agent, strip_prefix: /support}\n  - service: agent\n";
+    let keys = "    agent_protocol: http\n    session: {key: [{path: \"/threads/{session}/**\"}]}\n    \
+                runs: {match: [{methods: [POST], path: \"/threads/*/runs\"}]}\n";
+    let proxy = start_proxy(&format!("{routes}{}", service(&backend, keys))).await;
+    for (path, affinity, is_run) in [
+        ("/support/threads/t1/runs", "new", true),
+        ("/threads/t1/runs", "hit", true),
+        ("/support/threads/t1", "hit", false),
+        ("/support/runs", "none", false),
+    ] {
+        let answer = post(proxy.address, path, "", "hi").await;
+        assert_eq!(answer.header("longhaul-affinity"), Some(affinity), "{path}");
+        assert_eq!(answer.header("longhaul-run-id").is_some(), is_run, "{path}");
+    }
+    assert_eq!(backend.requests()[0].target, "/threads/t1/runs");
+}
+
+#[tokio::test]
+async fn what_we_say_of_our_own_place_is_as_the_client_behind_a_trusted_proxy_sees_it() {
+    let backend = Backend::start().await;
+    let url = backend.url().to_owned();
+    let card = format!(r#"{{"name":"agent","url":"{url}/rpc","capabilities":{{}}}}"#);
+    let there = format!("{url}/there");
+    backend.each(move |_| {
+        Script::answer(200, &[("content-type", "application/json"), ("location", there.as_str())], &card)
+    });
+    let routes = "routes:\n  - {match: {path: /new/**}, redirect: {path: /newer}}\n  \
+                  - {match: {path: /agents/**}, service: agent, strip_prefix: /agents}\n";
+    let cookie = "    session: {cookie: {name: lh}}\n";
+    let config = format!("{}{routes}{}", listening("trusted_proxies: [127.0.0.2/32]"), service(&backend, cookie));
+    let proxy = start_proxy(&config).await;
+    let told = "X-Forwarded-Proto: https\r\nX-Forwarded-Host: public.example\r\n";
+    for (from, base) in [([127, 0, 0, 1], "http://inner.test"), ([127, 0, 0, 2], "https://public.example")] {
+        let mut client = RawClient::connect_from(from, proxy.address).await;
+        client.send(format!("GET /new HTTP/1.1\r\nHost: inner.test\r\n{told}\r\n")).await;
+        let redirect = client.read_response().await;
+        assert_eq!(redirect.header("location"), Some(format!("{base}/newer").as_str()));
+
+        let path = "/agents/.well-known/agent-card.json";
+        client.send(format!("GET {path} HTTP/1.1\r\nHost: inner.test\r\n{told}\r\n")).await;
+        let answer = client.read_response().await;
+        assert_eq!(answer.json()["url"], format!("{base}/agents/rpc"));
+        assert_eq!(answer.header("location"), Some(format!("{base}/agents/there").as_str()));
+        let cookie = answer.header("set-cookie").expect("a cookie");
+        assert_eq!(cookie.ends_with("; Secure"), base.starts_with("https"), "{cookie}");
+    }
 }
 
 // ---- configured edits ----

@@ -112,6 +112,30 @@ async fn errors_of_ours_come_in_the_callers_form() {
 }
 
 #[tokio::test]
+async fn a_body_that_nobody_reads_is_refused_in_the_callers_form_too() {
+    let backend = Backend::start().await;
+    let listener = "listeners: [{address: \"127.0.0.1:0\", limits: {max_body_bytes: 1KiB}}]\n";
+    let versions = format!("    versions: [{{name: stable, endpoints: [\"{}\"]}}]\n", backend.url());
+    let proxy = start_proxy(&format!("{listener}services:\n  - name: agents\n{versions}")).await;
+    let long = format!(r#"{{"model":"m","x":"{}"}}"#, "x".repeat(2_000));
+    let answer = post(proxy.address, "/v1/chat/completions", JSON, &long).await;
+    assert_eq!((answer.status(), answer.json()["error"]["code"].as_str()), (413, Some("body_too_large")));
+    let anthropic = format!("{JSON}anthropic-version: 2023-06-01\r\n");
+    let answer = post(proxy.address, "/v1/messages", &anthropic, &long).await;
+    assert_eq!((answer.status(), answer.json()["error"]["code"].as_str()), (413, Some("body_too_large")));
+    let mcp = format!("{JSON}MCP-Protocol-Version: 2025-11-25\r\n");
+    let answer = post(proxy.address, "/mcp", &mcp, &long).await;
+    let body = answer.json();
+    assert_eq!(
+        (body["jsonrpc"].as_str(), body["error"]["data"]["code"].as_str()),
+        (Some("2.0"), Some("body_too_large"))
+    );
+    let answer = post(proxy.address, "/", JSON, &long).await;
+    assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+    assert_eq!(backend.request_count(), 0);
+}
+
+#[tokio::test]
 async fn an_agent_card_leads_through_the_proxy() {
     let backend = Backend::start().await;
     let url = backend.url().to_owned();

@@ -3,12 +3,14 @@
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
 
 use crate::error::Code;
 use crate::ids::RunId;
 use crate::logging::AccessLine;
-use crate::message::RequestHead;
+use crate::message::{Fields, RequestHead};
 use crate::protocols::Protocol;
 use crate::proxy::connection::Connection;
 use crate::proxy::worker::{Local, Worker};
@@ -57,6 +59,8 @@ pub struct Record {
     pub outcome: Option<RunOutcome>,
     /// The exchange starts its run (it may also join one).
     pub starts: bool,
+    /// The client may see which endpoint answers, and wants to.
+    pub debug: bool,
     /// In whose form the caller reads errors.
     pub caller_form: Option<Box<CallerForm>>,
     pub service: Option<Local<Service>>,
@@ -64,7 +68,7 @@ pub struct Record {
     pub affinity: AffinityOutcome,
     pub session: Option<SessionKey>,
     pub run: Option<RunId>,
-    pub queued: std::time::Duration,
+    pub queued: Duration,
     pub first_event_at: Option<Instant>,
     pub events: u64,
     pub bytes_in: u64,
@@ -90,13 +94,14 @@ impl Record {
             begun: false,
             outcome: None,
             starts: false,
+            debug: false,
             caller_form: None,
             service: None,
             target: None,
             affinity: AffinityOutcome::None,
             session: None,
             run: None,
-            queued: std::time::Duration::ZERO,
+            queued: Duration::ZERO,
             first_event_at: None,
             events: 0,
             bytes_in: 0,
@@ -110,6 +115,14 @@ impl Record {
         self.started
     }
 
+    /// Tells of the endpoint that was chosen, where the client may know it and wants to.
+    pub fn add_debug_fields(&self, fields: &mut Fields) {
+        if let (true, Some(target)) = (self.debug, &self.target) {
+            fields.append("longhaul-version", target.version.as_bytes());
+            fields.append("longhaul-endpoint", target.address.as_bytes());
+        }
+    }
+
     /// Notes how the run ended that the exchange started, if it did.
     pub fn ended(&mut self, finish: Finish) {
         self.outcome = match finish {
@@ -117,6 +130,37 @@ impl Record {
             _ => None,
         };
     }
+}
+
+/// Counts a request whose head could not be read, and writes its line: it has neither method nor path.
+pub fn unreadable(connection: &Connection, status: StatusCode, code: Code, bytes_out: usize) {
+    let status = status.as_u16();
+    connection.listener().no_route.record(status, Some(code));
+    let running = &connection.worker.running;
+    if !listener_logs(running) {
+        return;
+    }
+    running.access_log.write(&AccessLine {
+        time: crate::ids::wall_clock(),
+        client: connection.peer.address,
+        method: None,
+        path: None,
+        status,
+        code: Some(code),
+        outcome: None,
+        service: None,
+        version: None,
+        endpoint: None,
+        affinity: AffinityOutcome::None.as_str(),
+        session: None,
+        run: None,
+        queue: None,
+        first_event: None,
+        events: 0,
+        bytes_in: 0,
+        bytes_out: bytes_out as u64,
+        duration: Duration::ZERO,
+    });
 }
 
 fn listener_logs(running: &Running) -> bool {
@@ -156,8 +200,8 @@ impl Drop for Record {
         running.access_log.write(&AccessLine {
             time: crate::ids::wall_clock(),
             client: self.client,
-            method: self.method.as_str(),
-            path: &self.path,
+            method: Some(self.method.as_str()),
+            path: Some(&self.path),
             status: self.status,
             code: self.code,
             outcome: self.outcome.map(RunOutcome::as_str),

@@ -20,7 +20,7 @@ use crate::message::Version;
 use crate::net::listen::Accepted;
 use crate::net::proxy_protocol;
 use crate::net::stream::{Plain, Stream};
-use crate::proxy::account::OpenExchange;
+use crate::proxy::account::{self, OpenExchange};
 use crate::proxy::peer::{HeadFault, HeadWait, Http1, Peer};
 use crate::proxy::timer::Timer;
 use crate::proxy::worker::{Handed, Local, Worker};
@@ -250,10 +250,9 @@ async fn refuse(connection: &Connection, mut client: Peer, timer: &mut Timer, er
         }
         HeadError::Malformed(reason) => ProxyError::new(Code::BadRequest, reason),
     };
-    let listener = connection.listener();
-    listener.no_route.record(error.code.status().as_u16(), Some(error.code));
     tracing::debug!(peer = ?connection.peer.address, "unreadable request head: {}", error.detail);
     let (mut head, body) = problem::error(&error, None);
+    account::unreadable(connection, head.status, error.code, body.len());
     head.fields.append("longhaul-affinity", b"none");
     proxy::respond::send(&mut client, &mut head, body, Version::Http11, true, timer).await;
     linger(client, timer).await;

@@ -26,11 +26,11 @@ use crate::proxy::peer::{Peer, SourceFault};
 use crate::proxy::pick::{self, Found, Wanted};
 use crate::proxy::relay::{self, Answer, Deadlines, Direction, Flow, Timed};
 use crate::proxy::repeat::{self, Kept, Replayed, Way};
-use crate::proxy::rewrite::{self, Outside};
+use crate::proxy::rewrite::{self, Place};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
-use crate::proxy::{Caller, edits, in_place, may_keep_alive, respond, shadow, websocket, whose_error};
+use crate::proxy::{Caller, edits, forwarded, in_place, may_keep_alive, respond, shadow, websocket, whose_error};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
 use crate::state::dispatcher::{Lease, Placed};
@@ -44,10 +44,7 @@ pub struct Asked<'a> {
     pub listener: &'a Listener,
     pub service: &'a Arc<Service>,
     pub route: &'a config::Route,
-    /// `http` or `https`, as the client sees it.
-    pub scheme: &'a str,
-    /// The client may see which endpoint answers, and wants to.
-    pub debug: bool,
+    pub outside: &'a forwarded::Outside,
     /// What it does if its session has a run.
     pub policy: config::Policy,
     pub caller: &'a Caller,
@@ -70,19 +67,23 @@ pub async fn forward(
 ) -> Result<Forwarded, ProxyError> {
     let Asked { connection, listener, service, route, caller, .. } = asked;
     let body_bytes_max = listener.config.limits.max_body_bytes;
+    let prefix = route.strip_prefix.as_deref();
     if matches!(request.framing, Framing::Length(length) if length > body_bytes_max) {
+        record.caller_form = form_by_head(service, prefix, &request);
         return Err(relay::over_limit());
     }
 
     // 5 identify
     let mut observer = Observer::up_to(body_bytes_max);
     let secret = &connection.worker.running.scope_secret;
-    let prefix = route.strip_prefix.as_deref();
     let identified = identify::identify(service, prefix, secret, &mut request, client, &mut observer, timer).await;
     let mut identity = match identified {
         Ok(identity) => identity,
         Err(SourceFault::Cut(_)) => return Ok(Forwarded::ClientGone),
-        Err(SourceFault::Malformed(reason)) => return Err(ProxyError::new(Code::BadRequest, reason)),
+        Err(SourceFault::Malformed(reason)) => {
+            record.caller_form = form_by_head(service, prefix, &request);
+            return Err(ProxyError::new(Code::BadRequest, reason));
+        }
     };
     record.session = identity.key.clone();
     record.starts = identity.kind == Kind::Start;
@@ -92,7 +93,7 @@ pub async fn forward(
         record.caller_form = recognised.protocol.map(|protocol| Box::new(CallerForm { protocol, rpc_id }));
     }
 
-    let kept = match repeat::way(service, &request, &identity) {
+    let kept = match repeat::way(service, prefix, &request, &identity) {
         Ok(Way::Usual) => None,
         Ok(Way::First(kept)) => {
             // All that was read of the body waits in front.
@@ -222,18 +223,17 @@ pub async fn forward(
         }
         let timed_out = matches!(unanswered.error.code, Code::FirstByteTimeout | Code::RunTimeout);
         let whole = ahead_only(client, &direction) || direction.replay.is_some();
-        let may_retry = attempt < service.config.attempts
-            && !timed_out
-            && whole
-            && (unanswered.unsent || (idempotent && !drain_over && unanswered.error.code == Code::UpstreamReset));
+        let repeatable = idempotent && !drain_over && unanswered.error.code == Code::UpstreamReset;
+        let may_retry = attempt < service.config.attempts && !timed_out && whole && (unanswered.unsent || repeatable);
         let next = if !may_retry {
             None
         } else if unanswered.connection_spent {
             Some(target.clone())
         } else {
-            // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried.
+            // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried. So
+            // it is with what may be asked twice of anyone.
             let other = lease.retry(ids::now(), ids::random_u64());
-            other.ok().or_else(|| fresh.then(|| target.clone()))
+            other.ok().or_else(|| (fresh || repeatable).then(|| target.clone()))
         };
         if let Some(next) = next {
             attempt += 1;
@@ -251,7 +251,8 @@ pub async fn forward(
     };
 
     let mut upstream = exchange.expect("whoever was answered has an exchange");
-    let outside = Outside { scheme: asked.scheme, authority: &request.authority, prefix };
+    let outside =
+        Place { scheme: asked.outside.scheme, authority: asked.outside.authority(&request.authority), prefix };
     let ahead = rewrite::ahead(
         identity.recognised.as_ref(),
         service.recognition,
@@ -280,6 +281,12 @@ pub async fn forward(
         deadlines,
         record,
     )
+}
+
+/// The form of errors of whoever sent a request with this head.
+fn form_by_head(service: &Service, prefix: Option<&str>, request: &RequestHead) -> Option<Box<CallerForm>> {
+    let protocol = identify::protocol_by_head(service, prefix, request)?;
+    Some(Box::new(CallerForm { protocol, rpc_id: None }))
 }
 
 /// Nothing of the body was given to an endpoint: all that came in waits in front.
@@ -568,8 +575,8 @@ fn begin_answer(
             &mut answer.fields,
             &edits::PrefixRewrite {
                 prefix,
-                scheme: asked.scheme,
-                authority: &request.authority,
+                scheme: asked.outside.scheme,
+                authority: asked.outside.authority(&request.authority),
                 sent_host: &String::from_utf8_lossy(&sent_host),
                 endpoint: &target.url,
             },
@@ -582,12 +589,9 @@ fn begin_answer(
         run.write(&mut text);
         answer.fields.append("longhaul-run-id", &text);
     }
-    if asked.debug {
-        answer.fields.append("longhaul-version", target.version.as_bytes());
-        answer.fields.append("longhaul-endpoint", target.address.as_bytes());
-    }
     if success
-        && let Some(cookie) = cookie_to_set(asked.service, identity, &target, record.affinity, connection.peer.tls)
+        && let Some(cookie) =
+            cookie_to_set(asked.service, identity, &target, record.affinity, asked.outside.scheme == "https")
     {
         answer.fields.append("set-cookie", cookie.as_bytes());
     }
@@ -595,6 +599,8 @@ fn begin_answer(
     if let Some(kept) = &kept {
         kept.head(answer);
     }
+    // Who repeats this start may not have asked for them.
+    record.add_debug_fields(&mut answer.fields);
 
     // Both bodies.
     let upstream_keep_alive = answer.keep_alive;

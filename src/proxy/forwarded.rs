@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::http1::valid_authority;
 use crate::message::Fields;
 use crate::proxy::edits;
 
@@ -18,6 +19,15 @@ pub struct Peer {
     plain: Box<str>,
     /// For Forwarded: a node of RFC 7239 section 6, where an IPv6 address is in brackets and therefore quoted.
     node: Box<str>,
+}
+
+/// Where the client sees us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outside {
+    /// `http` or `https`.
+    pub scheme: &'static str,
+    /// Where it is another than that of the request.
+    authority: Option<String>,
 }
 
 /// The random numbers of one request's ids, for those that it didn't bring.
@@ -61,22 +71,56 @@ impl Peer {
     }
 }
 
-/// The client as far as it is known for certain: the peer, or if that is a trusted proxy the rightmost address in
-/// X-Forwarded-For that is none. `None` where the peer is a unix socket.
+impl Outside {
+    /// As the connection shows it.
+    pub fn of(peer: &Peer) -> Outside {
+        Outside { scheme: peer.scheme(), authority: None }
+    }
+
+    /// As a trusted peer tells it: the proxy in front may be the one that speaks TLS, under a name of its own. What it does
+    /// not tell, or not so that it could be used, is as the connection shows it.
+    pub fn told(peer: &Peer, fields: &Fields) -> Outside {
+        let outermost = |name: &str| fields.get(name)?.split(|byte| *byte == b',').next();
+        let in_forwarded = |name: &[u8]| parameter(outermost(FORWARDED)?, name);
+        let scheme = outermost(PROTO).or_else(|| in_forwarded(b"proto")).map(unquoted);
+        let authority = outermost(HOST).or_else(|| in_forwarded(b"host")).map(unquoted);
+        Outside {
+            scheme: match scheme {
+                Some(scheme) if scheme.eq_ignore_ascii_case(b"https") => "https",
+                Some(scheme) if scheme.eq_ignore_ascii_case(b"http") => "http",
+                _ => peer.scheme(),
+            },
+            authority: authority
+                .filter(|authority| valid_authority(authority))
+                .map(|authority| String::from_utf8_lossy(authority).into_owned()),
+        }
+    }
+
+    /// `of_request`: the authority of the request.
+    pub fn authority<'a>(&'a self, of_request: &'a str) -> &'a str {
+        self.authority.as_deref().unwrap_or(of_request)
+    }
+}
+
+/// The client as far as it is known for certain: the peer, or if that is a trusted proxy the rightmost address that is none
+/// in X-Forwarded-For, or in Forwarded where that is all there is. `None` where the peer is a unix socket.
 pub fn effective_client(peer: Option<IpAddr>, trusted_proxies: &[IpNet], fields: &Fields) -> Option<IpAddr> {
     let mut client = peer?.to_canonical();
     if !contains(trusted_proxies, client) {
         return Some(client);
     }
+    let plainly = fields.contains(FOR);
+    let name = if plainly { FOR } else { FORWARDED };
+    let read = |hop| if plainly { parse_address(hop) } else { parse_element(hop) };
     // From right to left over all fields of the name, without collecting them: HOPS_MAX bounds what one look costs.
-    let count = fields.get_all(FOR).count();
+    let count = fields.get_all(name).count();
     let hops = (0..count)
         .rev()
-        .filter_map(|index| fields.get_all(FOR).nth(index))
+        .filter_map(|index| fields.get_all(name).nth(index))
         .flat_map(|value| value.rsplit(|byte| *byte == b','));
     for hop in hops.take(HOPS_MAX) {
         // Behind something unreadable nothing can be believed; the last proxy that we know stands for it.
-        let Some(address) = parse_address(hop) else { break };
+        let Some(address) = read(hop) else { break };
         client = address;
         if !contains(trusted_proxies, client) {
             break;
@@ -176,6 +220,29 @@ fn parse_address(element: &[u8]) -> Option<IpAddr> {
         },
     };
     Some(address.to_canonical())
+}
+
+/// An element of Forwarded (RFC 7239 section 4) that names an address. Half of one is unreadable: a comma within quotes has
+/// split it.
+fn parse_element(element: &[u8]) -> Option<IpAddr> {
+    let quotes = memchr::memchr_iter(b'"', element).count();
+    if quotes % 2 == 1 || memchr::memchr(b'\\', element).is_some() {
+        return None;
+    }
+    parse_address(parameter(element, b"for")?)
+}
+
+/// A parameter of an element of Forwarded, quotes included.
+fn parameter<'a>(element: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+    element.split(|byte| *byte == b';').find_map(|pair| {
+        let (found, value) = pair.split_at(memchr::memchr(b'=', pair)?);
+        found.trim_ascii().eq_ignore_ascii_case(name).then(|| &value[1..])
+    })
+}
+
+fn unquoted(value: &[u8]) -> &[u8] {
+    let value = value.trim_ascii();
+    value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value)
 }
 
 /// All fields of the name become one list, with `element` last: many programs read only the first field, or the last.
@@ -288,6 +355,51 @@ mod tests {
     }
 
     #[test]
+    fn forwarded_tells_the_client_where_nothing_else_does() {
+        for (address, forwarded, expected) in [
+            ("1.2.3.4", vec!["for=5.6.7.8"], "1.2.3.4"),
+            ("10.0.0.1", vec!["for=5.6.7.8"], "5.6.7.8"),
+            ("10.0.0.1", vec!["for=6.6.6.6, proto=https;For=\"5.6.7.8:4711\";by=10.0.0.1"], "5.6.7.8"),
+            ("10.0.0.1", vec!["for=6.6.6.6", "for=5.6.7.8 ,for=10.9.9.9"], "5.6.7.8"),
+            ("10.0.0.1", vec!["for=\"[2001:db8::1]:4711\""], "2001:db8::1"),
+            ("10.0.0.1", vec!["for=5.6.7.8, for=unknown, for=10.9.9.9"], "10.9.9.9"),
+            ("10.0.0.1", vec!["for=5.6.7.8, for=_hidden"], "10.0.0.1"),
+            ("10.0.0.1", vec!["for=5.6.7.8, host=a"], "10.0.0.1"),
+            ("10.0.0.1", vec!["for=5.6.7.8;host=\"a, for=127.0.0.1\""], "10.0.0.1"),
+            ("10.0.0.1", vec!["for=5.6.7.8;host=\"a\\\", for=127.0.0.1;x=\\\"\""], "10.0.0.1"),
+        ] {
+            let fields = fields(&forwarded.iter().map(|value| ("Forwarded", *value)).collect::<Vec<_>>());
+            let client = effective_client(Some(address.parse().unwrap()), &networks(), &fields);
+            assert_eq!(client, Some(expected.parse().unwrap()), "{address} {forwarded:?}");
+        }
+        let both = fields(&[("forwarded", "for=5.6.7.8"), ("x-forwarded-for", "6.6.6.6")]);
+        let client = effective_client(Some("10.0.0.1".parse().unwrap()), &networks(), &both);
+        assert_eq!(client, Some("6.6.6.6".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_trusted_peer_tells_where_the_client_sees_us() {
+        for (told, scheme, authority) in [
+            (vec![], "http", "inner"),
+            (vec![("x-forwarded-proto", "https")], "https", "inner"),
+            (
+                vec![("x-forwarded-proto", "HTTPS, http"), ("x-forwarded-host", "outer:8443, middle")],
+                "https",
+                "outer:8443",
+            ),
+            (vec![("forwarded", "for=5.6.7.8;proto=https;Host=\"outer:8443\", for=10.0.0.2")], "https", "outer:8443"),
+            (vec![("forwarded", "proto=https"), ("x-forwarded-proto", "http")], "http", "inner"),
+            (vec![("x-forwarded-proto", "gopher"), ("x-forwarded-host", "a b\"c")], "http", "inner"),
+            (vec![("x-forwarded-proto", ""), ("x-forwarded-host", "")], "http", "inner"),
+        ] {
+            let peer = Peer::new(Some("10.0.0.1".parse().unwrap()), false);
+            let outside = Outside::told(&peer, &fields(&told));
+            assert_eq!((outside.scheme, outside.authority("inner")), (scheme, authority), "{told:?}");
+        }
+        assert_eq!(Outside::of(&peer("1.2.3.4")).scheme, "https");
+    }
+
+    #[test]
     fn an_untrusted_peer_can_claim_nothing() {
         let mut told = fields(&[
             ("X-Forwarded-For", "9.9.9.9"),
@@ -394,9 +506,12 @@ mod tests {
 
         #[test]
         fn no_list_panics(value in proptest::collection::vec(any::<u8>(), 0..60)) {
-            let mut told = Fields::default();
-            told.append("x-forwarded-for", &value);
-            effective_client(Some("10.0.0.1".parse().unwrap()), &networks(), &told);
+            for name in ["x-forwarded-for", "forwarded"] {
+                let mut told = Fields::default();
+                told.append(name, &value);
+                effective_client(Some("10.0.0.1".parse().unwrap()), &networks(), &told);
+                Outside::told(&peer("10.0.0.1"), &told);
+            }
         }
     }
 }

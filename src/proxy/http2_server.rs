@@ -33,6 +33,13 @@ const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 /// Answer bytes of a stream that may wait for the client; then the endpoint is held back.
 const SEND_BUFFER_BYTES_MAX: usize = 64 * 1024;
 
+/// So much longer than `limits.max_header_bytes` a head may be to be read all the same, so that the answer to it is an
+/// error of ours, logged and counted. To what is longer yet the h2 crate answers by itself, 431 and no more.
+const OVERSIZE_BYTES: usize = 128 * 1024;
+
+/// What a field takes besides its bytes (RFC 9113 section 6.5.2).
+const FIELD_OVERHEAD_BYTES: usize = 32;
+
 /// How long a connection that was told to close may stay without a stream: its client may have sent a request before it
 /// heard of it, and the last bytes may still be on their way.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -50,7 +57,7 @@ pub async fn serve(connection: Rc<Connection>, stream: Stream, unread: Vec<u8>) 
         .initial_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(limits.max_streams_per_connection)
-        .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
+        .max_header_list_size(u32::try_from(limits.max_header_bytes + OVERSIZE_BYTES).unwrap_or(u32::MAX))
         .max_send_buffer_size(SEND_BUFFER_BYTES_MAX)
         .enable_connect_protocol();
     let io = Rewound { unread: Bytes::from(unread), stream };
@@ -124,6 +131,13 @@ async fn serve_stream(connection: &Connection, request: Request<RecvStream>, mut
     let mut client = Peer::Http2(Box::new(http2));
     let mut timer = Timer::new(connection.listener().config.keepalive_timeout);
     proxy::exchange(connection, &mut client, Box::new(head), &mut timer).await;
+}
+
+/// How long a head is, as HTTP/2 counts (RFC 9113 section 6.5.2); pseudo-header fields without their names.
+pub fn head_bytes(head: &RequestHead) -> usize {
+    let query = head.query.as_ref().map_or(0, |query| 1 + query.len());
+    let start = head.method.as_str().len() + head.path.len() + query + head.authority.len();
+    start + head.fields.iter().map(|(name, value)| name.len() + value.len() + FIELD_OVERHEAD_BYTES).sum::<usize>()
 }
 
 /// Reads an HTTP/2 request head as strictly as an HTTP/1.1 one.

@@ -10,9 +10,9 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 use crate::config::{self, KeySource};
 use crate::json::{Extractor, Progress};
-use crate::message::{RequestHead, ResponseHead};
+use crate::message::{Fields, RequestHead, ResponseHead};
 use crate::net::cookie::CookieSession;
-use crate::protocols::{self, Plan, Recognised};
+use crate::protocols::{self, Plan, Protocol, Recognised};
 use crate::proxy::edits;
 use crate::proxy::observe::Observer;
 use crate::proxy::peer::{Next, Peer, SourceFault};
@@ -49,24 +49,24 @@ pub struct Identity {
 }
 
 /// What a request is to a run under plain HTTP.
-pub fn kind(service: &config::Service, request: &RequestHead) -> Kind {
+fn kind(service: &config::Service, request: &protocols::Request<'_>) -> Kind {
     let start = match &service.runs.matches {
         Some(matches) => matches.iter().any(|condition| {
-            (condition.methods.is_empty() || condition.methods.contains(&request.method))
-                && condition.path.as_ref().is_none_or(|path| path.matches(&request.path))
+            (condition.methods.is_empty() || condition.methods.contains(request.method))
+                && condition.path.as_ref().is_none_or(|path| path.matches(request.path))
         }),
         None => {
-            request.method == Method::POST
+            *request.method == Method::POST
                 || request.upgrade.is_some()
-                || (request.method == Method::GET && accepts_event_stream(request))
+                || (*request.method == Method::GET && accepts_event_stream(request.fields))
         }
     };
     if start { Kind::Start } else { Kind::Other }
 }
 
 /// The client reads event streams.
-pub fn accepts_event_stream(request: &RequestHead) -> bool {
-    request.fields.get_all("accept").any(|value| {
+pub fn accepts_event_stream(fields: &Fields) -> bool {
+    fields.get_all("accept").any(|value| {
         value.split(|byte| *byte == b',').any(|range| {
             let media_type = range.split(|byte| *byte == b';').next().unwrap_or_default();
             media_type.trim_ascii().eq_ignore_ascii_case(b"text/event-stream")
@@ -114,8 +114,9 @@ impl Head {
     /// What the head tells, and what is to be looked for in the body.
     fn read(service: &Service, prefix: Option<&str>, scope_secret: &[u8; 16], request: &RequestHead) -> (Head, Ahead) {
         let session = &service.config.session;
-        let (scope, anonymous) = scope(session, scope_secret, request).unzip();
-        let principal = if service.cookie.is_some() { principal(session, request) } else { Vec::new() };
+        let view = view(request, prefix);
+        let (scope, anonymous) = scope(session, scope_secret, &view).unzip();
+        let principal = if service.cookie.is_some() { principal(session, &view) } else { Vec::new() };
         let keyed = session.affinity != config::Affinity::None;
         let cookie = service
             .cookie
@@ -123,13 +124,8 @@ impl Head {
             .filter(|_| keyed)
             .and_then(|sealer| sealer.open(request.fields.get_all("cookie"), &principal, crate::ids::wall_clock()))
             .map(Box::new);
-        let view = view(request, prefix);
-        let plan = match service.recognition {
-            Recognition::Http => Plan::Http,
-            Recognition::Auto => Plan::new(None, &view),
-            Recognition::One(protocol) => Plan::new(Some(protocol), &view),
-        };
-        let places = if keyed { places(session, request) } else { Places::default() };
+        let plan = plan(service, &view);
+        let places = if keyed { places(session, &view) } else { Places::default() };
         let body = Ahead {
             fields: plan.wants(&view).map(|pointers| Box::new(Extractor::of(pointers.clone()))),
             places: places.in_body.as_ref().map(|pointers| Box::new(Extractor::new(pointers))),
@@ -149,8 +145,9 @@ impl Head {
     ) -> Identity {
         let Head { plan, places, scope, anonymous, principal, cookie } = self;
         let keyed = service.config.session.affinity != config::Affinity::None;
-        let mut recognised = plan.recognise(&view(request, prefix), fields);
-        let kind = recognised.as_ref().map_or_else(|| kind(&service.config, request), |recognised| recognised.kind);
+        let view = view(request, prefix);
+        let mut recognised = plan.recognise(&view, fields);
+        let kind = recognised.as_ref().map_or_else(|| kind(&service.config, &view), |recognised| recognised.kind);
         let own = recognised.as_mut().and_then(|recognised| recognised.session.take());
         let text = places.before.or(in_body).or(places.after).or(own.filter(|_| keyed));
         let mut issue_cookie = false;
@@ -165,6 +162,24 @@ impl Head {
         };
         Identity { kind, key, cookie, scope, anonymous, principal, issue_cookie, recognised }
     }
+}
+
+fn plan(service: &Service, view: &protocols::Request<'_>) -> Plan {
+    match service.recognition {
+        Recognition::Http => Plan::Http,
+        Recognition::Auto => Plan::new(None, view),
+        Recognition::One(protocol) => Plan::new(Some(protocol), view),
+    }
+}
+
+/// Whose the request is as far as its head alone tells, for an error that comes before anyone has looked into its body.
+pub fn protocol_by_head(
+    service: &Service,
+    prefix: Option<&str>,
+    request: &RequestHead,
+) -> Option<&'static dyn Protocol> {
+    let view = view(request, prefix);
+    plan(service, &view).recognise(&view, None)?.protocol
 }
 
 /// The request as its endpoint will see it.
@@ -190,7 +205,7 @@ struct Places {
     after: Option<String>,
 }
 
-fn places(session: &config::Session, request: &RequestHead) -> Places {
+fn places(session: &config::Session, request: &protocols::Request<'_>) -> Places {
     let mut places = Places::default();
     for source in &session.key {
         match source {
@@ -235,7 +250,7 @@ pub fn response_pointers(session: &config::Session) -> Vec<config::JsonPointer> 
 
 /// The digest of the first `session.scope` value; of nothing, where none is there: the anonymous principal, as the second
 /// value tells.
-fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) -> Option<([u8; 16], bool)> {
+fn scope(session: &config::Session, secret: &[u8; 16], request: &protocols::Request<'_>) -> Option<([u8; 16], bool)> {
     if session.scope.is_empty() {
         return None;
     }
@@ -249,7 +264,7 @@ fn scope(session: &config::Session, secret: &[u8; 16], request: &RequestHead) ->
 }
 
 /// The principal for the proxy's own cookie: a digest that is the same in every process, as the cookie outlives this one.
-fn principal(session: &config::Session, request: &RequestHead) -> Vec<u8> {
+fn principal(session: &config::Session, request: &protocols::Request<'_>) -> Vec<u8> {
     if session.scope.is_empty() {
         return Vec::new();
     }
@@ -265,18 +280,18 @@ fn credential(value: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// The session key at this place of the head; `None` where it is not there, or is in a body.
-pub fn key_in_head(source: &KeySource, request: &RequestHead) -> Option<String> {
+pub fn key_in_head(source: &KeySource, request: &protocols::Request<'_>) -> Option<String> {
     in_head(source, request, text_of)
 }
 
 /// The value at a place of the request's head, as `read` takes it.
-fn in_head<T>(source: &KeySource, request: &RequestHead, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
+fn in_head<T>(source: &KeySource, request: &protocols::Request<'_>, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
     match source {
         KeySource::Header(name) => read(request.fields.get(name.as_str())?),
         KeySource::Cookie(name) => request.fields.get_all("cookie").find_map(|value| cookie_value(value, name, &read)),
-        KeySource::Query(name) => query_value(request.query.as_deref()?, name, read),
+        KeySource::Query(name) => query_value(request.query?, name, read),
         KeySource::Path(pattern) => {
-            let captured = pattern.capture(&request.path)?;
+            let captured = pattern.capture(request.path)?;
             read(&percent_encoding::percent_decode_str(captured).collect::<Vec<u8>>())
         }
         KeySource::Json(_) | KeySource::ResponseHeader(_) | KeySource::ResponseJson(_) => None,

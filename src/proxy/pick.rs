@@ -157,7 +157,7 @@ fn progress(wanted: Wanted<'_>) -> Option<(Duration, Version)> {
         && !head_matters
         && !request.expect_continue
         && request.upgrade.is_none()
-        && identify::accepts_event_stream(request);
+        && identify::accepts_event_stream(&request.fields);
     service.config.runs.queue.progress.filter(|_| may).map(|every| (every, request.version))
 }
 

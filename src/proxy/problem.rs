@@ -8,6 +8,7 @@ use crate::config::RouteAction;
 use crate::error::{Code, ProxyError};
 use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
 use crate::proxy::account::CallerForm;
+use crate::proxy::forwarded::Outside;
 
 /// The answer to a request that can't be served: `application/problem+json`, with `Proxy-Status` and, where a later try
 /// can work, `Retry-After`. A caller whose protocol has a form of its own for errors gets that, under the same status.
@@ -41,12 +42,12 @@ pub fn error(error: &ProxyError, caller_form: Option<&CallerForm>) -> (ResponseH
     answer(error.status, fields, Bytes::from(body))
 }
 
-/// The answer of a route that needs no service; `None` for one that does. `scheme` is the client's own.
-pub fn fixed(action: &RouteAction, request: &RequestHead, scheme: &str) -> Option<(ResponseHead, Bytes)> {
+/// The answer of a route that needs no service; `None` for one that does.
+pub fn fixed(action: &RouteAction, request: &RequestHead, outside: &Outside) -> Option<(ResponseHead, Bytes)> {
     match action {
         RouteAction::Service(_) => None,
         RouteAction::Redirect { scheme: new_scheme, host, path, status } => {
-            let location = location(new_scheme.as_deref(), host.as_deref(), path.as_deref(), request, scheme);
+            let location = location(new_scheme.as_deref(), host.as_deref(), path.as_deref(), request, outside);
             let mut fields = Fields::default();
             fields.append("location", location.as_bytes());
             Some(answer(*status, fields, Bytes::new()))
@@ -108,13 +109,20 @@ fn proxy_status(error: &str, details: &str) -> String {
 }
 
 /// What the route says in place of the request's own scheme, host and path; the query is kept.
-fn location(scheme: Option<&str>, host: Option<&str>, path: Option<&str>, request: &RequestHead, own: &str) -> String {
+fn location(
+    scheme: Option<&str>,
+    host: Option<&str>,
+    path: Option<&str>,
+    request: &RequestHead,
+    outside: &Outside,
+) -> String {
     let mut location = String::new();
+    let (own, authority) = (outside.scheme, outside.authority(&request.authority));
     let authority = match host {
         Some(host) => host,
         // Another scheme is on another port.
-        None if scheme.is_some_and(|scheme| scheme != own) => without_port(&request.authority),
-        None => &request.authority,
+        None if scheme.is_some_and(|scheme| scheme != own) => without_port(authority),
+        None => authority,
     };
     let path = path.unwrap_or(if request.path == "*" { "/" } else { &request.path });
     if authority.is_empty() {
@@ -147,6 +155,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::proxy::forwarded::Peer;
 
     fn request(authority: &str, path: &str, query: Option<&str>) -> RequestHead {
         RequestHead {
@@ -162,6 +171,10 @@ mod tests {
             expect_continue: false,
             accepts_trailers: false,
         }
+    }
+
+    fn cleartext() -> Outside {
+        Outside::of(&Peer::new(None, false))
     }
 
     #[test]
@@ -208,7 +221,7 @@ mod tests {
         ] {
             let status = StatusCode::PERMANENT_REDIRECT;
             let action = RouteAction::Redirect { scheme: text(scheme), host: text(host), path: text(path), status };
-            let (head, body) = fixed(&action, &request(authority, request_path, query), "http").unwrap();
+            let (head, body) = fixed(&action, &request(authority, request_path, query), &cleartext()).unwrap();
             assert_eq!(head.status, status);
             assert_eq!(head.framing, Framing::Length(0));
             assert!(body.is_empty());
@@ -220,14 +233,14 @@ mod tests {
     fn fixed_texts() {
         let respond = |status, body: &str| {
             let action = RouteAction::Respond { status, body: body.to_owned() };
-            fixed(&action, &request("a", "/", None), "http").unwrap()
+            fixed(&action, &request("a", "/", None), &cleartext()).unwrap()
         };
         let (head, body) = respond(StatusCode::NOT_FOUND, "no");
         assert_eq!((head.status, head.framing, &body[..]), (StatusCode::NOT_FOUND, Framing::Length(2), &b"no"[..]));
         assert_eq!(head.fields.get("content-type"), Some(&b"text/plain; charset=utf-8"[..]));
         let (head, body) = respond(StatusCode::NO_CONTENT, "ignored");
         assert_eq!((head.framing, body.len()), (Framing::None, 0));
-        assert!(fixed(&RouteAction::Service(0), &request("a", "/", None), "http").is_none());
+        assert!(fixed(&RouteAction::Service(0), &request("a", "/", None), &cleartext()).is_none());
     }
 
     proptest! {

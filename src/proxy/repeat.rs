@@ -113,13 +113,19 @@ impl Asked {
     }
 }
 
-/// Whether a start is the first with its key.
-pub fn way(service: &Service, request: &RequestHead, identity: &Identity) -> Result<Way, (ProxyError, Option<RunId>)> {
+/// Whether a start is the first with its key. `prefix` is the route's `strip_prefix`.
+pub fn way(
+    service: &Service,
+    prefix: Option<&str>,
+    request: &RequestHead,
+    identity: &Identity,
+) -> Result<Way, (ProxyError, Option<RunId>)> {
     let Some(Idempotency { key, .. }) = &service.config.runs.idempotency else { return Ok(Way::Usual) };
     if identity.kind != Kind::Start || request.upgrade.is_some() {
         return Ok(Way::Usual);
     }
-    let Some(key) = key.iter().find_map(|source| identify::key_in_head(source, request)) else { return Ok(Way::Usual) };
+    let view = identify::view(request, prefix);
+    let Some(key) = key.iter().find_map(|source| identify::key_in_head(source, &view)) else { return Ok(Way::Usual) };
     // The proxy's own cookie may have been new to the first.
     let mut cookies = request.fields.clone();
     if let Some(sealer) = &service.cookie {

@@ -28,7 +28,7 @@ const EVENT_BYTES_MAX: usize = 8 * 1024;
 const WAIT: Duration = Duration::from_secs(5);
 
 /// How the client sees the service.
-pub struct Outside<'a> {
+pub struct Place<'a> {
     pub scheme: &'a str,
     pub authority: &'a str,
     /// The route's `strip_prefix`.
@@ -41,7 +41,7 @@ pub struct Outside<'a> {
 pub async fn ahead(
     recognised: Option<&Recognised>,
     recognition: Recognition,
-    outside: &Outside<'_>,
+    outside: &Place<'_>,
     request: &RequestHead,
     endpoint: &EndpointUrl,
     answer: &mut ResponseHead,

@@ -39,7 +39,7 @@ use crate::state::sessions::{SessionKey, Sessions, TICK, Ticks};
 use crate::state::{AffinityOutcome, Kind, RunOutcome, Target};
 
 pub use changes::Taking;
-pub use drain::{Rolling, SPREAD_PART};
+pub use drain::{Rolling, SPREAD_PART, USUAL_TICK};
 pub use image::Restored;
 pub use outlook::Outlook;
 pub use outstanding::{CancelAnswer, Finish};

@@ -429,13 +429,13 @@ impl Dispatcher {
         self.with(|core| core.ready_for_work(now))
     }
 
-    /// What is due with time; to be called about once a second, and more often while that returns true: exchanges are
-    /// being cut then, one after another.
+    /// What is due with time; to be called every [`USUAL_TICK`](crate::state::core::USUAL_TICK), and more often while that returns
+    /// true: exchanges are being cut then, one after another, or will be before the next usual tick.
     pub fn tick(&self, now: Instant) -> bool {
         self.starts().expire(now);
-        let (mut busy, is_cutting) = self.with(|core| {
+        let (mut busy, in_haste) = self.with(|core| {
             core.tick(now);
-            (core.slots_to_look_at(now), core.is_cutting())
+            (core.slots_to_look_at(now), core.is_cutting() || core.cuts_soon(now))
         });
         while busy > 0 {
             self.with(|core| core.mark_busy(busy.min(SCAN), now));
@@ -443,7 +443,7 @@ impl Dispatcher {
         }
         // In small steps, so that a million sessions that expire together hold up nobody.
         while self.with(|core| core.expire(SCAN as usize, now)) == SCAN as usize {}
-        is_cutting
+        in_haste
     }
 
     /// The proxy ends: see [`Core::cut_all`].

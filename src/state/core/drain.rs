@@ -12,6 +12,9 @@ use crate::state::status::{DrainEstimate, DrainStatus, RollEndpoint, RollReport}
 /// What is left at a deadline is cut within this part of the drain's time-out, so that clients don't come back all at once.
 pub const SPREAD_PART: u32 = 10;
 
+/// How often time is told ([`Core::tick`]) while nothing is due soon.
+pub const USUAL_TICK: Duration = Duration::from_secs(1);
+
 impl Core {
     /// Starts or ends an operator's drain of all endpoints at an address (or identity); ending it also forgets what they
     /// said of themselves. False where there is none.
@@ -123,6 +126,12 @@ impl Core {
     /// What an endpoint's drain has left is being cut, so that time matters more than usual.
     pub fn is_cutting(&self) -> bool {
         self.endpoints.numbers().into_iter().any(|number| self.endpoints[number].cutting.is_some())
+    }
+
+    /// The deadline of an endpoint's drain comes before the next usual tick would.
+    pub fn cuts_soon(&self, now: Instant) -> bool {
+        let soon = |deadline: Instant| deadline <= now + USUAL_TICK;
+        self.endpoints.numbers().into_iter().any(|number| self.endpoints[number].drain_deadline.is_some_and(soon))
     }
 
     /// The proxy ends: cuts every exchange up to this share of them, the first time beginning with those there are then.
