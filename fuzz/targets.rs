@@ -175,20 +175,35 @@ pub fn sse(data: &[u8]) {
     assert!(events as usize <= stream.len() / 2);
 }
 
-/// Messages are the same however the direction is cut, and bounded.
+/// Messages are the same however the direction is cut, and bounded, whatever compression was agreed on.
 pub fn websocket(data: &[u8]) {
     let Some((&size, stream)) = data.split_first() else { return };
-    let read = |piece: usize| {
-        let mut reader = websocket::Reader::default();
-        let mut told = Vec::new();
-        for part in stream.chunks(piece) {
-            reader.feed(part, |message| told.push((message.text.to_vec(), message.cut)));
+    for extensions in [
+        "",
+        "permessage-deflate",
+        "permessage-deflate; server_max_window_bits=9",
+        "permessage-deflate; server_no_context_takeover",
+    ] {
+        let mut answer = Fields::default();
+        answer.append("sec-websocket-extensions", extensions.as_bytes());
+        let read = |piece: usize| {
+            let mut reader = websocket::Reader::as_agreed(&answer);
+            let mut told = Vec::new();
+            for part in stream.chunks(piece) {
+                reader.feed(part, |message| told.push((message.text.to_vec(), message.cut)));
+            }
+            (told, reader.is_blind())
+        };
+        let whole = read(stream.len().max(1));
+        assert_eq!(read(usize::from(size).max(1)), whole);
+        for (text, cut) in &whole.0 {
+            assert!(text.len() <= websocket::MESSAGE_BYTES_MAX);
+            assert!(!cut || text.len() == websocket::MESSAGE_BYTES_MAX);
         }
-        (told, reader.is_blind())
-    };
-    let whole = read(stream.len().max(1));
-    assert_eq!(read(usize::from(size).max(1)), whole);
-    assert!(whole.0.iter().map(|(text, _)| text.len()).sum::<usize>() <= stream.len());
+        if extensions.is_empty() {
+            assert!(whole.0.iter().map(|(text, _)| text.len()).sum::<usize>() <= stream.len());
+        }
+    }
 }
 
 /// Values are the same however the document is cut; what serde can read does not fail.
