@@ -21,6 +21,11 @@ const LIMITS: HeadLimits = HeadLimits { max_bytes: 4096, max_fields: 32 };
 /// Our own form of a head may be a little longer than what was sent.
 const WIDE: HeadLimits = HeadLimits { max_bytes: 16384, max_fields: 64 };
 
+const TRAILER_BYTES_MAX: u32 = 1024;
+
+/// Our own form of trailers may be a little longer, too.
+const TRAILER_BYTES_WIDE: u32 = 2048;
+
 /// A head is found wherever it is cut; what is read from it, written and read again, is the same.
 pub fn head(data: &[u8]) {
     let whole = head_end(data, &mut 0, LIMITS);
@@ -77,8 +82,8 @@ fn response_comes_back(bytes: &[u8], method: &http::Method, refused_before: bool
 pub fn chunks(data: &[u8]) {
     let Some((&size, body)) = data.split_first() else { return };
     let piece = usize::from(size).max(1);
-    let whole = passed(body, body.len().max(1));
-    let cut = passed(body, piece);
+    let whole = passed(body, body.len().max(1), TRAILER_BYTES_MAX);
+    let cut = passed(body, piece, TRAILER_BYTES_MAX);
     assert_eq!(cut, whole);
     let read = read(body, piece);
     assert_eq!(read.as_ref().map(|body| &body.payload), whole.as_ref().map(|body| &body.payload));
@@ -93,7 +98,7 @@ pub fn chunks(data: &[u8]) {
     if let Some(trailers) = &whole.trailers {
         write_trailers(&mut output, trailers);
     }
-    let again = passed(&output, piece).expect("our own form is valid");
+    let again = passed(&output, piece, TRAILER_BYTES_WIDE).expect("our own form is valid");
     assert!(again.ended);
     assert_eq!(again.payload, whole.payload);
     assert_eq!(again.forwarded.len() == output.len(), again.trailers.is_none());
@@ -108,8 +113,8 @@ struct Body {
     ended: bool,
 }
 
-fn passed(input: &[u8], piece: usize) -> Result<Body, FramingError> {
-    let mut chunks = Chunks::new(1024);
+fn passed(input: &[u8], piece: usize, trailer_bytes_max: u32) -> Result<Body, FramingError> {
+    let mut chunks = Chunks::new(trailer_bytes_max);
     let mut body = Body::default();
     for part in input.chunks(piece) {
         let mut buffer = vec![0; HEADROOM];
@@ -128,7 +133,7 @@ fn passed(input: &[u8], piece: usize) -> Result<Body, FramingError> {
 }
 
 fn read(input: &[u8], piece: usize) -> Result<Body, FramingError> {
-    let mut chunks = Chunks::new(1024);
+    let mut chunks = Chunks::new(TRAILER_BYTES_MAX);
     let mut body = Body::default();
     for mut part in input.chunks(piece) {
         while !body.ended {
@@ -175,20 +180,35 @@ pub fn sse(data: &[u8]) {
     assert!(events as usize <= stream.len() / 2);
 }
 
-/// Messages are the same however the direction is cut, and bounded.
+/// Messages are the same however the direction is cut, and bounded, whatever compression was agreed on.
 pub fn websocket(data: &[u8]) {
     let Some((&size, stream)) = data.split_first() else { return };
-    let read = |piece: usize| {
-        let mut reader = websocket::Reader::default();
-        let mut told = Vec::new();
-        for part in stream.chunks(piece) {
-            reader.feed(part, |message| told.push((message.text.to_vec(), message.cut)));
+    for extensions in [
+        "",
+        "permessage-deflate",
+        "permessage-deflate; server_max_window_bits=9",
+        "permessage-deflate; server_no_context_takeover",
+    ] {
+        let mut answer = Fields::default();
+        answer.append("sec-websocket-extensions", extensions.as_bytes());
+        let read = |piece: usize| {
+            let mut reader = websocket::Reader::as_agreed(&answer);
+            let mut told = Vec::new();
+            for part in stream.chunks(piece) {
+                reader.feed(part, |message| told.push((message.text.to_vec(), message.cut)));
+            }
+            (told, reader.is_blind())
+        };
+        let whole = read(stream.len().max(1));
+        assert_eq!(read(usize::from(size).max(1)), whole);
+        for (text, cut) in &whole.0 {
+            assert!(text.len() <= websocket::MESSAGE_BYTES_MAX);
+            assert!(!cut || text.len() == websocket::MESSAGE_BYTES_MAX);
         }
-        (told, reader.is_blind())
-    };
-    let whole = read(stream.len().max(1));
-    assert_eq!(read(usize::from(size).max(1)), whole);
-    assert!(whole.0.iter().map(|(text, _)| text.len()).sum::<usize>() <= stream.len());
+        if extensions.is_empty() {
+            assert!(whole.0.iter().map(|(text, _)| text.len()).sum::<usize>() <= stream.len());
+        }
+    }
 }
 
 /// Values are the same however the document is cut; what serde can read does not fail.

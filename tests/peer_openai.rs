@@ -2,7 +2,10 @@
 
 mod support;
 
-use support::{Fleet, PeerScript, Peers, Proxy, Transcript, assert_same, eventually_async, start_proxy, transcript};
+use serde_json::json;
+use support::{
+    Fleet, PeerClient, PeerScript, Peers, Proxy, Transcript, assert_same, eventually_async, start_proxy, transcript,
+};
 
 const SERVER: PeerScript = PeerScript { environment: "openai", file: "openai_server.py" };
 const CLIENT: PeerScript = PeerScript { environment: "openai", file: "openai_client.py" };
@@ -92,4 +95,22 @@ async fn recognised_failures_inside_a_200_are_failures() {
     transcript(CLIENT, &url, &["stream", "background", "chat_fails"]).await;
     // `response.failed` in a stream, `failed` in a poll, `error` in a chunk, and one answer of 500.
     proxy.metric_becomes("longhaul_runs_total", &["outcome=\"failed\""], 4.0).await;
+}
+
+/// What the packages compress (websockets at both ends) is counted all the same.
+#[tokio::test]
+async fn recognised_runs_of_a_compressed_socket_are_counted_as_the_servers_count_them() {
+    let servers = SERVERS.take(3).await;
+    let proxy = proxy_before(&servers, "auto").await;
+    let mut client = PeerClient::start(CLIENT, &format!("http://{}", proxy.address), &["socket_held"]);
+    client.prints("begun").await;
+    assert_eq!(servers.counts("/seen", "/running").await.iter().sum::<u64>(), 1);
+    proxy.metric_becomes("longhaul_outstanding_runs", &[], 1.0).await;
+    proxy.metric_becomes("longhaul_runs_total", &["outcome=\"completed\""], 2.0).await;
+    client.go_on();
+    let seen = client.finish().await;
+    let expected = ["permessage-deflate", "response.completed", "response.completed", "response.created"];
+    assert_eq!(seen["socket_held"], json!(expected));
+    proxy.metric_becomes("longhaul_runs_total", &["outcome=\"cancelled\""], 1.0).await;
+    assert_idle(&servers, &proxy).await;
 }

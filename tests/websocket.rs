@@ -4,6 +4,7 @@ mod support;
 
 use std::net::SocketAddr;
 
+use flate2::{Compress, Compression, FlushCompress};
 use futures_util::{SinkExt, StreamExt};
 use support::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
@@ -191,6 +192,98 @@ async fn an_abrupt_end_reaches_the_other_side() {
     let (mut client, _) = connect_raw(&proxy).await;
     client.closed().await;
     proxy.metric_becomes(RUNS, &[], 0.0).await;
+}
+
+/// A frame that carries the whole of a text message, compressed (RFC 7692 section 7.2.1).
+fn compressed_frame(compress: &mut Compress, text: &str) -> Vec<u8> {
+    let mut payload = Vec::with_capacity(text.len() + 1000);
+    compress.compress_vec(text.as_bytes(), &mut payload, FlushCompress::Sync).expect("it can be compressed");
+    payload.truncate(payload.len() - 4);
+    let length = u8::try_from(payload.len()).expect("a short message");
+    assert!(length < 126, "a short message");
+    [&[0xc1, length], &payload[..]].concat()
+}
+
+#[tokio::test]
+async fn runs_of_a_compressed_socket_are_counted_and_its_bytes_pass_as_they_are() {
+    for (extensions, window_bits, keeps_window) in [
+        ("permessage-deflate", 15, true),
+        ("permessage-deflate; server_max_window_bits=9; client_max_window_bits=9", 9, true),
+        ("permessage-deflate; server_no_context_takeover", 15, false),
+    ] {
+        let backend = Backend::start().await;
+        let proxy = start_proxy(&service(backend.url())).await;
+        let mut compress = Compress::new_with_window_bits(Compression::best(), false, window_bits);
+        let mut frame = |text: &str| {
+            let frame = compressed_frame(&mut compress, text);
+            if !keeps_window {
+                compress.reset();
+            }
+            frame
+        };
+        let created: Vec<_> = ["resp_1", "resp_2"]
+            .map(|id| format!(r#"{{"type":"response.created","response":{{"id":"{id}","status":"in_progress"}}}}"#))
+            .iter()
+            .map(|text| frame(text))
+            .collect();
+        assert_eq!(created[1].len() < 16, keeps_window, "the second refers to the first: {}", created[1].len());
+        let completed = frame(r#"{"type":"response.completed","response":{"id":"resp_1","status":"completed"}}"#);
+        let gates = [Gate::new(), Gate::new()];
+        let head = format!(
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Extensions: {extensions}\r\n\r\n"
+        );
+        backend.next(Script(vec![
+            Step::Raw(head.into()),
+            Step::Raw(created[0].clone()),
+            Step::Wait(gates[0].clone()),
+            Step::Raw(created[1].clone()),
+            Step::Wait(gates[1].clone()),
+            Step::Raw(completed.clone()),
+            Step::Tunnel,
+        ]));
+        let mut client = proxy.connect().await;
+        client.send("GET /v1/responses HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
+        let head = client.read_head().await;
+        assert_eq!((head.status, head.header("sec-websocket-extensions")), (101, Some(extensions)));
+        assert_eq!(client.read_exact(created[0].len()).await, created[0]);
+        proxy.metric_becomes(RUNS, &[], 1.0).await;
+        gates[0].open();
+        assert_eq!(client.read_exact(created[1].len()).await, created[1]);
+        proxy.metric_becomes(RUNS, &[], 2.0).await;
+        gates[1].open();
+        assert_eq!(client.read_exact(completed.len()).await, completed);
+        proxy.metric_becomes(RUNS, &[], 1.0).await;
+        proxy.metric_becomes("longhaul_runs_total", &["outcome=\"completed\""], 1.0).await;
+        drop(client);
+        proxy.metric_becomes(RUNS, &[], 0.0).await;
+    }
+}
+
+/// The reader gives up, and nobody else notices.
+#[tokio::test]
+async fn what_can_not_be_inflated_passes_all_the_same() {
+    let backend = Backend::start().await;
+    let proxy = start_proxy(&service(backend.url())).await;
+    // A block of the reserved kind, then what could be read.
+    let created = br#"{"type":"response.created","response":{"id":"resp_1"}}"#;
+    let frames = [&b"\xc1\x01\x07\x81"[..], &[created.len() as u8], created].concat();
+    backend.next(Script(vec![
+        Step::Raw(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+              Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+                .to_vec(),
+        ),
+        Step::Raw(frames.clone()),
+        Step::Tunnel,
+    ]));
+    let mut client = proxy.connect().await;
+    client.send("GET /v1/responses HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
+    assert_eq!(client.read_head().await.status, 101);
+    assert_eq!(client.read_exact(frames.len()).await, frames);
+    client.send("goes on").await;
+    assert_eq!(client.read_exact(7).await, b"goes on");
+    assert_eq!(proxy.metric(RUNS, &[]).await, Some(0.0));
 }
 
 fn upgrade(protocol: &str) -> String {

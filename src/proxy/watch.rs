@@ -73,7 +73,7 @@ impl Watching {
         self.reading = match self.watch.head(status, fields, &mut self.facts) {
             Look::Json(pointers) => Reading::Json(Box::new(Extractor::of(pointers.clone()))),
             Look::Events => Reading::Events(sse::Reader::default()),
-            Look::Messages => Reading::Messages(Box::default()),
+            Look::Messages => Reading::Messages(Box::new(websocket::Reader::as_agreed(fields))),
             Look::Nothing => Reading::Nothing,
         };
         self.refused = (status >= 400).then(|| protocols::outcome_of_status(status));

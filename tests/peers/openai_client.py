@@ -1,11 +1,12 @@
 """Scenarios of the official OpenAI client: openai_client.py URL SCENARIO.. (transcript.py says what is printed)."""
 
 import asyncio
+import sys
 
 from openai import APIError, APIStatusError, AsyncOpenAI
 
 import transcript
-from transcript import until
+from transcript import alone, until
 
 MODEL = {"model": "scripted"}
 
@@ -184,6 +185,22 @@ async def lanes(context: Context):
         return done
 
 
+@alone
+async def socket_held(context: Context):
+    """Three responses over a compressed socket, the last of which is at work when it is left, once told to."""
+    async with context.responses.connect(websocket_connection_options={"compression": "deflate"}) as connection:
+        seen = [connection._connection.response.headers["Sec-WebSocket-Extensions"].split(";")[0]]
+        for text in ["one", "two", "long 60"]:
+            await connection.response.create(**MODEL, input=text)
+            last = "response.created" if text == "long 60" else "response.completed"
+            while (event := await connection.recv()).type != last:
+                pass
+            seen.append(event.type)
+        print("begun", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        return seen
+
+
 async def chat(context: Context):
     messages = [{"role": "user", "content": "hi"}]
     answer = await context.chat.create(**MODEL, messages=messages)
@@ -220,8 +237,8 @@ async def chat_leave(context: Context):
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in [
-        plain, stream, chain, conversation, background, cancel, resume, deleted, unknown, leave, socket, lanes, chat,
-        chat_stream, chat_fails, chat_leave,
+        plain, stream, chain, conversation, background, cancel, resume, deleted, unknown, leave, socket, lanes, socket_held,
+        chat, chat_stream, chat_fails, chat_leave,
     ]
 }  # fmt: skip
 
