@@ -2,6 +2,7 @@
 
 pub mod cookie;
 pub mod descriptors;
+pub mod hang_up;
 pub mod inherit;
 pub mod listen;
 pub mod name_servers;

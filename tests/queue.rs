@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use support::{
-    Backend, Counting, Drip, Proxy, Random, RawClient, Response, Seen, eventually_async, get, post, start_proxy,
+    Backend, Certificate, Counting, Drip, Proxy, Random, RawClient, Response, Seen, eventually_async, get, post,
+    start_proxy,
 };
 
 /// A service of these endpoints with a limit of runs for each.
@@ -96,6 +97,47 @@ async fn whoever_waits_too_long_or_leaves_gives_up_its_place() {
     running.finish().await;
     first.read_response().await;
     assert_eq!(backend.requests().len(), 1);
+}
+
+/// More of a request than the proxy reads ahead, and no more than sockets take.
+fn long_start() -> Vec<u8> {
+    let body = vec![b'x'; 64 * 1024];
+    let head = format!("POST /run HTTP/1.1\r\nHost: agents.test\r\nContent-Length: {}\r\n\r\n", body.len());
+    [head.as_bytes(), &body].concat()
+}
+
+#[tokio::test]
+async fn whoever_leaves_gives_up_its_place_though_much_of_its_request_is_unread() {
+    let backend = Backend::start().await;
+    backend.drip_each();
+    let directory = tempfile::tempdir().expect("a directory");
+    let certificate = Certificate::create(directory.path(), &["agents.test"]);
+    let listeners = format!(
+        "listeners:\n  - address: 127.0.0.1:0\n  - address: 127.0.0.1:0\n    name: tls\n    tls: {{certificates: [{{cert_file: {}, \
+         key_file: {}}}]}}\n",
+        certificate.cert_file.display(),
+        certificate.key_file.display()
+    );
+    let urls = [backend.url().to_owned()];
+    let proxy = start_proxy(&(listeners + &config(&urls, 1, ", queue: {max: 1}"))).await;
+    let mut first = proxy.connect().await;
+    first.send(start("")).await;
+    let running = backend.drip().await;
+    let over_tls = RawClient::connect_tls(proxy.listeners[1], "agents.test", certificate.client(&[])).await;
+    for mut client in [proxy.connect().await, over_tls] {
+        client.send(long_start()).await;
+        queued(&proxy, 1.0).await;
+        drop(client);
+        queued(&proxy, 0.0).await;
+    }
+    // One that stays loses nothing of it.
+    let mut stays = proxy.connect().await;
+    stays.send(long_start()).await;
+    queued(&proxy, 1.0).await;
+    running.finish().await;
+    backend.drip().await.finish().await;
+    assert_eq!(stays.read_response().await.status(), 200);
+    proxy.metric_becomes("longhaul_runs_total", &["outcome=\"rejected\""], 2.0).await;
 }
 
 #[tokio::test]

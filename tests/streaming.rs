@@ -159,6 +159,37 @@ async fn a_client_that_leaves_before_the_answer_closes_the_endpoint_too() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_is_seen_to_while_the_endpoint_takes_nothing_of_its_body() {
+    let backend = Backend::start().await;
+    let gate = Gate::new();
+    let answers = [vec![], vec![Step::Head { status: 200, headers: vec![], body: Body::Chunked }]];
+    // Before it has answered, and afterwards.
+    for (round, mut steps) in answers.into_iter().enumerate() {
+        let answered = !steps.is_empty();
+        steps.push(Step::Stall(gate.clone()));
+        backend.next(Script(steps));
+        let proxy = start_proxy(&one(&backend)).await;
+        let stream = tokio::net::TcpStream::connect(proxy.address).await.expect("a listener");
+        // An end would wait behind what its own side could not send yet, and be nobody's to see; a reset does not.
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
+        let mut client = RawClient::over(stream);
+        let part = vec![b'x'; 256 * 1024];
+        client.send(format!("POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", 64 << 20)).await;
+        client.send(&part).await;
+        eventually("the run arrives", || backend.request_count() == round + 1).await;
+        if answered {
+            client.read_head().await;
+        }
+        // Until nobody takes any more.
+        while tokio::time::timeout(Duration::from_millis(200), client.try_send(&part)).await.is_ok() {}
+        drop(client);
+        proxy.metric_becomes("longhaul_runs_total", &["outcome=\"cancelled\""], 1.0).await;
+        proxy.metric_becomes("longhaul_outstanding_runs", &["service=\"support\""], 0.0).await;
+    }
+    gate.open();
+}
+
+#[tokio::test]
 async fn a_reset_of_http2_closes_the_endpoint() {
     let backend = Backend::start().await;
     backend.drip_each();

@@ -124,6 +124,8 @@ struct End {
     resets_on_close: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
+    /// Of whoever waits for the other side's end.
+    watcher: Option<Waker>,
 }
 
 #[derive(Debug, Default)]
@@ -449,6 +451,7 @@ impl State {
             Segment::Fin => {
                 end.finished = true;
                 wake(&mut end.reader);
+                wake(&mut end.watcher);
                 None
             }
         };
@@ -507,6 +510,7 @@ impl End {
             resets_on_close: false,
             reader: None,
             writer: None,
+            watcher: None,
         }
     }
 
@@ -517,6 +521,7 @@ impl End {
         self.received.clear();
         wake(&mut self.reader);
         wake(&mut self.writer);
+        wake(&mut self.watcher);
     }
 
     fn is_readable(&self) -> bool {
@@ -579,6 +584,21 @@ impl Stream {
 
     pub fn is_read_ready(&self) -> bool {
         self.network.lock().end(self).is_readable()
+    }
+
+    /// Waits for the other side's end, whatever of it is unread; only the last caller's waker is kept.
+    pub fn hang_up(&self) -> impl Future<Output = ()> + use<> {
+        let (network, connection, side) = (self.network.clone(), self.connection, self.side);
+        poll_fn(move |context| {
+            let mut state = network.lock();
+            let Some(connection) = state.connections.get_mut(&connection) else { return Poll::Ready(()) };
+            let end = &mut connection.ends[side];
+            if end.finished || end.broken {
+                return Poll::Ready(());
+            }
+            end.watcher = Some(context.waker().clone());
+            Poll::Pending
+        })
     }
 
     /// Closing will reset.

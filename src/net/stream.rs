@@ -104,6 +104,15 @@ impl Stream {
         !matches!(self, Stream::Plain(_))
     }
 
+    /// The socket beneath.
+    pub fn plain(&self) -> &Plain {
+        match self {
+            Stream::Plain(plain) => plain,
+            Stream::TlsServer(tls) => tls.get_ref().0,
+            Stream::TlsClient(tls) => tls.get_ref().0,
+        }
+    }
+
     /// The protocol that ALPN (RFC 7301) settled on is `h2`.
     pub fn negotiated_http2(&self) -> bool {
         let protocol = match self {

@@ -383,7 +383,7 @@ async fn try_once(
         None => {
             // Boxed, so that an exchange on a kept connection does not make room for it.
             let connecting = Box::pin(upstream::connect(pool, target, connect_timeout));
-            match unless_gone(client, direction, goes_on, connecting).await {
+            match unless_gone(client, goes_on, connecting).await {
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
                 Some(Err(error)) => {
@@ -447,23 +447,16 @@ async fn try_once(
     }
 }
 
-/// Awaits, unless the client leaves meanwhile. Its body is left alone; an HTTP/1.1 client that still has one to send is
-/// seen to leave when that is read.
-async fn unless_gone<T>(
-    client: &mut Peer,
-    direction: &Direction,
-    goes_on: bool,
-    mut future: Pin<Box<impl Future<Output = T>>>,
-) -> Option<T> {
+/// Awaits, unless the client leaves meanwhile.
+async fn unless_gone<T>(client: &mut Peer, goes_on: bool, mut future: Pin<Box<impl Future<Output = T>>>) -> Option<T> {
     if goes_on && client.source_ended() {
         return Some(future.await);
     }
-    let watch = client.source_ended() && !direction.done() && client.held().is_empty();
     poll_fn(|context| {
         if let Poll::Ready(value) = future.as_mut().poll(context) {
             return Poll::Ready(Some(value));
         }
-        let gone = if watch { client.poll_gone(context) } else { client.poll_reset(context) };
+        let gone = if goes_on { client.poll_reset(context) } else { client.poll_gone(context) };
         if gone.is_ready() {
             return Poll::Ready(None);
         }

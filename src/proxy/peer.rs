@@ -132,8 +132,8 @@ impl Peer {
         }
     }
 
-    /// Ready when this side has left: its connection ended or its stream was reset. Only to be asked when nothing more
-    /// is to be read from it.
+    /// Ready when this side has left: its connection ended or its stream was reset. On HTTP/1.1 also where what it sent
+    /// before that was not read yet, and could be.
     pub fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match self {
             Peer::Http1(peer) => peer.poll_gone(context),
@@ -142,8 +142,8 @@ impl Peer {
         }
     }
 
-    /// Ready when this side is seen to have left though more is to be read from it: on HTTP/2 a reset overtakes what the
-    /// other side has not taken yet; on HTTP/1.1 the end comes behind it.
+    /// As [`Peer::poll_gone`], where all that it sent before it left is wanted: on HTTP/2 a reset overtakes that; on
+    /// HTTP/1.1 the end comes behind it.
     pub fn poll_reset(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match self {
             Peer::Http1(_) | Peer::Nobody => Poll::Pending,

@@ -177,7 +177,6 @@ async fn wait(
         {
             return Poll::Ready(Some(found));
         }
-        // On HTTP/1.1 the end is seen behind as much of the body as a read buffer holds.
         if client.poll_gone(context).is_ready() {
             return Poll::Ready(None);
         }

@@ -196,6 +196,13 @@ pub fn poll_pump(
     }
 }
 
+/// Whether a client has left of whose request the endpoint takes no more for now. `wanted`: what it sent before that is to
+/// go there all the same.
+fn has_left(client: &mut Peer, wanted: bool, context: &mut Context<'_>) -> bool {
+    let left = if wanted { client.poll_reset(context) } else { client.poll_gone(context) };
+    left.is_ready()
+}
+
 /// The client's body: its end is told to whoever compares it.
 fn request_came_in(observer: &mut Observer, ended: bool, _: Option<&Fields>) {
     if ended {
@@ -239,7 +246,7 @@ pub async fn until_answer(
             }
         } else {
             match poll_pump(client, &mut upstream.peer, request, context, request_came_in) {
-                Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
+                Poll::Pending if request.blocked && has_left(client, goes_on, context) => {
                     return Poll::Ready(Answer::ClientGone);
                 }
                 Poll::Ready(Ok(())) | Poll::Pending => {}
@@ -414,17 +421,16 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
 }
 
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
-    let Flow { upstream, request, tunnel, .. } = flow;
-    if !request.over() {
-        match poll_pump(client, &mut upstream.peer, request, context, request_came_in) {
-            Poll::Pending if request.blocked && client.poll_reset(context).is_ready() => {
+    if !flow.request.over() {
+        match poll_pump(client, &mut flow.upstream.peer, &mut flow.request, context, request_came_in) {
+            Poll::Pending if flow.request.blocked && has_left(client, flow.is_wanted_without_client(), context) => {
                 return Poll::Ready(End::ClientGone);
             }
             Poll::Pending => {}
             // A tunnel has ended when one of its sides has.
-            Poll::Ready(Ok(())) if *tunnel => return Poll::Ready(End::ClientGone),
+            Poll::Ready(Ok(())) if flow.tunnel => return Poll::Ready(End::ClientGone),
             Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(PumpFault::Sink(_))) => request.stop(),
+            Poll::Ready(Err(PumpFault::Sink(_))) => flow.request.stop(),
             Poll::Ready(Err(PumpFault::OverLimit)) => return Poll::Ready(End::Refused(Code::BodyTooLarge)),
             Poll::Ready(Err(PumpFault::Source(SourceFault::Malformed(_)))) => {
                 return Poll::Ready(End::Refused(Code::BadRequest));
@@ -480,6 +486,16 @@ impl Flow {
 
     pub fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
         self.timed.as_mut()?.heartbeat.as_mut()
+    }
+
+    /// What the client sent before it left is to reach the endpoint: its run may go on, or it is a tunnel, whose bytes
+    /// mean something by themselves.
+    fn is_wanted_without_client(&self) -> bool {
+        let observer = &self.response.observer;
+        self.tunnel
+            || observer.is_recorded()
+            || observer.watching().is_some_and(Watching::goes_on)
+            || matches!(self.service.config.runs.on_disconnect, config::OnDisconnect::Continue(_))
     }
 
     fn poll_time_outs(

@@ -80,6 +80,11 @@ impl Watching {
         self.pass_on(lease);
     }
 
+    /// The run of this exchange goes on without its client.
+    pub fn goes_on(&self) -> bool {
+        self.about.goes_on
+    }
+
     /// It counts the events itself.
     pub fn reads_events(&self) -> bool {
         matches!(self.reading, Reading::Events(_))

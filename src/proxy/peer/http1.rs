@@ -11,6 +11,7 @@ use tokio::io::AsyncWrite;
 use crate::http1::chunks::{Chunks, HEADROOM, Piece};
 use crate::http1::{self, HeadError, HeadLimits};
 use crate::message::{Fields, Framing, RequestHead, ResponseHead};
+use crate::net::hang_up::HangUp;
 use crate::net::stream::Stream;
 use crate::proxy::buffer::{Buffer, READ_BYTES};
 use crate::proxy::observe::Observer;
@@ -37,8 +38,7 @@ pub struct Http1 {
     /// How far the head in `buffer[start..end]` was scanned for its end.
     scanned: usize,
     incoming: Incoming,
-    /// Those of the body that came in, until they are given on.
-    trailers: Option<Box<Fields>>,
+    aside: Option<Box<Aside>>,
     outgoing: Outgoing,
     /// Bytes that go out before the body: a head, chunk framing. `pending[pending_start..]` is still to be written.
     pending: Vec<u8>,
@@ -52,6 +52,15 @@ pub struct Http1 {
     finished: bool,
     /// The head of the answer waits in `pending`, and no byte of it has gone out.
     head_unsent: bool,
+}
+
+/// What few messages have.
+#[derive(Default)]
+struct Aside {
+    /// Those of the body that came in, until they are given on.
+    trailers: Option<Fields>,
+    /// Once the buffer was full while the other side was watched, until its message has ended.
+    hang_up: Option<HangUp>,
 }
 
 /// How the body that comes in ends.
@@ -106,7 +115,7 @@ impl Http1 {
             ahead: None,
             scanned: 0,
             incoming: Incoming::Ended,
-            trailers: None,
+            aside: None,
             outgoing: Outgoing::Raw,
             pending: Vec::new(),
             pending_start: 0,
@@ -200,8 +209,8 @@ impl Http1 {
     }
 
     fn expect_body(&mut self, framing: Framing) {
-        // Those of a body that nobody took to its end are not this one's.
-        self.trailers = None;
+        // Trailers of a body that nobody took to its end are not this one's.
+        self.aside = None;
         self.incoming = match framing {
             Framing::None | Framing::Length(0) => Incoming::Ended,
             Framing::Length(length) => Incoming::Length(length),
@@ -232,7 +241,7 @@ impl Http1 {
     }
 
     pub fn put_back_trailers(&mut self, trailers: Option<Fields>) {
-        self.trailers = trailers.map(Box::new);
+        set_trailers(&mut self.aside, trailers);
     }
 
     // ---- heads that go out ----
@@ -280,7 +289,8 @@ impl Http1 {
                 return Poll::Ready(Ok(Next::Bytes));
             }
             if matches!(self.incoming, Incoming::Ended) {
-                return Poll::Ready(Ok(Next::End(self.trailers.take().map(|trailers| *trailers))));
+                let trailers = self.aside.as_mut().and_then(|aside| aside.trailers.take());
+                return Poll::Ready(Ok(Next::End(trailers)));
             }
             if self.start == self.end {
                 match ready!(self.poll_fill(context, READ_BYTES)) {
@@ -325,7 +335,7 @@ impl Http1 {
                 (self.held_start, self.held_end) = (pass.forward.start, pass.forward.end);
                 self.start = pass.consumed;
                 if pass.ended {
-                    self.trailers = chunks.take_trailers().map(Box::new);
+                    set_trailers(&mut self.aside, chunks.take_trailers());
                     self.incoming = Incoming::Ended;
                 }
             }
@@ -339,7 +349,7 @@ impl Http1 {
                 }
                 Piece::End { length } => {
                     self.start += length;
-                    self.trailers = chunks.take_trailers().map(Box::new);
+                    set_trailers(&mut self.aside, chunks.take_trailers());
                     self.incoming = Incoming::Ended;
                 }
             },
@@ -379,7 +389,7 @@ impl Http1 {
     }
 
     pub fn trailers(&self) -> Option<&Fields> {
-        self.trailers.as_deref()
+        self.aside.as_ref()?.trailers.as_ref()
     }
 
     /// Nothing of the message that came in is left, and nothing came after it.
@@ -387,16 +397,30 @@ impl Http1 {
         self.source_ended() && self.held_start == self.held_end && self.start == self.end && self.ahead.is_none()
     }
 
-    /// Ready when the connection ended.
+    /// Ready when the connection ended. What comes before that is looked at later: as much of it as there is room for is
+    /// read, and behind more than that the end is seen without reading, if it could be sent: not behind what the sockets
+    /// don't take either.
     pub fn poll_gone(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        // Pipelined bytes are looked at after this exchange; until the buffer is full an end behind them is seen.
         while self.buffer.as_ref().is_none_or(|buffer| self.end < buffer.len()) {
+            if self.source_ended()
+                && let Some(aside) = &mut self.aside
+            {
+                aside.hang_up = None;
+            }
             match ready!(self.poll_fill(context, READ_BYTES)) {
                 Ok(0) | Err(_) => return Poll::Ready(()),
                 Ok(_) => {}
             }
         }
-        Poll::Pending
+        let aside = self.aside.get_or_insert_default();
+        if aside.hang_up.is_none() {
+            // Where no descriptor is free the end is seen when all before it has been read.
+            aside.hang_up = HangUp::of(&self.stream).ok();
+        }
+        match &mut aside.hang_up {
+            Some(hang_up) => hang_up.poll(context),
+            None => Poll::Pending,
+        }
     }
 
     /// Closes with a reset instead of an end, for a body that only the connection's end would end.
@@ -604,6 +628,12 @@ impl Http1 {
     }
 }
 
+fn set_trailers(aside: &mut Option<Box<Aside>>, trailers: Option<Fields>) {
+    if trailers.is_some() || aside.is_some() {
+        aside.get_or_insert_default().trailers = trailers;
+    }
+}
+
 impl Closing {
     /// Bytes of an unwanted body that are thrown away before the connection is reset all the same.
     const DISCARDED_BYTES_MAX: usize = 1024 * 1024;
@@ -653,6 +683,30 @@ mod tests {
         let next = poll_fn(|context| peer.poll_next(context, false, &mut observer)).await;
         assert!(matches!(next, Ok(Next::Bytes)));
         (peer, far)
+    }
+
+    #[tokio::test]
+    async fn an_end_is_seen_behind_more_than_the_buffer_holds() {
+        let (near, mut far) = UnixStream::pair().expect("a pair of sockets");
+        let sent = vec![b'x'; 3 * READ_BYTES];
+        far.write_all(&sent).await.expect("room in the socket");
+        let mut peer = Http1::new(Stream::Plain(Plain::Unix(near)));
+        peer.expect_body(Framing::Length(sent.len() as u64));
+        assert!(poll_fn(|context| Poll::Ready(peer.poll_gone(context))).await.is_pending());
+        drop(far);
+        let gone = tokio::time::timeout(std::time::Duration::from_secs(5), poll_fn(|context| peer.poll_gone(context)));
+        gone.await.expect("it is seen");
+        // Nothing of it is lost, and the second descriptor is closed with the end of the message.
+        let mut observer = Observer::default();
+        let mut read = 0;
+        while let Ok(Next::Bytes) = poll_fn(|context| peer.poll_next(context, false, &mut observer)).await {
+            let count = peer.held().len();
+            read += count;
+            peer.consume(count);
+        }
+        assert_eq!(read, sent.len());
+        poll_fn(|context| peer.poll_gone(context)).await;
+        assert!(peer.aside.is_none_or(|aside| aside.hang_up.is_none()));
     }
 
     /// A retry sends what is held, so looking whether the client is still there must not lose it.
