@@ -99,11 +99,24 @@ impl Standing {
 /// A pod's UID, or the address of what is none.
 type PodId = Arc<str>;
 
+/// An address of a pod.
+type At = (EndpointHost, u16);
+
 #[derive(Clone, Debug, PartialEq)]
 struct Listed {
     standing: Standing,
     /// As far as the slice says; its readiness is not used.
     found: Found,
+}
+
+impl Listed {
+    fn at(&self) -> At {
+        (self.found.host.clone(), self.found.port)
+    }
+
+    fn is_at(&self, at: &At) -> bool {
+        self.found.host == at.0 && self.found.port == at.1
+    }
 }
 
 /// The slices of one service.
@@ -112,8 +125,8 @@ pub struct Slices {
     /// The service's name within the cluster.
     name: Arc<str>,
     slices: HashMap<Box<str>, HashMap<PodId, Listed>>,
-    /// Who is, or was, at an address.
-    by_address: HashMap<(EndpointHost, u16), Vec<PodId>>,
+    /// Whom slices list at an address: nobody else, so that it is no larger than they are.
+    by_address: HashMap<At, Vec<PodId>>,
     /// Pods of which something may have changed.
     touched: HashSet<PodId>,
     told: HashMap<PodId, Found>,
@@ -150,26 +163,46 @@ impl Slices {
     pub fn put(&mut self, slice: EndpointSlice) {
         let name: Box<str> = slice.metadata.name.as_str().into();
         let next = self.read(slice, &name);
-        let old = self.slices.remove(&name).unwrap_or_default();
-        self.touched.extend(old.keys().filter(|pod| !next.contains_key(*pod)).cloned());
+        let mut old = self.slices.remove(&name).unwrap_or_default();
         for (pod, listed) in &next {
             if old.get(pod) == Some(listed) {
                 continue;
             }
             self.touched.insert(Arc::clone(pod));
-            let there = self.by_address.entry((listed.found.host.clone(), listed.found.port)).or_default();
+            let there = self.by_address.entry(listed.at()).or_default();
             if !there.contains(pod) {
                 there.push(Arc::clone(pod));
             }
         }
+        old.retain(|pod, listed| next.get(pod) != Some(listed));
         self.slices.insert(name, next);
+        self.unlist(old);
     }
 
     pub fn remove(&mut self, name: &str) {
         if let Some(old) = self.slices.remove(name) {
-            self.touched.extend(old.into_keys());
+            self.unlist(old);
         }
         self.portless.remove(name);
+    }
+
+    /// A slice no longer says this, though it or another may still list the same pods.
+    fn unlist(&mut self, old: HashMap<PodId, Listed>) {
+        for (pod, listed) in old {
+            let at = listed.at();
+            let mut listed = self.slices.values().filter_map(|slice| slice.get(&pod));
+            if !listed.any(|listed| listed.is_at(&at))
+                && let Some(there) = self.by_address.get_mut(&at)
+            {
+                there.retain(|other| *other != pod);
+                // The address may be theirs again.
+                self.touched.extend(there.iter().cloned());
+                if there.is_empty() {
+                    self.by_address.remove(&at);
+                }
+            }
+            self.touched.insert(pod);
+        }
     }
 
     fn read(&mut self, slice: EndpointSlice, name: &str) -> HashMap<PodId, Listed> {
@@ -185,13 +218,13 @@ impl Slices {
                 (Some(*number), ports.iter().filter(is_tcp).find(|port| port.port == Some(*number)))
             }
         };
+        self.portless.remove(name);
         let Some(port) = port else {
             if !endpoints.is_empty() {
                 self.portless.insert(name.into(), no_port(&self.port, &ports));
             }
             return HashMap::new();
         };
-        self.portless.remove(name);
         let https = of_service.is_some_and(|port| port.app_protocol.as_deref() == Some("https"));
         let is_name = slice.address_type.as_deref() == Some("FQDN");
         let listed = endpoints.into_iter().filter_map(|endpoint| {
@@ -256,20 +289,12 @@ impl Slices {
     /// Those who were touched, and who shares an address with them.
     fn with_neighbours(&mut self) -> HashSet<PodId> {
         let mut all = std::mem::take(&mut self.touched);
-        let mut addresses: HashSet<(EndpointHost, u16)> = HashSet::new();
+        let mut addresses: HashSet<At> = HashSet::new();
         for pod in &all {
             let listed = self.slices.values().filter_map(|slice| slice.get(pod)).map(|listed| &listed.found);
             addresses.extend(listed.chain(self.told.get(pod)).map(|found| (found.host.clone(), found.port)));
         }
-        for address in addresses {
-            let Some(there) = self.by_address.get_mut(&address) else { continue };
-            let is_there = |found: &Found| found.host == address.0 && found.port == address.1;
-            there.retain(|pod| self.slices.values().any(|slice| slice.get(pod).is_some_and(|it| is_there(&it.found))));
-            all.extend(there.iter().cloned());
-            if there.is_empty() {
-                self.by_address.remove(&address);
-            }
-        }
+        all.extend(addresses.iter().filter_map(|address| self.by_address.get(address)).flatten().cloned());
         all
     }
 
@@ -397,6 +422,38 @@ mod tests {
         assert_eq!((update.put.len(), update.put[0].uid.as_deref()), (1, Some("old")));
     }
 
+    /// A pod that terminates is told no more before it is listed no more.
+    #[test]
+    fn of_a_pod_that_has_gone_nothing_is_kept() {
+        let mut all = slices("http");
+        for number in 0..3 {
+            let address = format!("10.0.0.{number}");
+            for conditions in [json!({}), json!({"ready": false, "serving": false, "terminating": true})] {
+                all.put(slice("a", json!([pod(&address, &number.to_string(), conditions)])));
+                all.take_update();
+            }
+        }
+        all.put(slice("a", json!([])));
+        all.put(slice("b", json!([pod("10.0.0.9", "never told", json!({}))])));
+        all.remove("b");
+        all.take_update();
+        assert!(all.by_address.is_empty(), "{:?}", all.by_address);
+    }
+
+    #[test]
+    fn a_problem_lasts_as_long_as_its_cause() {
+        let portless = |endpoints| {
+            let slice = json!({"metadata": {"name": "a"}, "endpoints": endpoints, "ports": []});
+            serde_json::from_value::<EndpointSlice>(slice).unwrap()
+        };
+        let mut all = slices("http");
+        all.put(portless(json!([pod("10.0.0.1", "u", json!({}))])));
+        assert!(all.take_update().problem.is_some_and(|problem| problem.contains("no TCP port")));
+        // Scaled to zero, the slice has no ports, and nobody misses one.
+        all.put(portless(json!([])));
+        assert_eq!(all.take_update().problem, None);
+    }
+
     /// The number of a pod, whether the address is its IPv6 one, and its standing.
     type ListedPod = (u8, bool, u8);
 
@@ -448,6 +505,10 @@ mod tests {
                     }
                     prop_assert!(stepwise.take_update().put.is_empty(), "nothing is told twice");
                 }
+                let listed = || stepwise.slices.values().flatten().map(|(pod, listed)| (listed.at(), pod));
+                let known = || stepwise.by_address.iter().flat_map(|(at, pods)| pods.iter().map(|pod| (at.clone(), pod)));
+                prop_assert!(listed().all(|one| known().any(|other| other == one)));
+                prop_assert!(known().all(|one| listed().any(|other| other == one)), "who has left is forgotten");
             }
             for found in by_key.values() {
                 let before = told.insert(found.uid.as_deref().unwrap_or_default().to_owned(), found.readiness);
