@@ -203,6 +203,59 @@ async fn what_is_refused_is_told_with_what_to_do() {
     assert_eq!(proxy.admin("GET", "/readyz").await.status(), 200);
 }
 
+#[tokio::test]
+async fn whoever_wants_to_be_left_alone_for_a_while_is_asked_after_that() {
+    for status in [429, 503] {
+        let (server, directory) = cluster().await;
+        let fleet = Backend::start_fleet(1).await;
+        server.put(slice("support-a", port(&fleet[0]), &[Pod::of(&fleet[0], 1)]));
+        server.refuse_for(status, 1);
+        let proxy = start_proxy_in(Surroundings::default(), &config(&directory, ""));
+        eventually("it was asked", || !server.asked().is_empty()).await;
+        let refused = Instant::now();
+        eventually_async("that is told", || async {
+            let problem = proxy.status().await["discovery"][0]["problem"].as_str().unwrap_or_default().to_owned();
+            problem.contains(&status.to_string()) && problem.contains("Too many requests")
+        })
+        .await;
+        eventually("it is asked again", || server.asked().len() > 1).await;
+        let passed = refused.elapsed();
+        assert!(passed >= Duration::from_millis(900), "{status}: after {passed:?}");
+        server.refuse(None);
+        are("ready", &proxy, &[&fleet[0]]).await;
+    }
+}
+
+#[tokio::test]
+async fn one_slice_that_can_not_be_read_keeps_no_other_back() {
+    let (server, directory) = cluster().await;
+    let fleet = Backend::start_fleet(3).await;
+    let of = |backend: &Backend| slice("support-a", port(backend), &[Pod::of(backend, 1)]);
+    let unreadable = |name: &str| {
+        let mut slice = of(&fleet[2]);
+        slice["metadata"]["name"] = name.into();
+        slice["ports"][0]["port"] = 80_000.into();
+        slice
+    };
+    server.put(of(&fleet[0]));
+    server.put(unreadable("support-listed"));
+    let proxy = start(&config(&directory, "")).await;
+    are("ready", &proxy, &[&fleet[0]]).await;
+    let problem = || async { proxy.status().await["discovery"][0]["problem"].as_str().unwrap_or_default().to_owned() };
+    let said = problem().await;
+    assert!(said.contains("\"support-listed\"") && said.contains("80000"), "{said}");
+    // Nor within a watch, which goes on.
+    let (lists, watches) = (server.lists(), server.watches());
+    server.put(unreadable("support-watched"));
+    server.put(of(&fleet[1]));
+    are("ready", &proxy, &[&fleet[1]]).await;
+    eventually_async("both are told", || async { problem().await.contains("1 more") }).await;
+    assert_eq!((server.lists(), server.watches()), (lists, watches));
+    server.delete("support-listed");
+    server.delete("support-watched");
+    eventually_async("it is over", || async { problem().await.is_empty() }).await;
+}
+
 /// Whether everything is to be shown as long as it takes: minutes.
 fn in_full() -> bool {
     std::env::var_os("LONGHAUL_DISCOVERY_FULL").is_some()

@@ -92,8 +92,8 @@ struct Store {
     /// And so long after it happened.
     delay: Duration,
     bookmarks: Option<Duration>,
-    /// Every request is answered with this.
-    refuses: Option<u16>,
+    /// Every request is answered with this, and when to come again in seconds.
+    refuses: Option<(u16, Option<u32>)>,
 }
 
 /// What connections look at before each step.
@@ -238,7 +238,12 @@ impl ApiServer {
     }
 
     pub fn refuse(&self, status: Option<u16>) {
-        self.store.lock().unwrap().refuses = status;
+        self.store.lock().unwrap().refuses = status.map(|status| (status, None));
+    }
+
+    /// Refuses, as its own limits do: in plain words, with `Retry-After`.
+    pub fn refuse_for(&self, status: u16, seconds: u32) {
+        self.store.lock().unwrap().refuses = Some((status, Some(seconds)));
     }
 
     pub fn lists(&self) -> usize {
@@ -297,7 +302,15 @@ async fn connection(
                 .map(|(_, value)| value)
         };
         let answer = match (refuses, path) {
-            (Some(status), _) => answer(status, &failure(status, "Forbidden")),
+            (Some((status, None)), _) => answer(status, &failure(status, "Forbidden")),
+            (Some((status, Some(seconds))), _) => {
+                let words = "Too many requests, please try again later.";
+                format!(
+                    "HTTP/1.1 {status} X\r\nContent-Type: text/plain\r\nRetry-After: {seconds}\r\nContent-Length: {}\r\n\r\n{words}",
+                    words.len()
+                )
+                .into_bytes()
+            }
             (None, "/version") => answer(200, &json!({"major": "1", "minor": "34"})),
             (None, PATH) if parameter("watch") == Some("true") => {
                 let from = parameter("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);

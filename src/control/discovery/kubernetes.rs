@@ -7,19 +7,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use bytes::Bytes;
 use kube::Client;
-use kube::core::Request;
 use kube::core::params::{ListParams, WatchParams};
-use kube::core::watch::WatchEvent;
+use kube::core::{Request, Status};
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::config::{self, KubernetesSource};
 use crate::control::discovery::Reporter;
-use crate::control::discovery::slices::{EndpointSlice, Slices};
+use crate::control::discovery::slices::{Named, Sent, Slices};
 use crate::ids;
+use crate::kubernetes::answer::{self, Failure, Lines, Refusal};
 use crate::kubernetes::client::{ClientError, client};
 
 /// Changes that come within so long are told together.
@@ -28,8 +29,9 @@ const GATHER: Duration = Duration::from_millis(50);
 /// the API server is back; each waits a part of it by chance, so that replicas don't come together.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-/// Slices of one answer to a list.
+/// Slices of one answer to a list, and what they may take together.
 const PAGE: u32 = 500;
+const PAGE_BYTES_MAX: usize = 256 << 20;
 /// How long the API server keeps a watch at most, and a part more by chance. Seconds.
 const WATCH_SECONDS: u32 = 240;
 const WATCH_SECONDS_MORE: u32 = 50;
@@ -102,9 +104,9 @@ pub async fn run(source: KubernetesSource, cluster: Arc<Cluster>, silence: Durat
                 follower.version = None;
                 !lasted
             }
-            Ended::Failed(why) => {
+            Ended::Failed { why, come_again } => {
                 follower.reporter.failed(&why);
-                sleep(backoff.next(ids::random_u64())).await;
+                sleep(come_again.unwrap_or_default() + backoff.next(ids::random_u64())).await;
                 continue;
             }
         };
@@ -127,8 +129,8 @@ enum Ended {
     Stale,
     /// It can't go on from where it was.
     Expired,
-    /// And why.
-    Failed(String),
+    /// And why, and after which time the API server wants to be asked again, where it says so.
+    Failed { why: String, come_again: Option<Duration> },
 }
 
 /// One service that is followed.
@@ -148,7 +150,8 @@ struct Follower {
 #[derive(Deserialize)]
 struct List {
     metadata: ListMetadata,
-    items: Option<Vec<EndpointSlice>>,
+    /// Each is read by itself: one that can't be is not to keep the others back.
+    items: Option<Vec<Box<RawValue>>>,
 }
 
 #[derive(Deserialize)]
@@ -160,6 +163,14 @@ struct ListMetadata {
     rest: Option<String>,
 }
 
+/// A line of a watch.
+#[derive(Deserialize)]
+struct Event {
+    #[serde(rename = "type")]
+    kind: String,
+    object: Box<RawValue>,
+}
+
 impl Follower {
     /// Learns all that there is now.
     async fn list(&mut self) -> Ended {
@@ -167,14 +178,19 @@ impl Follower {
         let mut params = ListParams::default().labels(&self.selector).limit(PAGE);
         let version = loop {
             let page = ask(&self.reporter, || async {
-                let request = self.request.list(&params).map_err(kube::Error::BuildRequest)?;
-                self.client.request::<List>(request).await
+                let request =
+                    self.request.list(&params).map_err(|it| Failure::Unheard(kube::Error::BuildRequest(it)))?;
+                answer::read(answer::ask(&self.client, request).await?, PAGE_BYTES_MAX).await
             });
-            let List { metadata, items } = match page.await {
+            let page = match page.await {
                 Ok(page) => page,
-                Err(failure) => return self.ended_by(&failure),
+                Err(failure) => return self.ended_by(failure),
             };
-            slices.extend(items.unwrap_or_default());
+            let List { metadata, items } = match serde_json::from_slice(&page) {
+                Ok(list) => list,
+                Err(failure) => return self.ended_by(Some(Failure::Unusable(failure.to_string()))),
+            };
+            slices.extend(items.unwrap_or_default().iter().map(|slice| Sent::read(slice)));
             match metadata.rest.filter(|rest| !rest.is_empty()) {
                 Some(rest) => params.continue_token = Some(rest),
                 None => break metadata.resource_version,
@@ -197,15 +213,15 @@ impl Follower {
         };
         let client = self.client.clone();
         let events = ask(&self.reporter, || async {
-            let request = self.request.watch(&params, version).map_err(kube::Error::BuildRequest)?;
-            client.request_events::<EndpointSlice>(request).await
+            let request =
+                self.request.watch(&params, version).map_err(|it| Failure::Unheard(kube::Error::BuildRequest(it)))?;
+            answer::ask(&client, request).await
         });
-        let events = match events.await {
-            Ok(events) => events,
-            Err(failure) => return self.ended_by(&failure),
+        let mut events = match events.await {
+            Ok(events) => Lines::of(events),
+            Err(failure) => return self.ended_by(failure),
         };
         self.tell();
-        let mut events = std::pin::pin!(events);
         let mut tell_at = None;
         let mut life = Life::new(self.silence, Instant::now());
         let ended = loop {
@@ -242,29 +258,38 @@ impl Follower {
     }
 
     /// Takes an event. True: something may have changed.
-    fn take(&mut self, event: Result<WatchEvent<EndpointSlice>, kube::Error>) -> Result<bool, Ended> {
-        match event {
-            Ok(WatchEvent::Added(slice) | WatchEvent::Modified(slice)) => {
-                self.reached(slice.metadata.resource_version.clone());
-                self.slices.put(slice);
-                Ok(true)
-            }
-            Ok(WatchEvent::Deleted(slice)) => {
-                self.reached(slice.metadata.resource_version);
-                self.slices.remove(&slice.metadata.name);
-                Ok(true)
-            }
-            Ok(WatchEvent::Bookmark(bookmark)) => {
-                self.reached(Some(bookmark.metadata.resource_version));
-                Ok(false)
-            }
-            Ok(WatchEvent::Error(status)) => Err(self.ended_by(&Failure::Api(kube::Error::Api(status)))),
-            // Broken off in the middle.
-            Err(kube::Error::ReadEvents(_)) => Err(Ended::Closed),
+    fn take(&mut self, line: Result<Bytes, Failure>) -> Result<bool, Ended> {
+        let event = line.and_then(|line| {
+            serde_json::from_slice::<Event>(&line).map_err(|failure| Failure::Unusable(failure.to_string()))
+        });
+        let Event { kind, object } = match event {
+            Ok(event) => event,
             Err(failure) => {
                 // What it said is not known, so nobody can go on from there.
                 self.version = None;
-                Err(self.ended_by(&Failure::Api(failure)))
+                return Err(self.ended_by(Some(failure)));
+            }
+        };
+        match kind.as_str() {
+            "ADDED" | "MODIFIED" => {
+                self.reached(Named::of(&object).version);
+                self.slices.take(Sent::read(&object));
+                Ok(true)
+            }
+            "DELETED" => {
+                let Named { name, version } = Named::of(&object);
+                self.reached(version);
+                self.slices.remove(&name);
+                Ok(true)
+            }
+            "ERROR" => {
+                let status: Box<Status> = serde_json::from_str(object.get()).unwrap_or_default();
+                Err(self.ended_by(Some(Failure::Refused(Refusal { status, come_again: None }))))
+            }
+            // A bookmark, or what a later API server may have to say.
+            _ => {
+                self.reached(Named::of(&object).version);
+                Ok(false)
             }
         }
     }
@@ -279,34 +304,41 @@ impl Follower {
         self.reporter.found(self.slices.take_update());
     }
 
-    fn ended_by(&self, failure: &Failure) -> Ended {
-        let Failure::Api(failure) = failure else {
-            return Ended::Failed(SILENT.to_owned());
+    /// `None`: it was silent.
+    fn ended_by(&self, failure: Option<Failure>) -> Ended {
+        let come_again = failure.as_ref().and_then(Failure::come_again);
+        let failed = |why: String| Ended::Failed { why, come_again };
+        let status = match failure {
+            None => return failed(SILENT.to_owned()),
+            Some(Failure::Refused(Refusal { status, .. })) => status,
+            Some(Failure::Unusable(why)) => return failed(format!("the API server's answer can't be used: {why}")),
+            Some(Failure::Unheard(failure)) => {
+                let mut what = format!("the API server can't be asked: {failure}");
+                let mut cause = std::error::Error::source(&failure);
+                while let Some(next) = cause {
+                    let next_text = next.to_string();
+                    if !what.ends_with(&next_text) {
+                        what = format!("{what}: {next_text}");
+                    }
+                    cause = next.source();
+                }
+                return failed(what);
+            }
         };
-        if let kube::Error::Api(status) = failure {
-            if status.code == 410 || status.reason == "Expired" {
-                return Ended::Expired;
-            }
-            let what = match status.code {
-                401 => "the API server does not know us (401): look at the token of the service account, or at the kubeconfig".to_owned(),
-                403 => format!(
-                    "the API server refuses (403): allow `list` and `watch` of endpointslices (discovery.k8s.io) in the namespace {}",
-                    self.namespace
-                ),
-                code => format!("the API server answers {code} {}: {}", status.reason, status.message),
-            };
-            return Ended::Failed(what);
+        if status.code == 410 || status.reason == "Expired" {
+            return Ended::Expired;
         }
-        let mut what = format!("the API server can't be asked: {failure}");
-        let mut cause = std::error::Error::source(failure);
-        while let Some(next) = cause {
-            let next_text = next.to_string();
-            if !what.ends_with(&next_text) {
-                what = format!("{what}: {next_text}");
+        failed(match status.code {
+            401 => {
+                "the API server does not know us (401): look at the token of the service account, or at the kubeconfig"
+                    .to_owned()
             }
-            cause = next.source();
-        }
-        Ended::Failed(what)
+            403 => format!(
+                "the API server refuses (403): allow `list` and `watch` of endpointslices (discovery.k8s.io) in the namespace {}",
+                self.namespace
+            ),
+            code => format!("the API server answers {code} {}: {}", status.reason, status.message),
+        })
     }
 }
 
@@ -368,17 +400,11 @@ async fn sign_of_life(client: &Client) -> Result<(), String> {
     }
 }
 
-/// Why an answer is not there.
-enum Failure {
-    Silent,
-    Api(kube::Error),
-}
-
 /// Asks, and where the answer takes long asks again and again beside that: for the first may wait for a server that is no
-/// more, and the others may not be as patient as a busy one needs.
-async fn ask<T, F>(reporter: &Reporter, attempt: impl Fn() -> F) -> Result<T, Failure>
+/// more, and the others may not be as patient as a busy one needs. `None`: it was silent.
+async fn ask<T, F>(reporter: &Reporter, attempt: impl Fn() -> F) -> Result<T, Option<Failure>>
 where
-    F: Future<Output = Result<T, kube::Error>>,
+    F: Future<Output = Result<T, Failure>>,
 {
     let patient = timeout(PATIENCE, attempt());
     let hasty = async {
@@ -386,13 +412,13 @@ where
             sleep(HASTE).await;
             match timeout(HASTE, attempt()).await {
                 Ok(Ok(answer)) => return answer,
-                Ok(Err(_)) => {}
+                Ok(Err(failure)) => sleep(failure.come_again().unwrap_or_default()).await,
                 Err(_) => reporter.failed(SILENT),
             }
         }
     };
     tokio::select! {
-        answer = patient => answer.map_err(|_| Failure::Silent)?.map_err(Failure::Api),
+        answer = patient => answer.map_err(|_| None)?.map_err(Some),
         answer = hasty => Ok(answer),
     }
 }

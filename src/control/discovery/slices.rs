@@ -4,10 +4,11 @@
 //! addresses it keeps the first that it is known by while that is listed. Terminating and serving is draining; terminating
 //! and not serving is gone. An address that belongs to another pod by now is no longer that of the one that terminates.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use crate::config::{EndpointHost, PodPort};
 use crate::control::discovery::{Found, Update};
@@ -15,6 +16,10 @@ use crate::state::discovery::Readiness;
 
 /// Pods of one source; more are left out.
 const PODS_MAX: usize = 10_000;
+/// Slices that can't be read, of which is kept why.
+const UNREADABLE_MAX: usize = 64;
+/// Of that, in characters: it may quote what was read.
+const REASON_LENGTH_MAX: usize = 200;
 
 /// `discovery.k8s.io/v1`: what of it is looked at.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -66,6 +71,45 @@ pub struct Port {
     pub port: Option<u16>,
     pub protocol: Option<String>,
     pub app_protocol: Option<String>,
+}
+
+/// A slice as the API server sends it.
+pub enum Sent {
+    Slice(EndpointSlice),
+    Unreadable { name: String, why: String },
+}
+
+impl Sent {
+    pub fn read(text: &RawValue) -> Sent {
+        match serde_json::from_str(text.get()) {
+            Ok(slice) => Sent::Slice(slice),
+            Err(failure) => {
+                let why = failure.to_string().chars().take(REASON_LENGTH_MAX).collect();
+                Sent::Unreadable { name: Named::of(text).name, why }
+            }
+        }
+    }
+}
+
+/// What can be told of an object though the rest of it may be anything.
+#[derive(Default)]
+pub struct Named {
+    /// Empty where it has none.
+    pub name: String,
+    pub version: Option<String>,
+}
+
+impl Named {
+    pub fn of(text: &RawValue) -> Named {
+        #[derive(Deserialize)]
+        struct Object<'o> {
+            #[serde(borrow)]
+            metadata: &'o RawValue,
+        }
+        let metadata = serde_json::from_str(text.get()).map(|Object { metadata }| metadata.get()).unwrap_or_default();
+        let metadata: Metadata = serde_json::from_str(metadata).unwrap_or_default();
+        Named { name: metadata.name, version: metadata.resource_version }
+    }
 }
 
 /// What one slice says of one endpoint. The better, the less: of two slices the better is believed, and whoever does not
@@ -132,6 +176,8 @@ pub struct Slices {
     told: HashMap<PodId, Found>,
     /// By slice: why its endpoints can't be used.
     portless: HashMap<Box<str>, String>,
+    /// By slice: why it can't be read. What it said before that counts.
+    unreadable: BTreeMap<Box<str>, String>,
 }
 
 impl Slices {
@@ -144,15 +190,19 @@ impl Slices {
             touched: HashSet::new(),
             told: HashMap::new(),
             portless: HashMap::new(),
+            unreadable: BTreeMap::new(),
         }
     }
 
     /// Takes all slices that there are.
-    pub fn replace(&mut self, all: Vec<EndpointSlice>) {
+    pub fn replace(&mut self, all: Vec<Sent>) {
         let mut gone: HashSet<Box<str>> = self.slices.keys().cloned().collect();
-        for slice in all {
-            gone.remove(slice.metadata.name.as_str());
-            self.put(slice);
+        self.unreadable.clear();
+        for sent in all {
+            let (Sent::Slice(EndpointSlice { metadata: Metadata { name, .. }, .. }) | Sent::Unreadable { name, .. }) =
+                &sent;
+            gone.remove(name.as_str());
+            self.take(sent);
         }
         for name in gone {
             self.remove(&name);
@@ -160,8 +210,20 @@ impl Slices {
     }
 
     /// Takes a slice that is new or has changed.
-    pub fn put(&mut self, slice: EndpointSlice) {
+    pub fn take(&mut self, sent: Sent) {
+        match sent {
+            Sent::Slice(slice) => self.put(slice),
+            Sent::Unreadable { name, why } => {
+                if self.unreadable.len() < UNREADABLE_MAX || self.unreadable.contains_key(name.as_str()) {
+                    self.unreadable.insert(name.into(), why);
+                }
+            }
+        }
+    }
+
+    fn put(&mut self, slice: EndpointSlice) {
         let name: Box<str> = slice.metadata.name.as_str().into();
+        self.unreadable.remove(&name);
         let next = self.read(slice, &name);
         let mut old = self.slices.remove(&name).unwrap_or_default();
         for (pod, listed) in &next {
@@ -184,6 +246,7 @@ impl Slices {
             self.unlist(old);
         }
         self.portless.remove(name);
+        self.unreadable.remove(name);
     }
 
     /// A slice no longer says this, though it or another may still list the same pods.
@@ -330,6 +393,16 @@ impl Slices {
                 "the service has more than {PODS_MAX} pods, of which the rest is left out; divide it"
             ));
         }
+        if let Some((name, why)) = self.unreadable.first_key_value() {
+            let more = match self.unreadable.len() - 1 {
+                0 => String::new(),
+                more => format!(", nor can {more} more"),
+            };
+            return Some(format!(
+                "the EndpointSlice {name:?} can't be read ({why}){more}: what it said before that counts, and the others \
+                 do; mend or delete it"
+            ));
+        }
         self.portless.values().min().cloned()
     }
 }
@@ -420,6 +493,39 @@ mod tests {
         all.remove("b");
         let update = all.take_update();
         assert_eq!((update.put.len(), update.put[0].uid.as_deref()), (1, Some("old")));
+    }
+
+    #[test]
+    fn a_slice_that_can_not_be_read_keeps_nobody_else_back() {
+        let sent = |slice: serde_json::Value| Sent::read(&serde_json::value::to_raw_value(&slice).unwrap());
+        let good = |name: &str, address: &str| {
+            let endpoints = json!([pod(address, address, json!({}))]);
+            json!({"metadata": {"name": name}, "endpoints": endpoints, "ports": [{"name": "http", "port": 80}]})
+        };
+        let mut bad = good("b", "10.0.0.2");
+        bad["ports"][0]["port"] = 80_000.into();
+        let mut all = slices("http");
+        all.replace(vec![sent(bad.clone()), sent(good("a", "10.0.0.1")), sent(json!("nonsense"))]);
+        let update = all.take_update();
+        assert_eq!(update.put.len(), 1);
+        let problem = update.problem.unwrap();
+        assert!(problem.contains("\"\"") && problem.contains("1 more"), "{problem}");
+
+        // What it said while it could be read counts.
+        all.replace(vec![sent(good("a", "10.0.0.1")), sent(good("b", "10.0.0.2"))]);
+        let update = all.take_update();
+        assert_eq!((update.put.len(), update.problem), (1, None));
+        all.take(sent(bad.clone()));
+        let update = all.take_update();
+        assert!(update.removed.is_empty() && update.problem.is_some_and(|problem| problem.contains("\"b\"")));
+        all.replace(vec![sent(bad)]);
+        assert_eq!(all.take_update().removed.len(), 1, "of the one that has gone");
+        all.remove("b");
+        let update = all.take_update();
+        assert_eq!((update.removed.len(), update.problem), (1, None));
+        // However many there are.
+        all.replace((0..1_000).map(|number| Sent::Unreadable { name: number.to_string(), why: "so".into() }).collect());
+        assert_eq!(all.unreadable.len(), UNREADABLE_MAX);
     }
 
     /// A pod that terminates is told no more before it is listed no more.
@@ -515,7 +621,7 @@ mod tests {
                 prop_assert!(before.is_none(), "a pod is one endpoint");
             }
             let mut whole = slices("http");
-            whole.replace(last.into_values().collect());
+            whole.replace(last.into_values().map(Sent::Slice).collect());
             let whole: HashMap<String, Readiness> = whole
                 .take_update()
                 .put
