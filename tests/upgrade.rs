@@ -201,6 +201,50 @@ async fn a_process_that_can_not_take_over_changes_nothing() {
     assert_eq!(chain.say("a").await.1, "hit");
 }
 
+/// Whether processes may be started in a PID namespace of their own, as in a container: root may.
+fn has_namespaces() -> bool {
+    let tried = Command::new("unshare").args(["--pid", "--fork", "true"]).stderr(Stdio::null()).status();
+    tried.is_ok_and(|status| status.success())
+}
+
+impl Chain {
+    /// Its command in a PID namespace of its own, which ends with what is returned.
+    fn apart(&self, more: &[&str]) -> Program {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", env!("CARGO_BIN_EXE_longhaul"), "run", "-c"]);
+        command.arg(self.config()).args(more).stdin(Stdio::null()).env_remove("NOTIFY_SOCKET");
+        Program::spawn(&mut command)
+    }
+}
+
+#[tokio::test]
+async fn whoever_can_not_be_seen_by_the_process_that_serves_is_told_so() {
+    if !has_namespaces() {
+        eprintln!("skipped: no PID namespace can be made here");
+        return;
+    }
+    let backend = agent().await;
+    let mut chain = Chain::start(&service(&[&backend], "")).await;
+    chain.newest().signal("TERM");
+    chain.ends_well(0).await;
+    let inside = chain.apart(&[]);
+    inside.after("admin listening on").await;
+    let mut outside = chain.begin_upgrade();
+    assert_eq!(outside.ended().await.code(), Some(1));
+    let said = outside.after("does not hand over").await;
+    assert!(said.contains("PID namespace") && said.contains("kill -USR2 1 there"), "{said}");
+    drop(inside);
+
+    // The other way round the process that serves sees the other, and knows it by its own number of it.
+    chain.start_again().await;
+    let _inside = chain.apart(&["--upgrade"]);
+    eventually_within(Duration::from_secs(20), "it takes over", || {
+        count(chain.newest(), "the new process serves") == 1
+    })
+    .await;
+    chain.ends_well(1).await;
+}
+
 #[tokio::test]
 async fn a_service_manager_keeps_its_process() {
     let backend = agent().await;
