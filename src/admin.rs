@@ -37,6 +37,8 @@ use crate::net::listen::{Bounded, Socket};
 use crate::scaling::Source;
 use crate::snapshot::Running;
 use crate::state::dispatcher::Dispatcher;
+use crate::state::runs::Stop;
+use crate::state::status::{CancelReport, Ending};
 use document::Json;
 use guard::Reader;
 use problem::Problem;
@@ -297,13 +299,32 @@ async fn end_run(State(context): Shared, Path(id): Path<String>) -> Result<Respo
         if dispatcher.has_successor() {
             return Err(handing_over());
         }
-        let Some((report, call)) = dispatcher.cancel(id, ids::now()) else { continue };
+        let Some((ending, call)) = dispatcher.cancel(id, ids::now()) else { continue };
         if let Some(call) = call {
+            let dispatcher = Arc::clone(&dispatcher);
             tokio::spawn(async move { runs::make(&dispatcher, &call).await });
         }
+        let report = match ending {
+            Ending::Told(report) => report,
+            Ending::Open(stop) => ended_or_called(&dispatcher, id, &stop).await?,
+        };
         return Ok(Json(json!({ "cancel": report })).into_response());
     }
     Err(Problem::not_found("there is no outstanding run with this id; it may have ended"))
+}
+
+/// Waits until it is known what becomes of a run that has no name yet: its own time to be named is bounded, and so is
+/// that in which what carries it closes.
+async fn ended_or_called(dispatcher: &Dispatcher, id: RunId, stop: &Stop) -> Result<CancelReport, Problem> {
+    loop {
+        tokio::time::sleep(ENDING_EVERY).await;
+        if dispatcher.has_successor() {
+            return Err(handing_over());
+        }
+        if let Some(report) = dispatcher.ending(id, stop) {
+            return Ok(report);
+        }
+    }
 }
 
 async fn drain_endpoint(
@@ -445,6 +466,9 @@ const NAMES_MAX: usize = 20;
 
 /// How long an answer may be waited for.
 const WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// How often it is looked what has become of a run that is to be ended.
+const ENDING_EVERY: Duration = Duration::from_millis(20);
 
 /// So probable it must be that a rollout cuts nothing to be called safe.
 const CONFIDENCE_DEFAULT: f64 = 0.95;

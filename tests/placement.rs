@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use longhaul::balance;
 use longhaul::config::{Affinity, Balance, WhenDraining, WhenLost};
 use longhaul::ids::{self, RunId};
+use longhaul::protocols;
 use longhaul::state::core::{Core, Finish, Grant, Unplaced};
 use longhaul::state::dispatcher::{Ask, Dispatcher, Picked, PinHint};
-use longhaul::state::status::{EndpointState, EndpointStatus};
+use longhaul::state::runs::About;
+use longhaul::state::status::{CancelReport, Ending, EndpointState, EndpointStatus};
 use longhaul::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome};
 use proptest::prelude::*;
 use support::{Fleet, Place, key, place};
@@ -1595,6 +1597,26 @@ impl Model {
         }
         self.compare(world);
     }
+}
+
+/// Its endpoint works on, and was never asked to stop: nobody may be told that it was.
+#[test]
+fn a_run_that_is_never_named_could_not_be_cancelled() {
+    let mut world = World::new(&Fleet::new().version("stable", 1, [place(1)]));
+    let about = About { protocol: protocols::by_name("langgraph"), base: Box::from(""), goes_on: true };
+    let id = RunId::generate();
+    let ask = Ask { about: Some(&about), ..Ask::new(Kind::Start, None) };
+    let grant = world.core.pick(ask, Some(id), world.now, 0).expect("a place");
+    let mut ended = Vec::new();
+    let asked = world.core.cancel_by_id(id, &mut ended, world.now);
+    let Some((Ending::Open(stop), None)) = asked else { panic!("it has no name") };
+    assert_eq!((world.core.ending(id, &stop), stop.outcome()), (None, None));
+    world.now += Duration::from_secs(11);
+    assert!(world.core.due_runs(10, &mut ended, world.now).is_empty(), "there is no call");
+    assert_eq!(stop.outcome(), Some(RunOutcome::Cancelled), "what carries it closes");
+    assert_eq!(world.core.ending(id, &stop), None, "until then it counts");
+    world.core.finish(grant, Finish::Left, world.now);
+    assert_eq!(world.core.ending(id, &stop), Some(CancelReport::Impossible));
 }
 
 proptest! {

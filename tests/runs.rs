@@ -200,6 +200,44 @@ async fn an_operator_ends_a_run_by_the_protocols_own_call() {
 }
 
 #[tokio::test]
+async fn the_end_of_a_run_without_a_name_is_answered_for_when_it_is_known() {
+    for (status, said, cancels) in [(200, "sent", 1), (500, "confirmed", 0)] {
+        let backend = Backend::start().await;
+        let gate = Gate::default();
+        let answer = gate.clone();
+        backend.each(move |request| {
+            let json = ("content-type", "application/json");
+            if request.method == "GET" || request.target.contains("/cancel") {
+                return Script::answer(200, &[json], r#"{"status":"running"}"#);
+            }
+            let location = format!("{}/r-1", request.target);
+            let Script(steps) = Script::answer(status, &[json, ("content-location", &location)], r#"{"run_id":"r-1"}"#);
+            Script([Step::ReadBody, Step::Wait(answer.clone())].into_iter().chain(steps).collect())
+        });
+        let proxy = start_proxy(&config(&[&backend], "    agent_protocol: langgraph\n")).await;
+        let mut client = proxy.connect().await;
+        let body = r#"{"assistant_id":"agent"}"#;
+        let head = format!("POST /threads/{THREAD}/runs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n");
+        client.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len())).await;
+        let has_start = || backend.requests().iter().any(|request| request.method == "POST");
+        eventually("the endpoint has the start", has_start).await;
+        let listed = proxy.admin("GET", "/api/v1/runs").await.json();
+        let id = listed["runs"][0]["id"].as_str().expect("an id").to_owned();
+        let path = format!("/api/v1/runs/{id}");
+        let mut killing = std::pin::pin!(proxy.admin("DELETE", &path));
+        let early = tokio::time::timeout(Duration::from_millis(300), killing.as_mut()).await;
+        assert!(early.is_err(), "nobody knows yet: {}", early.expect("answered").text());
+        gate.open();
+        assert_eq!(killing.await.json()["cancel"], said);
+        if cancels > 0 {
+            eventually("its endpoint is called", || backend.requests().iter().any(|it| it.target.contains("/cancel")))
+                .await;
+        }
+        assert_eq!(backend.requests().iter().filter(|it| it.target.contains("/cancel")).count(), cancels);
+    }
+}
+
+#[tokio::test]
 async fn an_operator_cuts_a_run_that_has_no_call() {
     let backend = Backend::start().await;
     backend.drip_each();

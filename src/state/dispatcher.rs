@@ -25,7 +25,7 @@ use crate::state::queue::{Class, Principal};
 use crate::state::recording::Budget;
 use crate::state::runs::{About, Stop};
 use crate::state::sessions::SessionKey;
-use crate::state::status::{CancelReport, DueCall, RollReport, RunInfo, ServiceStatus, SessionInfo};
+use crate::state::status::{CancelReport, DueCall, Ending, RollReport, RunInfo, ServiceStatus, SessionInfo};
 use crate::state::waiting::Waiting;
 use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target, TargetSettings};
 
@@ -488,11 +488,16 @@ impl Dispatcher {
 
     /// Ends a run by hand: what is carried is cut, and the endpoint is asked where its protocol has a call for it.
     /// `None`: there is no such run here.
-    pub fn cancel(&self, id: RunId, now: Instant) -> Option<(CancelReport, Option<DueCall>)> {
+    pub fn cancel(&self, id: RunId, now: Instant) -> Option<(Ending, Option<DueCall>)> {
         let mut ended = Vec::new();
-        let report = self.with(|core| core.cancel_by_id(id, &mut ended, now));
+        let ending = self.with(|core| core.cancel_by_id(id, &mut ended, now));
         record(ended);
-        report
+        ending
+    }
+
+    /// What has become of a run that was to be ended and could not be yet; `None`: it can't still.
+    pub fn ending(&self, id: RunId, stop: &Stop) -> Option<CancelReport> {
+        self.with(|core| core.ending(id, stop))
     }
 
     /// A run is outstanding, or somebody waits.

@@ -1,7 +1,7 @@
 //! Runs: a record for every piece of agent work, from its reservation to its end, whatever carries it meanwhile.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
@@ -84,6 +84,8 @@ pub(crate) struct Cancelling {
 #[derive(Debug, Default)]
 pub struct Stop {
     outcome: AtomicU8,
+    /// There was a call to its endpoint.
+    called: AtomicBool,
     /// Those who want to hear of it: nearly always one.
     wakers: Mutex<(Option<Waker>, Vec<Waker>)>,
 }
@@ -93,6 +95,16 @@ impl Stop {
         self.outcome.store(outcome as u8 + 1, Ordering::Release);
         let (first, more) = std::mem::take(&mut *self.wakers());
         first.into_iter().chain(more).for_each(Waker::wake);
+    }
+
+    /// Its endpoint is called to end it.
+    pub(crate) fn set_called(&self) {
+        self.called.store(true, Ordering::Release);
+    }
+
+    /// Whether its endpoint was called to end it.
+    pub fn is_called(&self) -> bool {
+        self.called.load(Ordering::Acquire)
     }
 
     /// As what the run was ended.

@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer};
 use crate::ids::RunId;
 use crate::protocols::Call;
 use crate::state::Target;
-use crate::state::runs::About;
+use crate::state::runs::{About, Stop};
 
 /// One service, in the shape of `GET /api/v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -259,6 +259,14 @@ pub enum CancelReport {
     Sent,
     /// Nobody can be asked; it does not count any more.
     Impossible,
+}
+
+/// Whether that can be said of a run yet.
+pub enum Ending {
+    Told(CancelReport),
+    /// It has no name yet by which its endpoint could be called, and is called once it has one: 10 s are waited for that.
+    /// Then what carries it is closed.
+    Open(Arc<Stop>),
 }
 
 /// Whole numbers as such, as they were configured: `95`, not `95.0`.

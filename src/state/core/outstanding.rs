@@ -1,15 +1,16 @@
 //! Outstanding: runs from their reservation to their end, which may come without an exchange: told by another answer,
 //! found out by asking, or assumed after silence.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::ids::RunId;
 use crate::protocols::{Call, Cancel, Fact, Protocol, RunRef, Standing as Found};
 use crate::state::core::standing::Standing;
 use crate::state::core::{Core, Ended, Grant};
-use crate::state::runs::{About, Cancelling, NewRun, Run};
+use crate::state::runs::{About, Cancelling, NewRun, Run, Stop};
 use crate::state::sessions::SessionKey;
-use crate::state::status::{CancelReport, DueCall, Question};
+use crate::state::status::{CancelReport, DueCall, Ending, Question};
 use crate::state::{AffinityOutcome, Kind, RunOutcome};
 
 /// Between two status calls about one run: an eighth of its age, within these.
@@ -398,6 +399,7 @@ impl Core {
             return None;
         };
         run.cancel = Some(Cancelling { how, outcome, until, sent: true, by_closing: false });
+        run.stop.set_called();
         run.asking = true;
         let mut due = run.due(number, Question::Cancel, call);
         if let Some(origin) = &mut run.origin {
@@ -441,19 +443,29 @@ impl Core {
         id: RunId,
         ended: &mut Vec<Ended>,
         now: Instant,
-    ) -> Option<(CancelReport, Option<DueCall>)> {
+    ) -> Option<(Ending, Option<DueCall>)> {
         let now = self.advance(now);
         let number = self.runs.by_id(id)?;
         let carried = self.runs.run(number).is_some_and(|run| run.carriers > 0);
         let call = self.cancel(number, Cancel::Interrupt, RunOutcome::Cancelled, ended, now);
-        let waits = self.runs.run(number).is_some_and(Run::waits_for_cancel);
-        let report = match (&call, carried) {
-            _ if waits => CancelReport::Sent,
-            (Some(_), _) => CancelReport::Sent,
-            (None, true) => CancelReport::Confirmed,
-            (None, false) => CancelReport::Impossible,
+        let ending = match (self.runs.run(number).filter(|run| run.waits_for_cancel()), &call) {
+            (Some(waits), _) => Ending::Open(Arc::clone(&waits.stop)),
+            (None, Some(_)) => Ending::Told(CancelReport::Sent),
+            (None, None) if carried => Ending::Told(CancelReport::Confirmed),
+            (None, None) => Ending::Told(CancelReport::Impossible),
         };
-        Some((report, call))
+        Some((ending, call))
+    }
+
+    /// What has become of a run of which [`Core::cancel_by_id`] could not say; `None`: that is still open.
+    pub fn ending(&self, id: RunId, stop: &Stop) -> Option<CancelReport> {
+        match (self.runs.by_id(id), stop.is_called()) {
+            (Some(_), true) => Some(CancelReport::Sent),
+            (Some(_), false) => None,
+            // What carried it was closed, and its endpoint was never asked.
+            (None, false) if stop.outcome().is_some() => Some(CancelReport::Impossible),
+            (None, _) => Some(CancelReport::Confirmed),
+        }
     }
 
     /// Takes the answer to a cancel call. `accepted`: the endpoint took it; `gone`: it knows no such run any more.
