@@ -8,7 +8,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use longhaul::config::Address;
-use support::{Backend, Proxy, RawClient, ZoneServer, eventually_async, start_proxy, start_proxy_with, within};
+use support::{
+    Backend, Proxy, RawClient, Script, ZoneServer, eventually, eventually_async, start_proxy, start_proxy_with, within,
+};
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
@@ -293,6 +295,28 @@ async fn all_replicas_are_summed_and_one_that_is_gone_is_never_a_dip() {
     assert_eq!(error.code(), Code::Unavailable);
     assert!(error.message().contains(&format!("{}:{}", Fleet::ip(2), fleet.port)), "{error}");
     assert_eq!(keda.is_active().await.ok(), Some(true), "what is known for sure is said");
+}
+
+/// As an older one might: it has to be asked anew each time.
+#[tokio::test]
+async fn a_replica_that_can_not_be_waited_for_is_asked_now_and_then() {
+    let dns = ZoneServer::start().await;
+    dns.set(NAME, &[Ipv4Addr::LOCALHOST]);
+    let replica = Backend::start().await;
+    replica.each(|_| Script::answer(200, &[("content-type", "application/json")], r#"{"services": {}}"#));
+    let port = replica.address().port();
+    let server = dns.address;
+    let proxy = start_proxy_with(&agents("", &format!(", replicas: {{dns: {NAME}, port: {port}}}")), |options| {
+        options.heritage.surroundings.name_servers = Some(vec![server]);
+    })
+    .await;
+    let keda = Keda::connect(&proxy, &[("service", "agents")]).await;
+    let mut stream = keda.stream().await.expect("a stream");
+    assert!(!next(&mut stream).await);
+    eventually("it is asked", || replica.request_count() > 0).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let asked = replica.request_count();
+    assert!(asked <= 3, "{asked} times within a second");
 }
 
 #[tokio::test]

@@ -59,11 +59,19 @@ pub struct Replicas {
 #[derive(Default)]
 struct Heard {
     /// Of DNS.
-    addresses: Option<(Instant, Vec<SocketAddr>)>,
+    addresses: Option<Named>,
     /// For sums.
     replicas: HashMap<SocketAddr, Said>,
     /// Of the others by following them. Apart, because a follower says what it heard last, and is told of what is else.
     followed: HashMap<SocketAddr, Said>,
+}
+
+/// Whom DNS named last.
+struct Named {
+    /// Where they were looked for: elsewhere they are nobody.
+    settings: config::Replicas,
+    addresses: Vec<SocketAddr>,
+    at: Instant,
 }
 
 /// What a replica said last.
@@ -71,6 +79,14 @@ struct Heard {
 struct Said {
     load: Load,
     at: Instant,
+}
+
+impl Named {
+    /// Those who may be asked while DNS has no answer: an address that it named long ago may be another's by now.
+    fn still_good(&self, settings: &config::Replicas, now: Instant) -> Option<&[SocketAddr]> {
+        let is_good = self.settings == *settings && now.saturating_duration_since(self.at) <= STALE_MAX;
+        is_good.then_some(&self.addresses[..])
+    }
 }
 
 impl Heard {
@@ -95,7 +111,9 @@ impl Heard {
                 let seconds = age.as_secs();
                 return Err(format!("the replica {address} can't be asked for {seconds} s: {}", failure()));
             }
-            if !counted.contains(&said.load.instance.as_str()) {
+            // One that does not say which process it is is another than all that don't: to count one twice keeps pods that
+            // are not needed, to leave one out takes those that are.
+            if said.load.instance.is_empty() || !counted.contains(&said.load.instance.as_str()) {
                 counted.push(&said.load.instance);
                 parts.push(said.load.clone());
             }
@@ -153,7 +171,7 @@ impl Replicas {
             while asking.len() < ASKED_AT_ONCE
                 && let Some(address) = waiting.next()
             {
-                let token = self.token(settings).await;
+                let token = self.token(address).await;
                 asking.spawn(async move { (address, ask(address, target, token, ASK_TIMEOUT).await) });
             }
             match asking.join_next().await {
@@ -201,15 +219,15 @@ impl Replicas {
             Ok(found) => {
                 let found: Vec<SocketAddr> =
                     found.into_iter().map(|address| SocketAddr::new(address, settings.port)).collect();
-                heard.addresses = Some((now, found.clone()));
+                heard.addresses = Some(Named { settings: settings.clone(), addresses: found.clone(), at: now });
                 Ok(found)
             }
-            Err(failure) => match &heard.addresses {
-                Some((at, known)) if now.saturating_duration_since(*at) <= STALE_MAX => {
+            Err(failure) => match heard.addresses.as_ref().and_then(|known| known.still_good(settings, now)) {
+                Some(known) => {
                     warn!("{failure}: the replicas that it named last count for {STALE_MAX:?}");
-                    Ok(known.clone())
+                    Ok(known.to_vec())
                 }
-                _ => Err(failure),
+                None => Err(failure),
             },
         }
     }
@@ -220,11 +238,11 @@ impl Replicas {
         snapshot.loaded.config.kubernetes.replicas().cloned()
     }
 
-    /// The admin API's own token, where that is what answers at the port of the replicas. Probes want none, and nobody is
-    /// sent a secret that he does not want.
-    async fn token(&self, settings: &config::Replicas) -> Option<HeaderValue> {
+    /// The admin API's own token, for a replica at whose port that answers. Probes want none, and nobody is sent a secret
+    /// that he does not want; nor is anybody whom DNS does not name, as only those are asked.
+    async fn token(&self, replica: SocketAddr) -> Option<HeaderValue> {
         let admin = self.source.running.snapshot.load().loaded.config.admin.clone();
-        let is_admin = matches!(&admin.address, Address::Tcp(address) if address.port() == settings.port);
+        let is_admin = matches!(&admin.address, Address::Tcp(address) if address.port() == replica.port());
         let file = admin.token_file.filter(|_| is_admin)?;
         let token = tokio::fs::read_to_string(file).await.ok()?;
         let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim())).ok()?;
@@ -306,6 +324,28 @@ mod tests {
             "whoever left counts no more"
         );
         assert!(!heard.replicas.contains_key(&address(2)));
+    }
+
+    #[test]
+    fn replicas_that_do_not_say_who_they_are_count_each() {
+        let start = ids::now();
+        let mut heard = Heard::default();
+        heard.replicas.insert(address(1), said("", 5, start));
+        heard.replicas.insert(address(2), said("", 3, start));
+        heard.replicas.insert(address(3), said("own", 7, start));
+        let addresses = [address(1), address(2), address(3)];
+        assert_eq!(heard.parts("own", &addresses, &HashMap::new(), start).map(|parts| parts.len()), Ok(2));
+    }
+
+    #[test]
+    fn whom_dns_named_long_ago_or_for_another_name_is_asked_no_more() {
+        let now = ids::now();
+        let settings = |dns: &str, port| config::Replicas { dns: dns.to_owned(), port };
+        let named = Named { settings: settings("a.svc", 9901), addresses: vec![address(1)], at: now };
+        assert_eq!(named.still_good(&settings("a.svc", 9901), now + STALE_MAX), Some(&[address(1)][..]));
+        assert_eq!(named.still_good(&settings("a.svc", 9901), now + 2 * STALE_MAX), None);
+        assert_eq!(named.still_good(&settings("b.svc", 9901), now), None);
+        assert_eq!(named.still_good(&settings("a.svc", 9900), now), None);
     }
 
     #[test]

@@ -12,7 +12,6 @@ use tokio::sync::futures::Notified;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
-use crate::config;
 use crate::ids;
 use crate::scaling::replicas::{ASK_TIMEOUT, Replicas, STALE_MAX, Said, ask};
 
@@ -73,12 +72,15 @@ impl Replicas {
                         self.lock().followed.retain(|address, _| addresses.contains(address));
                         for address in addresses {
                             followed.entry(address).or_insert_with(|| {
-                                let one = Arc::clone(&self).follow_one(address, settings.clone());
-                                AbortOnDropHandle::new(tokio::spawn(one))
+                                AbortOnDropHandle::new(tokio::spawn(Arc::clone(&self).follow_one(address)))
                             });
                         }
                     }
-                    Err(failure) => debug!("no replica can be followed: {failure}"),
+                    Err(failure) => {
+                        // By now their addresses may be others'.
+                        followed.clear();
+                        debug!("no replica can be followed: {failure}");
+                    }
                 }
             } else {
                 followed.clear();
@@ -88,16 +90,16 @@ impl Replicas {
     }
 
     /// Until it is found to be this process.
-    async fn follow_one(self: Arc<Self>, address: SocketAddr, settings: config::Replicas) {
+    async fn follow_one(self: Arc<Self>, address: SocketAddr) {
         let mut pause = PAUSE;
         loop {
             let known = self.lock().followed.get(&address).map(|said| said.load.activity.clone());
-            let target = match known {
+            let target = match known.filter(|known| !known.is_empty()) {
                 None => "/metrics".to_owned(),
                 Some(known) => format!("/metrics?wait={}s&activity={known}", WAIT.as_secs()),
             };
             let asked = tokio::time::Instant::now();
-            match ask(address, &target, self.token(&settings).await, WAIT + ASK_TIMEOUT).await {
+            match ask(address, &target, self.token(address).await, WAIT + ASK_TIMEOUT).await {
                 Ok(load) => {
                     if load.instance == self.source.instance() {
                         // Looked at again after a while: addresses are given to others.
@@ -105,11 +107,12 @@ impl Replicas {
                         tokio::time::sleep(WAIT).await;
                         continue;
                     }
+                    // Whatever it answers, and however fast. One that does not say what is to be waited for can't wait.
+                    let apart = if load.activity.is_empty() { FIND_EVERY } else { ASKED_APART };
                     self.lock().followed.insert(address, Said { load, at: ids::now() });
                     self.told.notify_waiters();
                     pause = PAUSE;
-                    // Whatever it answers, and however fast.
-                    tokio::time::sleep_until(asked + ASKED_APART).await;
+                    tokio::time::sleep_until(asked + apart).await;
                 }
                 Err(failure) => {
                     debug!("the replica {address} can't be followed: {failure}");
