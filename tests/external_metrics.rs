@@ -329,6 +329,36 @@ async fn without_a_good_certificate_it_is_401() {
     assert!(old.server != renewed && new.server == renewed);
 }
 
+#[tokio::test]
+async fn strangers_that_ask_nothing_hold_no_places() {
+    let (files, clients) = (Files::new(), Authority::new());
+    files.write("clients.crt", &clients.pem);
+    let more = format!(", client_ca_file: {}/clients.crt}}", files.path().display());
+    let proxy = start_proxy(&files.config(&more, "")).await;
+    let good = clients.client("anybody");
+    let mut known = Caller::connect(&proxy, &files.authority, Some(&good)).await;
+    assert_eq!(known.ask(API, &[]).await.0, 200);
+    let mut strangers = Vec::new();
+    for _ in 0..64 {
+        strangers.push(Caller::connect(&proxy, &files.authority, None).await);
+    }
+    within("a place", async {
+        let mut another = Caller::connect(&proxy, &files.authority, Some(&good)).await;
+        assert_eq!(another.ask(API, &[]).await.0, 200);
+    })
+    .await;
+    for mut stranger in strangers {
+        let told = within("the end of its connection", async {
+            while !stranger.sender.is_closed() {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        });
+        told.await;
+        assert!(stranger.sender.ready().await.is_err());
+    }
+    assert!(!known.sender.is_closed(), "whoever is known may be silent");
+}
+
 const CONFIG_MAP: &str = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication";
 
 fn config_map(authority: &Authority) -> Value {

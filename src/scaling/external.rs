@@ -21,7 +21,7 @@ use rustls::ServerConfig;
 use rustls_pki_types::CertificateDer;
 use serde_json::Value;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -37,9 +37,12 @@ use crate::scaling::replicas::Replicas;
 use answer::Asked;
 use callers::{Callers, Known};
 
-/// The API server has a few.
+/// The API server has a few. So many of it, and so many again of whom it is not known that they are: nobody of these has a
+/// place for longer than the next two say.
 const CONNECTIONS_MAX: usize = 64;
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Until the request of a caller whose certificate is none of ours, for which it is told so and the connection closed.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(2);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
@@ -51,7 +54,8 @@ pub async fn serve(replicas: Arc<Replicas>, socket: Socket, stop: CancellationTo
     };
     let known = Arc::new(Known::new());
     let (sender, tls) = watch::channel(None);
-    let server = Arc::new(Server { replicas, known, tls });
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let server = Arc::new(Server { replicas, known, tls, places });
     let _files = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&server).follow_files(sender)));
     let listener = Bounded::new(listener, CONNECTIONS_MAX);
     let mut connections = JoinSet::new();
@@ -71,10 +75,12 @@ struct Server {
     known: Arc<Known>,
     /// `None`: its files can't be used.
     tls: watch::Receiver<Option<Arc<ServerConfig>>>,
+    /// Of callers who are known.
+    places: Arc<Semaphore>,
 }
 
 impl Server {
-    async fn connection(self: Arc<Self>, stream: std::io::Result<TcpStream>, _permit: OwnedSemaphorePermit) {
+    async fn connection(self: Arc<Self>, stream: std::io::Result<TcpStream>, permit: OwnedSemaphorePermit) {
         let Ok(stream) = stream else { return };
         let handshake = async {
             // Right after the start they may not have been read.
@@ -89,13 +95,19 @@ impl Server {
         };
         let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let chain: Arc<[CertificateDer<'static>]> = chain.iter().map(|one| one.clone().into_owned()).collect();
+        let is_known = self.known.current().knows(&chain, ids::wall_clock());
+        let (_place, timeout) = match is_known {
+            // Where all of those are taken it keeps the one that it has.
+            true => (Arc::clone(&self.places).try_acquire_owned().unwrap_or(permit), HEADER_TIMEOUT),
+            false => (permit, STRANGER_TIMEOUT),
+        };
         let service = service_fn(move |request| {
             let (server, chain) = (Arc::clone(&self), Arc::clone(&chain));
             async move { Ok::<_, Infallible>(server.answer(&request, &chain).await) }
         });
         let served = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_TIMEOUT)
+            .header_read_timeout(timeout)
             .max_buf_size(HEAD_BYTES_MAX)
             .serve_connection(TokioIo::new(stream), service)
             .await;

@@ -48,14 +48,28 @@ impl Callers {
             Callers::Nobody(reason) => Err(reason.clone()),
         }
     }
+
+    /// Whether a caller who showed this chain may ask, if it says for whom.
+    pub fn knows(&self, chain: &[CertificateDer<'_>], now: SystemTime) -> bool {
+        match self {
+            Callers::Of(authorities) => authorities.name_of(chain, now).is_ok(),
+            Callers::FrontProxy(front_proxy) => front_proxy.check_certificate(chain, now).is_ok(),
+            Callers::Nobody(_) => false,
+        }
+    }
 }
 
 impl FrontProxy {
-    fn check(&self, chain: &[CertificateDer<'_>], headers: &HeaderMap, now: SystemTime) -> Result<(), String> {
+    fn check_certificate(&self, chain: &[CertificateDer<'_>], now: SystemTime) -> Result<(), String> {
         let name = self.authorities.name_of(chain, now)?;
         if !self.allowed_names.is_empty() && !self.allowed_names.contains(&name) {
             return Err(format!("{name:?} is not a name that the cluster's front proxy may have"));
         }
+        Ok(())
+    }
+
+    fn check(&self, chain: &[CertificateDer<'_>], headers: &HeaderMap, now: SystemTime) -> Result<(), String> {
+        self.check_certificate(chain, now)?;
         let names_a_person = |header: &HeaderName| headers.get(header).is_some_and(|value| !value.is_empty());
         match self.username_headers.iter().any(names_a_person) {
             true => Ok(()),
