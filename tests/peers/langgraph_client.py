@@ -262,9 +262,9 @@ async def resume(context: Context):
             break
     await asyncio.sleep(0.3)
     async for part in context.runs.join_stream(thread, run, stream_mode="custom", last_event_id=ids[-1]):
-        # Where the past meets the present a busy server may send an event twice, with the same id.
-        if part.event == "custom" and part.id not in ids:
-            ids.append(part.id)
+        # Where the past meets the present a busy server may send an event twice. Its id does not tell: it is a time in
+        # milliseconds, and a server that was held up gives two events the same.
+        if part.event == "custom" and part.data["step"] not in seen:
             seen.append(part.data["step"])
     again = []
     async for part in context.runs.join_stream(thread, run, stream_mode="custom", last_event_id="-1"):
