@@ -168,7 +168,8 @@ impl Survival {
 
     /// How many of these are still there after this time, on average.
     pub fn expected_left(&self, ages: &Ages, after: Duration) -> f64 {
-        ages.groups().map(|(count, age)| count * self.outlasts(age, after.as_secs_f64())).sum()
+        // Not by `sum`, whose nothing is -0.0.
+        ages.groups().fold(0.0, |left, (count, age)| left + count * self.outlasts(age, after.as_secs_f64()))
     }
 
     /// The time within which all of these have ended with this probability; `None`: not before [`HORIZON`].
@@ -249,6 +250,13 @@ mod tests {
         assert!(p50 >= seconds(5.0) && p50 <= p95 && p95 <= seconds(6.5), "{p50:?} {p95:?}");
         assert!(survival.all_ended(&ages, seconds(7.0)) > 0.99);
         assert!(survival.all_ended(&ages, seconds(4.0)) < 0.01);
+    }
+
+    #[test]
+    fn of_no_run_none_is_left() {
+        let survival = Survival::new(&seen([1.0]), &Ages::default());
+        let left = survival.expected_left(&Ages::default(), seconds(1.0));
+        assert!(left == 0.0 && left.is_sign_positive(), "{left:?}");
     }
 
     #[test]

@@ -251,7 +251,7 @@ impl Rolling {
         }
         let endpoints = &report.endpoints;
         report.probability_none_cut = endpoints.iter().map(|endpoint| endpoint.probability_none_cut).product();
-        report.expected_cut_runs = endpoints.iter().map(|endpoint| endpoint.expected_cut_runs).sum();
+        report.expected_cut_runs = endpoints.iter().fold(0.0, |all, endpoint| all + endpoint.expected_cut_runs);
         report.outstanding_runs = endpoints.iter().map(|endpoint| u64::from(endpoint.outstanding_runs)).sum();
         report.safe = report.probability_none_cut >= report.confidence;
         report.runs_seen = outlook.runs_seen();
