@@ -229,6 +229,8 @@ impl Http1 {
         self.incoming = Incoming::Eof;
         self.outgoing = Outgoing::Raw;
         self.finished = false;
+        // A tunnel's end is read.
+        self.aside = None;
     }
 
     /// Bytes read ahead of their time go first.
