@@ -222,19 +222,25 @@ fn parse_address(element: &[u8]) -> Option<IpAddr> {
     Some(address.to_canonical())
 }
 
-/// An element of Forwarded (RFC 7239 section 4) that names an address. Half of one is unreadable: a comma within quotes has
-/// split it.
+/// An element of Forwarded (RFC 7239 section 4) that names an address.
 fn parse_element(element: &[u8]) -> Option<IpAddr> {
+    parse_address(parameter(element, b"for")?)
+}
+
+/// A parameter of an element of Forwarded, quotes included. Half an element has none that could be believed: a comma within
+/// quotes has split it. Nor has one with an escaped quote.
+fn parameter<'a>(element: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     let quotes = memchr::memchr_iter(b'"', element).count();
     if quotes % 2 == 1 || memchr::memchr(b'\\', element).is_some() {
         return None;
     }
-    parse_address(parameter(element, b"for")?)
-}
-
-/// A parameter of an element of Forwarded, quotes included.
-fn parameter<'a>(element: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
-    element.split(|byte| *byte == b';').find_map(|pair| {
+    let mut in_quotes = false;
+    // What is quoted may come from a client, as its Host does.
+    let mut pairs = element.split(|byte| {
+        in_quotes ^= *byte == b'"';
+        *byte == b';' && !in_quotes
+    });
+    pairs.find_map(|pair| {
         let (found, value) = pair.split_at(memchr::memchr(b'=', pair)?);
         found.trim_ascii().eq_ignore_ascii_case(name).then(|| &value[1..])
     })
@@ -365,6 +371,7 @@ mod tests {
             ("10.0.0.1", vec!["for=5.6.7.8, for=unknown, for=10.9.9.9"], "10.9.9.9"),
             ("10.0.0.1", vec!["for=5.6.7.8, for=_hidden"], "10.0.0.1"),
             ("10.0.0.1", vec!["for=5.6.7.8, host=a"], "10.0.0.1"),
+            ("10.0.0.1", vec!["host=\"x;for=9.9.9.9;y\";for=5.6.7.8"], "5.6.7.8"),
             ("10.0.0.1", vec!["for=5.6.7.8;host=\"a, for=127.0.0.1\""], "10.0.0.1"),
             ("10.0.0.1", vec!["for=5.6.7.8;host=\"a\\\", for=127.0.0.1;x=\\\"\""], "10.0.0.1"),
         ] {
@@ -389,6 +396,8 @@ mod tests {
             ),
             (vec![("forwarded", "for=5.6.7.8;proto=https;Host=\"outer:8443\", for=10.0.0.2")], "https", "outer:8443"),
             (vec![("forwarded", "proto=https"), ("x-forwarded-proto", "http")], "http", "inner"),
+            (vec![("forwarded", "host=\"a;proto=https;host=evil\";for=5.6.7.8")], "http", "a;proto=https;host=evil"),
+            (vec![("forwarded", "for=\"x, proto=https\"")], "http", "inner"),
             (vec![("x-forwarded-proto", "gopher"), ("x-forwarded-host", "a b\"c")], "http", "inner"),
             (vec![("x-forwarded-proto", ""), ("x-forwarded-host", "")], "http", "inner"),
         ] {
