@@ -161,6 +161,42 @@ async fn what_an_endpoint_may_have_done_is_not_done_twice() {
 }
 
 #[tokio::test]
+async fn what_is_safe_to_repeat_is_not_repeated_where_its_session_no_longer_is() {
+    let backends = Backend::start_several(2).await;
+    let (first, second, never) = (Gate::new(), Gate::new(), Gate::new());
+    let head = || Step::Head { status: 200, headers: vec![], body: Body::Chunked };
+    let come = Arc::new(AtomicUsize::new(0));
+    for backend in &backends {
+        let (first, second, never, come) = (first.clone(), second.clone(), never.clone(), Arc::clone(&come));
+        backend.each(move |_| match come.fetch_add(1, Ordering::SeqCst) {
+            0 => reset_before_the_answer().after(&first),
+            1 => reset_before_the_answer().after(&second),
+            _ => Script(vec![head(), Step::Data(b"data: one\n\n".to_vec()), Step::Wait(never.clone())]),
+        });
+    }
+    let more = format!("{BY_HEADER}    runs: {{max_per_endpoint: 2}}\n");
+    let proxy = start_proxy(&over(&backends, &more)).await;
+    let start = async || {
+        let mut client = proxy.connect().await;
+        client.send("GET / HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nx-session-id: s\r\n\r\n").await;
+        client
+    };
+    let mut moves = start().await;
+    eventually("it has come", || come.load(Ordering::SeqCst) == 1).await;
+    let mut stays = start().await;
+    eventually("it has come", || come.load(Ordering::SeqCst) == 2).await;
+    first.open();
+    assert_eq!(moves.read_head().await.status, 200);
+    // The session has moved, and this one fills its new endpoint.
+    let mut fills = start().await;
+    assert_eq!(fills.read_head().await.status, 200);
+    assert!(backends.iter().all(|backend| backend.request_count() == 2));
+    second.open();
+    is_error(&stays.read_response().await, 502, "upstream_reset");
+    assert_eq!(come.load(Ordering::SeqCst), 4, "it was asked once");
+}
+
+#[tokio::test]
 async fn what_is_safe_to_repeat_is_repeated_with_its_body() {
     for method in ["GET", "HEAD", "OPTIONS", "PUT", "DELETE"] {
         for chunked in [false, true] {
@@ -369,6 +405,27 @@ async fn a_client_that_leaves_while_we_connect_cancels_its_run() {
     drop(client);
     eventually("it ends", || proxy.outstanding() == 0).await;
     ended_are(&proxy, &[("cancelled", 1.0)]).await;
+}
+
+#[tokio::test]
+async fn a_background_run_is_begun_though_its_client_leaves_while_we_connect() {
+    let deaf = Deaf::start().await;
+    let backend = Backend::start().await;
+    backend.each(|_| Script::ok("{}"));
+    let more = "    agent_protocol: langgraph\n    timeouts: {connect: 500ms}\n    health: {interval: 1h}\n";
+    let proxy = start_proxy(&service(&[&deaf.url, backend.url()], more)).await;
+    let begun = || proxy.outstanding() as usize + backend.request_count();
+    // Some of them are sent to the endpoint that does not accept first.
+    for thread in 0..6 {
+        let before = begun();
+        let mut client = proxy.connect().await;
+        let body = r#"{"assistant_id": "agent", "input": {}}"#;
+        let head = format!("POST /threads/{thread}/runs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n");
+        client.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len())).await;
+        eventually("it is on its way", || begun() > before).await;
+        drop(client);
+    }
+    eventually("all have come", || backend.request_count() == 6).await;
 }
 
 #[tokio::test]

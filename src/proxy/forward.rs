@@ -36,7 +36,7 @@ use crate::state::core::Finish;
 use crate::state::dispatcher::{Lease, Placed};
 use crate::state::runs::Stop;
 use crate::state::sessions::SessionKey;
-use crate::state::{AffinityOutcome, Evidence, Kind, RunOutcome, Target};
+use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target};
 
 /// What is asked for, beside the request itself.
 pub struct Asked<'a> {
@@ -232,8 +232,12 @@ pub async fn forward(
         } else {
             // Where there is no other endpoint, a kept connection that broke may have been at its end: a new one is tried. So
             // it is with what may be asked twice of anyone.
-            let other = lease.retry(ids::now(), ids::random_u64());
-            other.ok().or_else(|| (fresh || repeatable).then(|| target.clone()))
+            match lease.retry(ids::now(), ids::random_u64()) {
+                Ok(other) => Some(other),
+                Err(Refusal::NoEndpoint | Refusal::QueueFull) => (fresh || repeatable).then(|| target.clone()),
+                // Its session is elsewhere by now, or its run was ended.
+                Err(_) => None,
+            }
         };
         if let Some(next) = next {
             attempt += 1;
@@ -340,7 +344,7 @@ struct Attempt<'a> {
     fresh: bool,
     /// The answer is wanted though its client may leave.
     goes_on: bool,
-    /// It is from the moment on in which the endpoint has been sent anything.
+    /// So it is of a run that goes on at its endpoint whoever leaves: where its client left is no reason not to begin it.
     outlives: bool,
     /// Its stream was begun while it waited.
     begun: bool,
@@ -383,7 +387,7 @@ async fn try_once(
         None => {
             // Boxed, so that an exchange on a kept connection does not make room for it.
             let connecting = Box::pin(upstream::connect(pool, target, connect_timeout));
-            match unless_gone(client, goes_on, connecting).await {
+            match unless_gone(client, goes_on || outlives, connecting).await {
                 None => return Tried::ClientGone,
                 Some(Ok(connected)) => connected,
                 Some(Err(error)) => {
