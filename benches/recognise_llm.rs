@@ -1,12 +1,14 @@
 //! Recognise: what it costs to tell an MCP or model API request's session and run, and to notice an event of its answer.
 
+use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
+use flate2::{Compress, Compression, FlushCompress};
 use http::Method;
 use longhaul::json::Extractor;
 use longhaul::message::Fields;
 use longhaul::protocols::{Fact, From, Look, Plan, Recognised, Request, by_name};
 use longhaul::sse::Event;
-use longhaul::websocket::Reader;
+use longhaul::websocket::{INFLATED_BYTES_MAX, Reader};
 
 fn main() {
     divan::main();
@@ -166,4 +168,42 @@ fn websocket_message(bencher: Bencher<'_, '_>) {
         reader.feed(black_box(&frame), |message| watch.message(From::Endpoint, message.text, &mut facts));
     });
     assert!(facts.is_empty() && !reader.is_blind());
+}
+
+/// A reader that has agreed on compression, and the frames of messages that say this.
+fn compressed(texts: &[&[u8]]) -> (Reader, Vec<Vec<u8>>) {
+    let mut answer = Fields::default();
+    answer.append("sec-websocket-extensions", b"permessage-deflate");
+    let mut compress = Compress::new(Compression::default(), false);
+    let frames = texts.iter().map(|text| {
+        let mut payload = Vec::with_capacity(text.len() + 1000);
+        compress.compress_vec(text, &mut payload, FlushCompress::Sync).expect("it can be compressed");
+        payload.truncate(payload.len() - 4);
+        let length = match payload.len() {
+            length @ 0..126 => vec![length as u8],
+            length => [&[126][..], &(length as u16).to_be_bytes()].concat(),
+        };
+        [&[0xc1][..], &length, &payload].concat()
+    });
+    (Reader::as_agreed(&answer), frames.collect())
+}
+
+/// As above, compressed; it refers to those before it, as nearly all do.
+#[divan::bench]
+fn compressed_websocket_message(bencher: Bencher<'_, '_>) {
+    let data = EVENTS[3].1.as_bytes();
+    let (mut reader, frames) = compressed(&[data, data]);
+    reader.feed(&frames[0], |_| ());
+    bencher.bench_local(|| reader.feed(black_box(&frames[1]), |message| _ = black_box(message.text)));
+    assert!(!reader.is_blind());
+}
+
+/// The most that a few bytes can become, in bytes of it.
+#[divan::bench]
+fn compressed_websocket_zeros(bencher: Bencher<'_, '_>) {
+    let zeros = vec![0; INFLATED_BYTES_MAX];
+    let (mut reader, frames) = compressed(&[&zeros]);
+    let counted = bencher.counter(BytesCount::new(zeros.len()));
+    counted.bench_local(|| reader.feed(black_box(&frames[0]), |message| _ = black_box(message.text)));
+    assert!(!reader.is_blind());
 }
