@@ -460,11 +460,7 @@ async fn unless_gone<T>(client: &mut Peer, goes_on: bool, mut future: Pin<Box<im
         if let Poll::Ready(value) = future.as_mut().poll(context) {
             return Poll::Ready(Some(value));
         }
-        let gone = if goes_on { client.poll_reset(context) } else { client.poll_gone(context) };
-        if gone.is_ready() {
-            return Poll::Ready(None);
-        }
-        Poll::Pending
+        client.poll_left(goes_on, context).map(|()| None)
     })
     .await
 }

@@ -142,9 +142,15 @@ impl Peer {
         }
     }
 
+    /// Ready when this side has left while no more of what it sends is taken. `wanted`: what it sent before that is to be
+    /// taken all the same.
+    pub fn poll_left(&mut self, wanted: bool, context: &mut Context<'_>) -> Poll<()> {
+        if wanted { self.poll_reset(context) } else { self.poll_gone(context) }
+    }
+
     /// As [`Peer::poll_gone`], where all that it sent before it left is wanted: on HTTP/2 a reset overtakes that; on
     /// HTTP/1.1 the end comes behind it.
-    pub fn poll_reset(&mut self, context: &mut Context<'_>) -> Poll<()> {
+    fn poll_reset(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match self {
             Peer::Http1(_) | Peer::Nobody => Poll::Pending,
             Peer::Http2(peer) => peer.poll_gone(context),

@@ -196,13 +196,6 @@ pub fn poll_pump(
     }
 }
 
-/// Whether a client has left of whose request the endpoint takes no more for now. `wanted`: what it sent before that is to
-/// go there all the same.
-fn has_left(client: &mut Peer, wanted: bool, context: &mut Context<'_>) -> bool {
-    let left = if wanted { client.poll_reset(context) } else { client.poll_gone(context) };
-    left.is_ready()
-}
-
 /// The client's body: its end is told to whoever compares it.
 fn request_came_in(observer: &mut Observer, ended: bool, _: Option<&Fields>) {
     if ended {
@@ -246,7 +239,7 @@ pub async fn until_answer(
             }
         } else {
             match poll_pump(client, &mut upstream.peer, request, context, request_came_in) {
-                Poll::Pending if request.blocked && has_left(client, goes_on, context) => {
+                Poll::Pending if request.blocked && client.poll_left(goes_on, context).is_ready() => {
                     return Poll::Ready(Answer::ClientGone);
                 }
                 Poll::Ready(Ok(())) | Poll::Pending => {}
@@ -423,10 +416,11 @@ pub async fn stream(client: &mut Peer, flow: &mut Flow, timer: &mut Timer) -> En
 fn poll_both(client: &mut Peer, flow: &mut Flow, context: &mut Context<'_>) -> Poll<End> {
     if !flow.request.over() {
         match poll_pump(client, &mut flow.upstream.peer, &mut flow.request, context, request_came_in) {
-            Poll::Pending if flow.request.blocked && has_left(client, flow.is_wanted_without_client(), context) => {
-                return Poll::Ready(End::ClientGone);
+            Poll::Pending => {
+                if flow.request.blocked && client.poll_left(flow.is_wanted_without_client(), context).is_ready() {
+                    return Poll::Ready(End::ClientGone);
+                }
             }
-            Poll::Pending => {}
             // A tunnel has ended when one of its sides has.
             Poll::Ready(Ok(())) if flow.tunnel => return Poll::Ready(End::ClientGone),
             Poll::Ready(Ok(())) => {}
