@@ -100,6 +100,18 @@ async fn a_background_run_counts_until_its_endpoint_says_that_it_has_ended() {
     outstanding(&proxy, 0.0).await;
 }
 
+/// A client that has started a background run, which its endpoint has not answered yet.
+async fn started(proxy: &Proxy, backend: &Backend) -> RawClient {
+    let mut client = proxy.connect().await;
+    let body = r#"{"assistant_id":"agent"}"#;
+    let head = format!("POST /threads/{THREAD}/runs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n");
+    client.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len())).await;
+    // It is asked for its load, too.
+    let has_start = || backend.requests().iter().any(|request| request.method == "POST");
+    eventually("the endpoint has the start", has_start).await;
+    client
+}
+
 #[tokio::test]
 async fn a_background_run_counts_though_its_client_leaves_before_it_is_answered() {
     let backend = Backend::start().await;
@@ -116,13 +128,7 @@ async fn a_background_run_counts_though_its_client_leaves_before_it_is_answered(
         Script([Step::ReadBody, Step::Wait(answer.clone())].into_iter().chain(steps).collect())
     });
     let proxy = start_proxy(&config(&[&backend], "    agent_protocol: langgraph\n")).await;
-    let mut client = proxy.connect().await;
-    let body = r#"{"assistant_id":"agent"}"#;
-    let head = format!("POST /threads/{THREAD}/runs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n");
-    client.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len())).await;
-    // It is asked for its load, too.
-    let has_start = || backend.requests().iter().any(|request| request.method == "POST");
-    eventually("the endpoint has the start", has_start).await;
+    let client = started(&proxy, &backend).await;
     drop(client);
     let began = longhaul::ids::now();
     eventually("time goes by, in which the proxy sees that", || began.elapsed() > Duration::from_millis(200)).await;
@@ -215,12 +221,7 @@ async fn the_end_of_a_run_without_a_name_is_answered_for_when_it_is_known() {
             Script([Step::ReadBody, Step::Wait(answer.clone())].into_iter().chain(steps).collect())
         });
         let proxy = start_proxy(&config(&[&backend], "    agent_protocol: langgraph\n")).await;
-        let mut client = proxy.connect().await;
-        let body = r#"{"assistant_id":"agent"}"#;
-        let head = format!("POST /threads/{THREAD}/runs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n");
-        client.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len())).await;
-        let has_start = || backend.requests().iter().any(|request| request.method == "POST");
-        eventually("the endpoint has the start", has_start).await;
+        let _client = started(&proxy, &backend).await;
         let listed = proxy.admin("GET", "/api/v1/runs").await.json();
         let id = listed["runs"][0]["id"].as_str().expect("an id").to_owned();
         let path = format!("/api/v1/runs/{id}");
