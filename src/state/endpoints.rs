@@ -16,6 +16,9 @@ const FULL_WEIGHT: u64 = 1000;
 /// The share of its weight with which a slow start begins, in thousandths.
 const SLOW_WEIGHT: u64 = 100;
 
+/// 2^64 over the golden ratio, which is odd: multiples of it differ and lie evenly (Knuth, TAOCP 3, section 6.4).
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// One rotation of an endpoint of weight 1.
 const STRIDE: u128 = 1 << 32;
 
@@ -150,7 +153,7 @@ enum Indexed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ByLoad {
     score: Score,
-    stamp: u64,
+    tie: u64,
     pub endpoint: u32,
 }
 
@@ -179,7 +182,7 @@ pub(crate) struct Version {
     pub awaited: bool,
     /// In the order of the configuration, then as they were found; removed ones after.
     pub endpoints: Vec<u32>,
-    /// Ready endpoints with a free slot, least loaded first, least recently picked first among equals.
+    /// Ready endpoints with a free slot, least loaded first; [`Endpoint::tie`] decides among equals.
     by_load: Ordered<ByLoad>,
     /// Those with a free slot that are in slow start: their weight changes with time, so they are compared at each pick.
     ramping: Vec<u32>,
@@ -273,6 +276,15 @@ impl Endpoint {
         }
     }
 
+    /// Among equally loaded endpoints the least goes first.
+    ///
+    /// Idle ones take turns: the one picked longest ago is next. Among busy ones that would favour the one with the
+    /// oldest runs, and where most runs are short the oldest last longest yet: the spread would be wider than by lot.
+    /// So among them the stamps are shuffled.
+    fn tie(&self) -> u64 {
+        if self.load() == 0 && self.credit == 0 { self.stamp } else { self.stamp.wrapping_mul(GOLDEN) }
+    }
+
     /// The share of its weight that counts now, in thousandths.
     fn share(&self, slow_start: Duration, now: Instant) -> u64 {
         let Some(since) = self.ramp else { return FULL_WEIGHT };
@@ -337,7 +349,7 @@ impl Version {
         let ramping = self.ramping.iter().filter(|endpoint| !choice.tried.contains(endpoint)).map(|endpoint| {
             let live = &endpoints[*endpoint];
             let score = live.score(live.share(choice.slow_start, choice.now));
-            ByLoad { score, stamp: live.stamp, endpoint: *endpoint }
+            ByLoad { score, tie: live.tie(), endpoint: *endpoint }
         });
         steady.into_iter().chain(ramping).min().map(|entry| entry.endpoint)
     }
@@ -390,7 +402,7 @@ impl Version {
         } else if endpoint.ramp.is_some() {
             Indexed::Ramping
         } else {
-            Indexed::ByLoad(ByLoad { score: endpoint.score(FULL_WEIGHT), stamp: endpoint.stamp, endpoint: number })
+            Indexed::ByLoad(ByLoad { score: endpoint.score(FULL_WEIGHT), tie: endpoint.tie(), endpoint: number })
         };
         match (&endpoint.indexed, &wanted) {
             (Indexed::Nowhere, Indexed::Nowhere) | (Indexed::Ramping, Indexed::Ramping) => return,
