@@ -10,6 +10,12 @@ const DEPTH_MAX: usize = 64;
 /// A value longer than this, unescaped, counts as absent.
 const VALUE_BYTES_MAX: usize = 1024;
 
+/// Strings up to here are searched by machine words: a search with wide registers costs more than it saves on them.
+const SHORT_BYTES: usize = 16;
+
+/// Documents nest no deeper, nearly all of them.
+const DEPTH_USUAL: usize = 8;
+
 /// Pointers made ready to be looked for, once for many documents: the tree that their tokens make.
 #[derive(Debug)]
 pub struct Pointers {
@@ -232,7 +238,7 @@ impl Extractor {
             values: (0..pointers.len()).map(|_| None).collect(),
             met: vec![false; pointers.nodes.len()],
             pointers,
-            stack: Vec::new(),
+            stack: Vec::with_capacity(DEPTH_USUAL),
             state: State::Value,
             text: Vec::new(),
             keep: false,
@@ -347,20 +353,18 @@ impl Extractor {
                 return Ok(0);
             }
             State::Literal { word, count } => {
-                if word.as_bytes().get(count) != Some(&byte) {
-                    return Err(Invalid);
+                let rest = &word.as_bytes()[count..];
+                if !input.starts_with(rest) {
+                    self.state = State::Literal { word, count: count + input.len() };
+                    return if rest.starts_with(input) { Ok(input.len()) } else { Err(Invalid) };
                 }
-                if count + 1 == word.len() {
-                    if word == "null" {
-                        self.end_null();
-                    } else {
-                        self.add(word.as_bytes());
-                        self.end_scalar(Value::Word);
-                    }
+                if word == "null" {
+                    self.end_null();
                 } else {
-                    self.state = State::Literal { word, count: count + 1 };
+                    self.add(word.as_bytes());
+                    self.end_scalar(Value::Word);
                 }
-                return Ok(1);
+                return Ok(rest.len());
             }
             State::Escape { is_key } => {
                 self.escape(byte, is_key)?;
@@ -473,12 +477,18 @@ impl Extractor {
         self.after_value();
     }
 
-    /// Ends a string, number or literal that is a value.
+    /// Ends a string, number or literal that is a value, of which the text was kept.
     fn end_scalar(&mut self, kind: fn(String) -> Value) {
+        let text = std::mem::take(&mut self.text);
+        self.end_text(&text, kind);
+        self.text = text;
+    }
+
+    fn end_text(&mut self, text: &[u8], kind: fn(String) -> Value) {
         if let Some(node) = self.target.take() {
             self.settle(node);
             for &pointer in &self.pointers.nodes[node].targets {
-                let text = self.keep.then(|| std::str::from_utf8(&self.text).ok()).flatten();
+                let text = self.keep.then(|| std::str::from_utf8(text).ok()).flatten();
                 self.values[pointer] = Some(text.map_or(Value::Unreadable, |text| kind(text.to_owned())));
             }
         }
@@ -505,11 +515,8 @@ impl Extractor {
         self.state = if self.stack.is_empty() { State::End } else { State::AfterValue };
     }
 
-    fn end_key(&mut self) {
-        self.target = None;
-        if self.keep {
-            self.target = self.child(|child| child.name.as_bytes() == self.text);
-        }
+    fn end_key(&mut self, key: &[u8]) {
+        self.target = if self.keep { self.child(|child| child.name.as_bytes() == key) } else { None };
         self.state = State::Colon;
     }
 
@@ -552,21 +559,57 @@ impl Extractor {
     }
 
     fn string(&mut self, input: &[u8], is_key: bool) -> Result<usize, Invalid> {
-        let end = memchr::memchr2(b'"', b'\\', input);
-        let content = &input[..end.unwrap_or(input.len())];
-        if content.iter().fold(false, |bad, &byte| bad | (byte < 0x20)) {
+        let end = match end_of_short(input) {
+            Some(end) => end,
+            None => {
+                let end = memchr::memchr2(b'"', b'\\', input);
+                let content = &input[..end.unwrap_or(input.len())];
+                let (has_control, bits) =
+                    content.iter().fold((false, 0), |(bad, bits), &byte| (bad | (byte < 0x20), bits | byte));
+                if has_control {
+                    return Err(Invalid);
+                }
+                if !bits.is_ascii() || !self.utf8.is_whole() {
+                    self.utf8.check(content)?;
+                }
+                let Some(end) = end else {
+                    self.add(content);
+                    return Ok(input.len());
+                };
+                end
+            }
+        };
+        if !self.utf8.is_whole() {
             return Err(Invalid);
         }
-        self.utf8.check(content)?;
-        self.add(content);
-        let Some(end) = end else { return Ok(input.len()) };
-        self.utf8.end()?;
+        let content = &input[..end];
         if input[end] == b'\\' {
+            self.add(content);
             self.state = State::Escape { is_key };
-        } else if is_key {
-            self.end_key();
-        } else {
-            self.end_scalar(Value::Text);
+            return Ok(end + 1);
+        }
+        // What came at once need not be gathered.
+        let is_whole = self.text.is_empty();
+        if !is_whole {
+            self.add(content);
+        }
+        match (is_key, is_whole) {
+            (true, true) => self.end_key(content),
+            (true, false) => {
+                let key = std::mem::take(&mut self.text);
+                self.end_key(&key);
+                self.text = key;
+            }
+            (false, true) => {
+                self.keep &= content.len() <= VALUE_BYTES_MAX;
+                self.end_text(content, Value::Text);
+            }
+            (false, false) => self.end_scalar(Value::Text),
+        }
+        // Nearly always it follows at once.
+        if is_key && input.get(end + 1) == Some(&b':') {
+            self.state = State::Value;
+            return Ok(end + 2);
         }
         Ok(end + 1)
     }
@@ -659,11 +702,11 @@ pub fn keys_around<'k, 'a>(document: &'a [u8], position: usize, keys: &'k mut [&
         match document[at] {
             b'"' => {
                 let start = at + 1;
-                at = start + memchr::memchr2(b'"', b'\\', document.get(start..)?)?;
+                at = start + end_of_plain(document.get(start..)?)?;
                 let is_escaped = document[at] == b'\\';
                 while document[at] == b'\\' {
                     at += 2;
-                    at += memchr::memchr2(b'"', b'\\', document.get(at..)?)?;
+                    at += end_of_plain(document.get(at..)?)?;
                 }
                 let text = &document[start..at];
                 at += 1;
@@ -692,6 +735,30 @@ pub fn keys_around<'k, 'a>(document: &'a [u8], position: usize, keys: &'k mut [&
     }
     // Otherwise it stands inside a string. The last key is that of the object that holds the one asked for.
     if at == position { keys.get(..depth.checked_sub(1)?) } else { None }
+}
+
+/// Where the first quote or backslash is.
+fn end_of_plain(text: &[u8]) -> Option<usize> {
+    end_of_short(text).or_else(|| memchr::memchr2(b'"', b'\\', text))
+}
+
+/// As [`end_of_plain`], if that is near and there are only ASCII characters before it, none of them a control.
+fn end_of_short(text: &[u8]) -> Option<usize> {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x80 * ONES;
+    // The high bit of each byte that is less. Above the first of them it may be wrong, which nobody asks.
+    let less = |word: u64, than: u64| word.wrapping_sub(than * ONES) & !word & HIGH;
+    let words = text.chunks_exact(8).take(SHORT_BYTES / 8);
+    for (number, chunk) in words.enumerate() {
+        let word = u64::from_le_bytes(chunk.try_into().ok()?);
+        let is = |byte: u8| less(word ^ (u64::from(byte) * ONES), 1);
+        let special = is(b'"') | is(b'\\') | less(word, 0x20) | (word & HIGH);
+        if special != 0 {
+            let end = 8 * number + special.trailing_zeros() as usize / 8;
+            return matches!(text[end], b'"' | b'\\').then_some(end);
+        }
+    }
+    None
 }
 
 /// Checks UTF-8 that may be cut inside a character.
@@ -728,9 +795,9 @@ impl Utf8 {
         Ok(())
     }
 
-    /// No character may be open here.
-    fn end(&self) -> Result<(), Invalid> {
-        if self.length == 0 { Ok(()) } else { Err(Invalid) }
+    /// No character is open.
+    fn is_whole(&self) -> bool {
+        self.length == 0
     }
 }
 
@@ -957,6 +1024,7 @@ mod tests {
             any::<bool>().prop_map(Value::from),
             any::<i64>().prop_map(Value::from),
             "[ab\"\\\\\n\u{e4}\u{1f600}]{0,4}".prop_map(Value::from),
+            "[a-z]{0,20}[\"\u{e4}]{0,1}[a-z]{0,20}".prop_map(Value::from),
         ];
         leaf.prop_recursive(4, 40, 5, |inner| {
             prop_oneof![
@@ -987,6 +1055,17 @@ mod tests {
                 })
                 .collect();
             prop_assert_eq!(extract(text.as_bytes(), &pointers, &cuts), (Progress::Done, expected));
+        }
+
+        #[test]
+        fn the_near_end_of_a_string_is_found(
+            text in proptest::collection::vec(prop_oneof![8 => b'a'..=b'z', 1 => any::<u8>(), 1 => Just(b'"')], 0..30),
+        ) {
+            let is_special = |byte: &u8| !(0x20..0x80).contains(byte) || matches!(byte, b'"' | b'\\');
+            let end = text.iter().position(is_special).filter(|&end| matches!(text[end], b'"' | b'\\'));
+            // Only whole words are looked at.
+            let looked_at = (text.len() / 8 * 8).min(super::SHORT_BYTES);
+            prop_assert_eq!(super::end_of_short(&text), end.filter(|&end| end < looked_at));
         }
 
         #[test]

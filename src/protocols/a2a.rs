@@ -313,7 +313,7 @@ impl<'a> Base<'a> {
     /// As [`RunRef::base`] holds it; empty where it is too long to be kept with every run.
     fn write(&self) -> String {
         let binding = if self.rpc { "rpc" } else { "rest" };
-        let text = format!("{binding} {} {}\n{}", self.version.unwrap_or_default(), self.path, self.tenant);
+        let text = [binding, " ", self.version.unwrap_or_default(), " ", self.path, "\n", self.tenant].concat();
         if text.len() > KEY_BYTES_MAX { String::new() } else { text }
     }
 
@@ -554,6 +554,15 @@ mod tests {
             (vec![status("TASK_STATE_WORKING"), status("TASK_STATE_COMPLETED")], learned_and(RunOutcome::Completed)),
             (
                 vec![artifact.clone(), status("TASK_STATE_FAILED")],
+                vec![
+                    Fact::Session("t".to_owned()),
+                    Fact::Run("t".to_owned()),
+                    Fact::Session("c".to_owned()),
+                    Fact::Ended(RunOutcome::Failed),
+                ],
+            ),
+            (
+                vec![r#"{"kind":"artifact-update","taskId":"t"}"#.to_owned(), before("failed", true)],
                 vec![
                     Fact::Session("t".to_owned()),
                     Fact::Run("t".to_owned()),

@@ -220,15 +220,16 @@ impl Watch for Answer {
             return;
         }
         let learns = self.role == Role::Start && self.run.is_none();
-        let is_error = is_error(event.data);
-        if !learns
-            && !is_error
-            && self.role != Role::Ask
-            && let Some(outcome) = plain_end(self.rpc, event.data)
-        {
-            facts.push(Fact::Ended(outcome));
-        } else if learns || is_error || tells_an_end(event.data) {
-            self.reply(&Extractor::read(places(self.rpc), event.data), facts);
+        // The end may be the first to tell the context, too.
+        let knows_all = match self.role {
+            Role::Start => !learns && self.session.is_some(),
+            Role::Join => true,
+            Role::Ask => false,
+        };
+        match Glance::at_event(self.rpc, event.data) {
+            Glance::Ends(outcome) if knows_all => facts.push(Fact::Ended(outcome)),
+            Glance::Nothing if !learns => {}
+            _ => self.reply(&Extractor::read(places(self.rpc), event.data), facts),
         }
     }
 
@@ -246,46 +247,61 @@ impl Watch for Answer {
     }
 }
 
-/// Whether any `"state"` in an event is one that ends a run. A quick look: the event is read after that.
-fn tells_an_end(data: &[u8]) -> bool {
-    values_of(&STATE, data).any(|value| {
-        let Some(rest) = value.strip_prefix(b"\"") else { return false };
-        let end = memchr::memchr2(b'"', b'\\', rest).unwrap_or(rest.len());
-        match std::str::from_utf8(&rest[..end]).map(standing) {
-            // An escape, which nobody writes there: the reading decides.
-            _ if rest.get(end) == Some(&b'\\') => true,
-            Ok(Standing::Ended(_)) => true,
-            Ok(Standing::Running) => values_of(&FINAL, data).any(|value| value.starts_with(b"true")),
-            _ => false,
+/// What a quick look at an event, or at one `"state"` in it, tells of a run that is known.
+#[derive(Clone, Copy, PartialEq)]
+enum Glance {
+    Nothing,
+    Ends(RunOutcome),
+    /// It must be read.
+    Unclear,
+}
+
+impl Glance {
+    fn at_event(rpc: bool, data: &[u8]) -> Glance {
+        // An error of JSON-RPC, whose members may come in any order.
+        if ERROR.find(data).is_some() {
+            return Glance::Unclear;
         }
-    })
-}
-
-/// How the task ended, where an event tells it as agents write it. `None`: it tells no end, or must be read.
-fn plain_end(rpc: bool, data: &[u8]) -> Option<RunOutcome> {
-    let mut places = STATE.find_iter(data);
-    let (place, None) = (places.next()?, places.next()) else { return None };
-    let rest = data[place + STATE.needle().len()..].strip_prefix(b":")?.trim_ascii_start().strip_prefix(b"\"")?;
-    let state = std::str::from_utf8(&rest[..memchr::memchr2(b'"', b'\\', rest)?]).ok()?;
-    let Standing::Ended(outcome) = standing(state) else { return None };
-    let mut keys = [&b""[..]; 12];
-    let mut around = keys_around(data, place, &mut keys)?;
-    if rpc {
-        around = around.strip_prefix(&[&b"result"[..]])?;
+        let mut states = STATE.find_iter(data).map(|place| (place, Glance::at_state(data, place)));
+        let Some((place, first)) = states.next() else { return Glance::Nothing };
+        match (first, states.next()) {
+            (Glance::Ends(_), None) if is_of_task(rpc, data, place) => first,
+            (Glance::Nothing, None) => Glance::Nothing,
+            (Glance::Nothing, Some((_, Glance::Nothing))) if states.all(|(_, state)| state == Glance::Nothing) => {
+                Glance::Nothing
+            }
+            _ => Glance::Unclear,
+        }
     }
-    matches!(around, [b"status"] | [b"statusUpdate" | b"task", b"status"]).then_some(outcome)
+
+    /// Of a `"state"` there, whoever's it is.
+    fn at_state(data: &[u8], place: usize) -> Glance {
+        let text = value_after(&STATE, data, place).and_then(|value| value.strip_prefix(b"\""));
+        let Some(text) = text else { return Glance::Nothing };
+        let end = text.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(text.len());
+        match std::str::from_utf8(&text[..end]).map(standing) {
+            // An escape, which nobody writes there.
+            _ if text.get(end) == Some(&b'\\') => Glance::Unclear,
+            Ok(Standing::Ended(outcome)) => Glance::Ends(outcome),
+            Ok(Standing::Running) => {
+                let mut finals = FINAL.find_iter(data).filter_map(|place| value_after(&FINAL, data, place));
+                if finals.any(|value| value.starts_with(b"true")) { Glance::Unclear } else { Glance::Nothing }
+            }
+            _ => Glance::Nothing,
+        }
+    }
 }
 
-/// What follows the name and its colon, wherever it stands.
-fn values_of<'a>(name: &'a memmem::Finder<'_>, data: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
-    let value = |position: usize| {
-        let rest = data[position + name.needle().len()..].trim_ascii_start().strip_prefix(b":")?;
-        Some(rest.trim_ascii_start())
-    };
-    name.find_iter(data).filter_map(value)
+/// Whether the key at `place` is where agents write a task's state.
+fn is_of_task(rpc: bool, data: &[u8], place: usize) -> bool {
+    let mut keys = [&b""[..]; 12];
+    let Some(around) = keys_around(data, place, &mut keys) else { return false };
+    let around = if rpc { around.strip_prefix(&[&b"result"[..]]) } else { Some(around) };
+    matches!(around, Some([b"status"] | [b"statusUpdate" | b"task", b"status"]))
 }
 
-/// An error of JSON-RPC, whose members may come in any order.
-fn is_error(data: &[u8]) -> bool {
-    ERROR.find(data).is_some()
+/// What follows the name at `place` and its colon, if there is one.
+fn value_after<'a>(name: &memmem::Finder<'_>, data: &'a [u8], place: usize) -> Option<&'a [u8]> {
+    let rest = data[place + name.needle().len()..].trim_ascii_start().strip_prefix(b":")?;
+    Some(rest.trim_ascii_start())
 }
