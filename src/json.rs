@@ -713,12 +713,15 @@ pub fn keys_around<'k, 'a>(document: &'a [u8], position: usize, keys: &'k mut [&
                 while matches!(document.get(at), Some(b' ' | b'\t' | b'\n' | b'\r')) {
                     at += 1;
                 }
-                if document.get(at) == Some(&b':') {
+                let is_key = document.get(at) == Some(&b':');
+                if is_key {
                     if is_escaped {
                         return None;
                     }
                     *keys.get_mut(depth.checked_sub(1)?)? = text;
                 }
+                // A colon or, behind a value, a comma: nothing to be looked at.
+                at += usize::from(is_key || document.get(at) == Some(&b','));
             }
             // An element of an array stands behind no key.
             b'{' | b'[' => {
@@ -738,27 +741,47 @@ pub fn keys_around<'k, 'a>(document: &'a [u8], position: usize, keys: &'k mut [&
 }
 
 /// Where the first quote or backslash is.
-fn end_of_plain(text: &[u8]) -> Option<usize> {
-    end_of_short(text).or_else(|| memchr::memchr2(b'"', b'\\', text))
+pub fn end_of_plain(text: &[u8]) -> Option<usize> {
+    near(text, words::ends).or_else(|| memchr::memchr2(b'"', b'\\', text))
 }
 
 /// As [`end_of_plain`], if that is near and there are only ASCII characters before it, none of them a control.
 fn end_of_short(text: &[u8]) -> Option<usize> {
-    const ONES: u64 = 0x0101_0101_0101_0101;
-    const HIGH: u64 = 0x80 * ONES;
-    // The high bit of each byte that is less. Above the first of them it may be wrong, which nobody asks.
-    let less = |word: u64, than: u64| word.wrapping_sub(than * ONES) & !word & HIGH;
-    let words = text.chunks_exact(8).take(SHORT_BYTES / 8);
-    for (number, chunk) in words.enumerate() {
-        let word = u64::from_le_bytes(chunk.try_into().ok()?);
-        let is = |byte: u8| less(word ^ (u64::from(byte) * ONES), 1);
-        let special = is(b'"') | is(b'\\') | less(word, 0x20) | (word & HIGH);
-        if special != 0 {
-            let end = 8 * number + special.trailing_zeros() as usize / 8;
-            return matches!(text[end], b'"' | b'\\').then_some(end);
+    let is_special = |word| words::ends(word) | words::less(word, 0x20) | words::not_ascii(word);
+    near(text, is_special).filter(|&end| matches!(text[end], b'"' | b'\\'))
+}
+
+/// The first byte that is marked, if it is among the whole words at the start.
+fn near(text: &[u8], marks: impl Fn(u64) -> u64) -> Option<usize> {
+    let mut at = 0;
+    while at < SHORT_BYTES {
+        let marks = marks(u64::from_le_bytes(*text[at..].first_chunk()?));
+        if marks != 0 {
+            return Some(at + marks.trailing_zeros() as usize / 8);
         }
+        at += 8;
     }
     None
+}
+
+/// Eight bytes at once: the high bit of each that is meant. Above the first of them it may be wrong, which nobody asks.
+mod words {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x80 * ONES;
+
+    pub fn less(word: u64, than: u64) -> u64 {
+        word.wrapping_sub(than * ONES) & !word & HIGH
+    }
+
+    pub fn not_ascii(word: u64) -> u64 {
+        word & HIGH
+    }
+
+    /// Quotes and backslashes.
+    pub fn ends(word: u64) -> u64 {
+        let is = |byte: u8| less(word ^ (u64::from(byte) * ONES), 1);
+        is(b'"') | is(b'\\')
+    }
 }
 
 /// Checks UTF-8 that may be cut inside a character.

@@ -4,7 +4,7 @@ use std::sync::{Arc, LazyLock};
 
 use memchr::memmem;
 
-use crate::json::{Extractor, Pointers, keys_around};
+use crate::json::{Extractor, Pointers, end_of_plain, keys_around};
 use crate::message::Fields;
 use crate::protocols::{
     AtEnd, Fact, Look, Standing, Watch, is_event_stream, is_json, is_success, key, outcome_of_status,
@@ -89,16 +89,16 @@ impl<'a> Reply<'a> {
 }
 
 /// What a task's state says, in the words of 1.0 and of 0.3.
-fn standing(state: &str) -> Standing {
-    match state.strip_prefix("TASK_STATE_").unwrap_or(state) {
-        "SUBMITTED" | "submitted" | "WORKING" | "working" => Standing::Running,
-        "COMPLETED" | "completed" => Standing::Ended(RunOutcome::Completed),
+fn standing(state: &[u8]) -> Standing {
+    match state.strip_prefix(b"TASK_STATE_").unwrap_or(state) {
+        b"SUBMITTED" | b"submitted" | b"WORKING" | b"working" => Standing::Running,
+        b"COMPLETED" | b"completed" => Standing::Ended(RunOutcome::Completed),
         // The agent has declined the task.
-        "REJECTED" | "rejected" => Standing::Ended(RunOutcome::Failed),
-        "FAILED" | "failed" => Standing::Ended(RunOutcome::Failed),
-        "CANCELED" | "canceled" | "CANCELLED" | "cancelled" => Standing::Ended(RunOutcome::Cancelled),
+        b"REJECTED" | b"rejected" => Standing::Ended(RunOutcome::Failed),
+        b"FAILED" | b"failed" => Standing::Ended(RunOutcome::Failed),
+        b"CANCELED" | b"canceled" | b"CANCELLED" | b"cancelled" => Standing::Ended(RunOutcome::Cancelled),
         // It waits for its caller and holds no worker.
-        "INPUT_REQUIRED" | "input-required" | "AUTH_REQUIRED" | "auth-required" => {
+        b"INPUT_REQUIRED" | b"input-required" | b"AUTH_REQUIRED" | b"auth-required" => {
             Standing::Ended(RunOutcome::Completed)
         }
         _ => Standing::NoEvidence,
@@ -112,7 +112,7 @@ pub(super) fn judge(rpc: bool, body: &[u8]) -> Standing {
     match reply.error {
         Some(TASK_NOT_FOUND) => Standing::Ended(RunOutcome::Unknown),
         Some(_) => Standing::NoEvidence,
-        None => reply.state.map_or(Standing::NoEvidence, standing),
+        None => reply.state.map_or(Standing::NoEvidence, |state| standing(state.as_bytes())),
     }
 }
 
@@ -151,7 +151,7 @@ impl Answer {
         if self.role == Role::Start {
             self.learn(&reply, facts);
         }
-        let standing = match reply.state.map(standing) {
+        let standing = match reply.state.map(str::as_bytes).map(standing) {
             _ if reply.is_message => Standing::Ended(RunOutcome::Completed),
             Some(Standing::Running) if reply.is_final => Standing::Ended(RunOutcome::Completed),
             Some(standing) => standing,
@@ -258,36 +258,35 @@ enum Glance {
 
 impl Glance {
     fn at_event(rpc: bool, data: &[u8]) -> Glance {
-        // An error of JSON-RPC, whose members may come in any order.
-        if ERROR.find(data).is_some() {
-            return Glance::Unclear;
-        }
         let mut states = STATE.find_iter(data).map(|place| (place, Glance::at_state(data, place)));
-        let Some((place, first)) = states.next() else { return Glance::Nothing };
-        match (first, states.next()) {
-            (Glance::Ends(_), None) if is_of_task(rpc, data, place) => first,
-            (Glance::Nothing, None) => Glance::Nothing,
-            (Glance::Nothing, Some((_, Glance::Nothing))) if states.all(|(_, state)| state == Glance::Nothing) => {
-                Glance::Nothing
+        if let Some((place, first)) = states.next() {
+            let second = states.next();
+            if matches!(first, Glance::Ends(_)) && second.is_none() && is_of_task(rpc, data, place) {
+                return first;
             }
-            _ => Glance::Unclear,
+            let others = second.into_iter().chain(states).map(|(_, state)| state);
+            if std::iter::once(first).chain(others).any(|state| state != Glance::Nothing) {
+                return Glance::Unclear;
+            }
         }
+        // An error of JSON-RPC, whose members may come in any order.
+        if ERROR.find(data).is_some() { Glance::Unclear } else { Glance::Nothing }
     }
 
     /// Of a `"state"` there, whoever's it is.
     fn at_state(data: &[u8], place: usize) -> Glance {
         let text = value_after(&STATE, data, place).and_then(|value| value.strip_prefix(b"\""));
         let Some(text) = text else { return Glance::Nothing };
-        let end = text.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(text.len());
-        match std::str::from_utf8(&text[..end]).map(standing) {
+        let end = end_of_plain(text).unwrap_or(text.len());
+        match standing(&text[..end]) {
             // An escape, which nobody writes there.
             _ if text.get(end) == Some(&b'\\') => Glance::Unclear,
-            Ok(Standing::Ended(outcome)) => Glance::Ends(outcome),
-            Ok(Standing::Running) => {
+            Standing::Ended(outcome) => Glance::Ends(outcome),
+            Standing::Running => {
                 let mut finals = FINAL.find_iter(data).filter_map(|place| value_after(&FINAL, data, place));
                 if finals.any(|value| value.starts_with(b"true")) { Glance::Unclear } else { Glance::Nothing }
             }
-            _ => Glance::Nothing,
+            Standing::NoEvidence => Glance::Nothing,
         }
     }
 }
