@@ -216,12 +216,12 @@ pub fn trace(workload: &Workload) -> Vec<(u64, u64)> {
     Planner::new(workload).map(|session| (session.at_ns, session.turns[0].time_ns)).collect()
 }
 
-/// `count` streams that begin evenly over the first fifth of their length, so that their phases are spread.
+/// `count` streams that begin evenly over about the first fifth of their length, and send in turn.
 fn streams(target: &str, count: u32, interval: Duration, seconds: u32) -> Workload {
     let length = Duration::from_secs(seconds.into());
     let events = (length.as_secs_f64() / interval.as_secs_f64()).round().max(2.0) as u32;
     let mut workload = blank(target, Work::Stream { events, interval: Span(interval), size: EVENT_BYTES });
-    let ramp = length / 5;
+    let ramp = ramp(count, interval, length / 5);
     workload.arrivals.process = Process::Constant;
     workload.arrivals.rate = f64::from(count) / ramp.as_secs_f64();
     workload.arrivals.limit = u64::from(count);
@@ -230,6 +230,18 @@ fn streams(target: &str, count: u32, interval: Duration, seconds: u32) -> Worklo
     // The last event of the first stream is due one interval before its length is over.
     workload.window.to = Span((length - length / 50).saturating_sub(interval));
     workload
+}
+
+/// In which time to begin `count` streams at a constant rate so that their events lie evenly over the interval, and
+/// no two streams send at once: in so many intervals that these and the count have no common divisor. About `wanted`.
+fn ramp(count: u32, interval: Duration, wanted: Duration) -> Duration {
+    let least = (wanted.as_secs_f64() / interval.as_secs_f64()).round().max(1.0) as u32;
+    let intervals = (least..).find(|&intervals| common_divisor(intervals, count) == 1);
+    interval * intervals.unwrap_or(least)
+}
+
+fn common_divisor(one: u32, other: u32) -> u32 {
+    if other == 0 { one } else { common_divisor(other, one % other) }
 }
 
 fn blank(target: &str, work: Work) -> Workload {
@@ -254,6 +266,20 @@ fn blank(target: &str, work: Work) -> Workload {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn streams_send_in_turn() {
+        for (count, interval) in [(100, 10_000), (1000, 100_000), (9000, 900_000), (1000, 34_400), (1, 100_000)] {
+            let workload = streams("http://127.0.0.1:1", count, Duration::from_micros(interval), 20);
+            let interval_s = interval as f64 / 1e6;
+            let mut phases: Vec<f64> =
+                (0..count).map(|number| f64::from(number) / workload.arrivals.rate % interval_s).collect();
+            phases.sort_by(f64::total_cmp);
+            let even = interval_s / f64::from(count);
+            assert!(phases.windows(2).all(|two| two[1] - two[0] > 0.99 * even), "{count} streams");
+            assert!(workload.window.from.0 < Duration::from_secs(7), "{count} streams");
+        }
+    }
 
     #[test]
     fn every_workload_is_valid_and_its_window_is_within_the_streams() {
