@@ -58,6 +58,12 @@ impl World {
         self.ask(Ask::new(kind, None))
     }
 
+    /// A start without a session that draws this number.
+    fn drawn(&mut self, number: u64) -> Grant {
+        let ask = Ask::new(Kind::Start, None);
+        self.core.pick(ask, Some(RunId::generate()), self.now, number).expect("a place")
+    }
+
     fn hinted(&mut self, session: &str, kind: Kind, port: u16) -> Result<Grant, Unplaced> {
         let hint = PinHint { version: "stable".into(), endpoint: support::url(port).identity() };
         self.ask(Ask { hint: Some(&hint), ..Ask::new(kind, Some(&key(session))) })
@@ -177,6 +183,9 @@ fn ties_among_the_busy_do_not_go_to_those_with_the_oldest_runs() {
             port
         }
     }
+    fn unit(random: &mut Random) -> f64 {
+        random.below(1 << 53) as f64 / (1_u64 << 53) as f64
+    }
     fn exponential(mean: f64, unit: f64) -> f64 {
         -mean * (1.0 - unit).ln()
     }
@@ -187,16 +196,15 @@ fn ties_among_the_busy_do_not_go_to_those_with_the_oldest_runs() {
 
     let mut world = World::new(&fleet(0..ENDPOINTS as u16));
     let mut random = Random(7);
-    let mut unit = || random.below(1 << 53) as f64 / (1_u64 << 53) as f64;
     let mut ideal = InTurn { runs: [0; ENDPOINTS], next: 0 };
     let mut runs = [0; ENDPOINTS];
     let mut ends: BTreeMap<u64, (Grant, usize)> = BTreeMap::new();
     let (mut at, mut spread, mut ideal_spread) = (0, 0.0, 0.0);
     for _ in 0..30_000 {
         // In microseconds: 28 runs at a time, four fifths of them 0.1 s long on average and the others 1.5 s.
-        let arrival = at + exponential(13_600.0, unit()) as u64;
-        let mean = if unit() < 0.8 { 100_000.0 } else { 1_500_000.0 };
-        let mut end = arrival + exponential(mean, unit()) as u64;
+        let arrival = at + exponential(13_600.0, unit(&mut random)) as u64;
+        let mean = if unit(&mut random) < 0.8 { 100_000.0 } else { 1_500_000.0 };
+        let mut end = arrival + exponential(mean, unit(&mut random)) as u64;
         while let Some(first) = ends.first_entry().filter(|first| *first.key() <= arrival) {
             let (ended, (grant, ideal_port)) = first.remove_entry();
             let passed = (ended - at) as f64;
@@ -211,7 +219,7 @@ fn ties_among_the_busy_do_not_go_to_those_with_the_oldest_runs() {
         spread += passed * deviation(&runs);
         ideal_spread += passed * deviation(&ideal.runs);
         at = arrival;
-        let grant = world.keyless(Kind::Start).expect("a place");
+        let grant = world.drawn(random.number());
         runs[world.port(&grant) as usize] += 1;
         while ends.contains_key(&end) {
             end += 1;
@@ -220,6 +228,44 @@ fn ties_among_the_busy_do_not_go_to_those_with_the_oldest_runs() {
     }
     let (spread, ideal_spread) = (spread / at as f64, ideal_spread / at as f64);
     assert!(spread <= ideal_spread, "{spread:.3} runs, and {ideal_spread:.3} with ties in turn");
+}
+
+#[test]
+fn no_endpoint_is_favoured_for_long_where_all_stay_equally_busy() {
+    let mut world = World::new(&fleet(0..3));
+    let mut random = Random(7);
+    let held: Vec<Grant> = (0..3).map(|_| world.keyless(Kind::Start).expect("a place")).collect();
+    let mut counts = [0_u32; 3];
+    let (mut streak, mut longest, mut last) = (0, 0, 0);
+    for _ in 0..3_000 {
+        let grant = world.drawn(random.number());
+        let port = world.port(&grant);
+        counts[usize::from(port)] += 1;
+        streak = if port == last { streak + 1 } else { 1 };
+        longest = longest.max(streak);
+        last = port;
+        world.finish(grant);
+    }
+    // By lot: 1,000 each with a deviation of 26, and a streak of about 8.
+    assert!(counts.iter().all(|count| (850..1150).contains(count)) && longest < 20, "{counts:?}, {longest}");
+    for grant in held {
+        world.finish(grant);
+    }
+}
+
+#[test]
+fn where_endpoints_say_that_they_have_more_than_our_runs_these_go_in_turn() {
+    let mut world = World::new(&fleet(0..3));
+    for port in 0..3 {
+        world.core.reported_load(&support::url(port).identity(), 6, Duration::from_secs(60), world.now);
+    }
+    let mut random = Random(7);
+    let mut counts = [0; 3];
+    for _ in 0..12 {
+        let grant = world.drawn(random.number());
+        counts[usize::from(world.port(&grant))] += 1;
+    }
+    assert_eq!(counts, [4; 3]);
 }
 
 #[test]

@@ -585,15 +585,25 @@ mod tests {
                 assert_eq!(told, (facts.clone(), AtEnd::GoesOn), "{line} {events:?}");
             }
         }
+        let joined = |events: &str| {
+            answer(&mut ask("POST /", &call("tasks/resubscribe", r#"{"id":"t"}"#)), 200, &[EVENTS], events)
+        };
+        // The request knows the task alone, and its end is the first to tell the context.
+        let named = call("message/stream", r#"{"message":{"taskId":"t"}}"#);
+        let events = [r#"{"kind":"artifact-update","taskId":"t"}"#.to_owned(), before("failed", true)];
+        let events: Vec<String> = events.iter().map(|event| result(event)).collect();
+        let (facts, _) = answer(&mut ask("POST /", &named), 200, &[EVENTS], &stream(&events));
+        let failed = Fact::Ended(RunOutcome::Failed);
+        assert_eq!(facts, [Fact::Run("t".to_owned()), Fact::Session("c".to_owned()), failed]);
+        // A value that is cut is none.
+        let cut = r#"{"result":{"taskId":"t","contextId":"c","status":{"state":"failed"#;
+        assert_eq!(joined(&stream(&[cut.to_owned()])), (vec![], AtEnd::GoesOn));
         let streaming = call("message/stream", "{}");
         let (facts, end) = answer(&mut ask("POST /", &streaming), 200, &[EVENTS], &stream(&[error(-32603)]));
         assert_eq!((facts, end), (vec![Fact::Ended(RunOutcome::Failed)], AtEnd::Ended(RunOutcome::Truncated)));
         let (facts, _) = answer(&mut ask("POST /message:stream", "{}"), 200, &[EVENTS], "event: error\ndata: {}\n\n");
         assert_eq!(facts, [Fact::Ended(RunOutcome::Failed)]);
 
-        let joined = |events: &str| {
-            answer(&mut ask("POST /", &call("tasks/resubscribe", r#"{"id":"t"}"#)), 200, &[EVENTS], events)
-        };
         let working = stream(&[result(&before("working", false))]);
         assert_eq!(joined(&working), (vec![], AtEnd::GoesOn));
         let completed = stream(&[result(&before("working", false)), result(&before("completed", true))]);

@@ -189,7 +189,7 @@ impl Dispatcher {
         &self.name
     }
 
-    /// Picks and reserves, or takes a place to wait; `rng` is one random number, used only by `balance: random`.
+    /// Picks and reserves, or takes a place to wait; `rng` is one random number, for lots.
     pub fn pick(self: &Arc<Self>, ask: Ask<'_>, now: Instant, rng: u64) -> Result<Picked, Refusal> {
         let run = (ask.kind == Kind::Start).then(|| ask.id.unwrap_or_else(RunId::generate));
         let mut ended = Vec::new();

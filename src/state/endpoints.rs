@@ -16,8 +16,8 @@ const FULL_WEIGHT: u64 = 1000;
 /// The share of its weight with which a slow start begins, in thousandths.
 const SLOW_WEIGHT: u64 = 100;
 
-/// 2^64 over the golden ratio, which is odd: multiples of it differ and lie evenly (Knuth, TAOCP 3, section 6.4).
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+/// Among so many equally loaded endpoints, those picked longest ago, a lot is drawn.
+const TIED_MAX: usize = 8;
 
 /// One rotation of an endpoint of weight 1.
 const STRIDE: u128 = 1 << 32;
@@ -153,7 +153,7 @@ enum Indexed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ByLoad {
     score: Score,
-    tie: u64,
+    stamp: u64,
     pub endpoint: u32,
 }
 
@@ -182,7 +182,7 @@ pub(crate) struct Version {
     pub awaited: bool,
     /// In the order of the configuration, then as they were found; removed ones after.
     pub endpoints: Vec<u32>,
-    /// Ready endpoints with a free slot, least loaded first; [`Endpoint::tie`] decides among equals.
+    /// Ready endpoints with a free slot, least loaded first, least recently picked first among equals.
     by_load: Ordered<ByLoad>,
     /// Those with a free slot that are in slow start: their weight changes with time, so they are compared at each pick.
     ramping: Vec<u32>,
@@ -276,13 +276,10 @@ impl Endpoint {
         }
     }
 
-    /// Among equally loaded endpoints the least goes first.
-    ///
-    /// Idle ones take turns: the one picked longest ago is next. Among busy ones that would favour the one with the
-    /// oldest runs, and where most runs are short the oldest last longest yet: the spread would be wider than by lot.
-    /// So among them the stamps are shuffled.
-    fn tie(&self) -> u64 {
-        if self.load() == 0 && self.credit == 0 { self.stamp } else { self.stamp.wrapping_mul(GOLDEN) }
+    /// Among its equals the one picked longest ago is next, and no lot is drawn: it has no run of ours, or says that it has
+    /// more than ours, so that another of ours doesn't change its load.
+    fn takes_turns(&self) -> bool {
+        self.outstanding == 0 || self.load() > self.outstanding
     }
 
     /// The share of its weight that counts now, in thousandths.
@@ -345,13 +342,30 @@ impl Version {
     }
 
     fn least_loaded(&self, endpoints: &Endpoints, choice: &Choice<'_>) -> Option<u32> {
-        let steady = self.by_load.iter().find(|entry| !choice.tried.contains(&entry.endpoint)).copied();
+        let steady = self.least_of_steady(endpoints, choice);
         let ramping = self.ramping.iter().filter(|endpoint| !choice.tried.contains(endpoint)).map(|endpoint| {
             let live = &endpoints[*endpoint];
             let score = live.score(live.share(choice.slow_start, choice.now));
-            ByLoad { score, tie: live.tie(), endpoint: *endpoint }
+            ByLoad { score, stamp: live.stamp, endpoint: *endpoint }
         });
         steady.into_iter().chain(ramping).min().map(|entry| entry.endpoint)
+    }
+
+    /// Busy equals are drawn among. The one picked longest ago has the oldest runs, and where most runs are short the oldest
+    /// last longest yet: always taking that one spreads runs less evenly than a lot does.
+    fn least_of_steady(&self, endpoints: &Endpoints, choice: &Choice<'_>) -> Option<ByLoad> {
+        let mut entries = self.by_load.iter().filter(|entry| !choice.tried.contains(&entry.endpoint));
+        let first = *entries.next()?;
+        if endpoints[first.endpoint].takes_turns() {
+            return Some(first);
+        }
+        let mut tied = [first; TIED_MAX];
+        let mut count = 1;
+        for (place, entry) in tied[1..].iter_mut().zip(entries.take_while(|entry| entry.score == first.score)) {
+            *place = *entry;
+            count += 1;
+        }
+        Some(tied[below(count, choice.rng) as usize])
     }
 
     fn draw(&self, endpoints: &Endpoints, choice: &Choice<'_>) -> Option<u32> {
@@ -365,8 +379,7 @@ impl Version {
             })
         };
         let total: u64 = free().map(|(_, weight)| weight).sum();
-        // The high half of the product: even, without a division.
-        let mut point = ((u128::from(choice.rng) * u128::from(total)) >> 64) as u64;
+        let mut point = below(total, choice.rng);
         for (endpoint, weight) in free() {
             if point < weight {
                 return Some(endpoint);
@@ -402,7 +415,7 @@ impl Version {
         } else if endpoint.ramp.is_some() {
             Indexed::Ramping
         } else {
-            Indexed::ByLoad(ByLoad { score: endpoint.score(FULL_WEIGHT), tie: endpoint.tie(), endpoint: number })
+            Indexed::ByLoad(ByLoad { score: endpoint.score(FULL_WEIGHT), stamp: endpoint.stamp, endpoint: number })
         };
         match (&endpoint.indexed, &wanted) {
             (Indexed::Nowhere, Indexed::Nowhere) | (Indexed::Ramping, Indexed::Ramping) => return,
@@ -436,6 +449,11 @@ impl Version {
         self.rotation.clear();
         self.ejected = 0;
     }
+}
+
+/// A number below `end`, all equally likely where `random` is: the high half of the product, without a division.
+fn below(end: u64, random: u64) -> u64 {
+    ((u128::from(random) * u128::from(end)) >> 64) as u64
 }
 
 /// How an endpoint for a run is chosen.

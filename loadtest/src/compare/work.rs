@@ -233,11 +233,12 @@ fn streams(target: &str, count: u32, interval: Duration, seconds: u32) -> Worklo
 }
 
 /// In which time to begin `count` streams at a constant rate so that their events lie evenly over the interval, and
-/// no two streams send at once: in so many intervals that these and the count have no common divisor. About `wanted`.
+/// no two streams send at once. About `wanted`: as many intervals, but divided among a number of streams, `count` or
+/// little more, that has no divisor in common with them.
 fn ramp(count: u32, interval: Duration, wanted: Duration) -> Duration {
-    let least = (wanted.as_secs_f64() / interval.as_secs_f64()).round().max(1.0) as u32;
-    let intervals = (least..).find(|&intervals| common_divisor(intervals, count) == 1);
-    interval * intervals.unwrap_or(least)
+    let intervals = (wanted.as_secs_f64() / interval.as_secs_f64()).round().max(1.0) as u32;
+    let among = (count..).find(|&among| common_divisor(intervals, among) == 1).unwrap_or(count);
+    interval * intervals * count / among
 }
 
 fn common_divisor(one: u32, other: u32) -> u32 {
@@ -276,8 +277,9 @@ mod tests {
                 (0..count).map(|number| f64::from(number) / workload.arrivals.rate % interval_s).collect();
             phases.sort_by(f64::total_cmp);
             let even = interval_s / f64::from(count);
-            assert!(phases.windows(2).all(|two| two[1] - two[0] > 0.99 * even), "{count} streams");
-            assert!(workload.window.from.0 < Duration::from_secs(7), "{count} streams");
+            // One place in a thousand may stay empty, and the others are that much nearer to each other.
+            assert!(phases.windows(2).all(|two| two[1] - two[0] > 0.98 * even), "{count} streams");
+            assert!(workload.window.from.0 < Duration::from_secs(5), "{count} streams");
         }
     }
 

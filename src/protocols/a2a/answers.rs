@@ -167,6 +167,16 @@ impl Answer {
         }
     }
 
+    /// An end tells no more than that. (Of a start it may be the first to tell the context; until then its session is none,
+    /// or the task.)
+    fn knows_all(&self) -> bool {
+        match self.role {
+            Role::Start => self.run.is_some() && self.session.is_some() && self.session != self.run,
+            Role::Join => true,
+            Role::Ask => false,
+        }
+    }
+
     /// Contexts and tasks are both told as sessions: either may be all that a later request names.
     fn learn(&mut self, reply: &Reply<'_>, facts: &mut Vec<Fact>) {
         let context = reply.context.and_then(key);
@@ -220,14 +230,8 @@ impl Watch for Answer {
             return;
         }
         let learns = self.role == Role::Start && self.run.is_none();
-        // The end may be the first to tell the context, too.
-        let knows_all = match self.role {
-            Role::Start => !learns && self.session.is_some(),
-            Role::Join => true,
-            Role::Ask => false,
-        };
         match Glance::at_event(self.rpc, event.data) {
-            Glance::Ends(outcome) if knows_all => facts.push(Fact::Ended(outcome)),
+            Glance::Ends(outcome) if self.knows_all() => facts.push(Fact::Ended(outcome)),
             Glance::Nothing if !learns => {}
             _ => self.reply(&Extractor::read(places(self.rpc), event.data), facts),
         }
@@ -277,10 +281,9 @@ impl Glance {
     fn at_state(data: &[u8], place: usize) -> Glance {
         let text = value_after(&STATE, data, place).and_then(|value| value.strip_prefix(b"\""));
         let Some(text) = text else { return Glance::Nothing };
-        let end = end_of_plain(text).unwrap_or(text.len());
+        // An escape, which nobody writes there, or no end at all.
+        let Some(end) = end_of_plain(text).filter(|&end| text[end] == b'"') else { return Glance::Unclear };
         match standing(&text[..end]) {
-            // An escape, which nobody writes there.
-            _ if text.get(end) == Some(&b'\\') => Glance::Unclear,
             Standing::Ended(outcome) => Glance::Ends(outcome),
             Standing::Running => {
                 let mut finals = FINAL.find_iter(data).filter_map(|place| value_after(&FINAL, data, place));
