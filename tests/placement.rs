@@ -3,7 +3,7 @@
 #[path = "support/placement.rs"]
 mod support;
 
-#[allow(dead_code)]
+#[expect(dead_code, reason = "other tests need all of it")]
 #[path = "support/random.rs"]
 mod random;
 
