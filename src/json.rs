@@ -477,18 +477,23 @@ impl Extractor {
         self.after_value();
     }
 
-    /// Ends a string, number or literal that is a value, of which the text was kept.
+    /// Ends a number or literal, whose text was gathered.
     fn end_scalar(&mut self, kind: fn(String) -> Value) {
         let text = std::mem::take(&mut self.text);
         self.end_text(&text, kind);
         self.text = text;
     }
 
+    fn end_string(&mut self, text: &[u8], is_key: bool) {
+        if is_key { self.end_key(text) } else { self.end_text(text, Value::Text) }
+    }
+
     fn end_text(&mut self, text: &[u8], kind: fn(String) -> Value) {
         if let Some(node) = self.target.take() {
             self.settle(node);
             for &pointer in &self.pointers.nodes[node].targets {
-                let text = self.keep.then(|| std::str::from_utf8(text).ok()).flatten();
+                let is_kept = self.keep && text.len() <= VALUE_BYTES_MAX;
+                let text = is_kept.then(|| std::str::from_utf8(text).ok()).flatten();
                 self.values[pointer] = Some(text.map_or(Value::Unreadable, |text| kind(text.to_owned())));
             }
         }
@@ -588,23 +593,14 @@ impl Extractor {
             self.state = State::Escape { is_key };
             return Ok(end + 1);
         }
-        // What came at once need not be gathered.
-        let is_whole = self.text.is_empty();
-        if !is_whole {
+        if self.text.is_empty() {
+            // It came at once, and need not be gathered.
+            self.end_string(content, is_key);
+        } else {
             self.add(content);
-        }
-        match (is_key, is_whole) {
-            (true, true) => self.end_key(content),
-            (true, false) => {
-                let key = std::mem::take(&mut self.text);
-                self.end_key(&key);
-                self.text = key;
-            }
-            (false, true) => {
-                self.keep &= content.len() <= VALUE_BYTES_MAX;
-                self.end_text(content, Value::Text);
-            }
-            (false, false) => self.end_scalar(Value::Text),
+            let text = std::mem::take(&mut self.text);
+            self.end_string(&text, is_key);
+            self.text = text;
         }
         // Nearly always it follows at once.
         if is_key && input.get(end + 1) == Some(&b':') {

@@ -171,7 +171,7 @@ impl Answer {
     /// or the task.)
     fn knows_all(&self) -> bool {
         match self.role {
-            Role::Start => self.run.is_some() && self.session.is_some() && self.session != self.run,
+            Role::Start => self.session.is_some() && self.session != self.run,
             Role::Join => true,
             Role::Ask => false,
         }
@@ -229,10 +229,14 @@ impl Watch for Answer {
             facts.push(Fact::Ended(RunOutcome::Failed));
             return;
         }
-        let learns = self.role == Role::Start && self.run.is_none();
-        match Glance::at_event(self.rpc, event.data) {
+        let glance = match (self.role, &self.run) {
+            // Any event may tell which run it is.
+            (Role::Start, None) => Glance::Unclear,
+            _ => Glance::at_event(self.rpc, event.data),
+        };
+        match glance {
+            Glance::Nothing => {}
             Glance::Ends(outcome) if self.knows_all() => facts.push(Fact::Ended(outcome)),
-            Glance::Nothing if !learns => {}
             _ => self.reply(&Extractor::read(places(self.rpc), event.data), facts),
         }
     }
