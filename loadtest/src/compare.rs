@@ -17,13 +17,13 @@ use tokio::signal::unix::SignalKind;
 use crate::agent::BoardReport;
 use crate::balance::{Policy, simulate};
 use crate::clock::{monotonic_ns, parse_duration};
-use crate::process::usage;
+use crate::process::{Confined, Parted, usage};
 use crate::run::{Report, execute, runtime};
 use crate::tls::TestCertificate;
 use crate::workload::Workload;
 use outcome::Outcome;
 use peer::{AgentProcess, Peer, Programs, Reload, Running, Setup};
-use work::{BACKENDS, Item, SLOTS, Scale, trace};
+use work::{BACKENDS, Item, Placing, SLOTS, Scale, trace};
 
 /// Flags of `loadtest compare`.
 #[derive(Args, Clone, Debug)]
@@ -199,8 +199,10 @@ impl Comparison<'_> {
         title: &str,
     ) -> anyhow::Result<(Report, Option<BoardReport>)> {
         let balance = item == Item::Balance;
+        let cores = (item.placing() == Placing::OwnCore).then(Parted::cores).transpose()?;
+        let _confined = cores.as_ref().map(|cores| Confined::to(&cores.others)).transpose()?;
         let agent = AgentProcess::start(BACKENDS, balance.then_some(SLOTS))?;
-        let running = self.start(peer, item, &agent)?;
+        let running = self.start(peer, item, &agent, cores.as_ref())?;
         let mut workload = item.workload(&running.target, &self.scale, self.half_load);
         workload.pids = running.pid().into_iter().collect();
         // All contestants of a round meet the same arrivals and lengths.
@@ -240,20 +242,23 @@ impl Comparison<'_> {
         Ok((report, board))
     }
 
-    fn start(&self, peer: Peer, item: Item, agent: &AgentProcess) -> anyhow::Result<Running> {
+    /// `cores`: where the proxy is to have one to itself.
+    fn start(&self, peer: Peer, item: Item, agent: &AgentProcess, cores: Option<&Parted>) -> anyhow::Result<Running> {
+        let _confined = cores.map(|cores| Confined::to(&cores.one)).transpose()?;
         peer.start(&Setup {
             front: item.front(),
             agents: &agent.addresses,
             folder: self.folder,
             certificate: self.certificate,
             programs: self.programs,
+            workers: if cores.is_some() { 1 } else { 2 },
         })
     }
 
     /// The load at which generator, floor and agent together would use every core, and half of it.
     fn find_half_load(&mut self) -> anyhow::Result<()> {
         let agent = AgentProcess::start(BACKENDS, None)?;
-        let running = self.start(Peer::Floor, Item::Streams, &agent)?;
+        let running = self.start(Peer::Floor, Item::Streams, &agent, None)?;
         let mut workload = Item::Streams.workload(&running.target, &self.scale, 0.0);
         workload.pids = running.pid().into_iter().chain([agent.pid()]).collect();
         let report = runtime(1)?.block_on(execute(workload, "finding half of the saturating load"))?;

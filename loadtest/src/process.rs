@@ -1,9 +1,11 @@
-//! CPU time and memory of processes and their children, read from /proc.
+//! Processes and their children: CPU time and memory, read from /proc, and the cores that they may use.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
 
+use anyhow::Context;
 use rustix::param::clock_ticks_per_second;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::{Deserialize, Serialize};
 
 /// What a set of processes used so far.
@@ -48,6 +50,47 @@ pub fn usage(roots: &[u32]) -> Usage {
 /// The living processes of `roots` and all their descendants.
 pub fn tree_ids(roots: &[u32]) -> Vec<u32> {
     tree(roots).iter().filter(|stat| !stat.ended).map(|stat| stat.pid).collect()
+}
+
+/// The cores that this thread may use, in two parts.
+pub struct Parted {
+    /// The last one.
+    pub one: CpuSet,
+    /// All before it.
+    pub others: CpuSet,
+}
+
+impl Parted {
+    /// Fails where there is one core only.
+    pub fn cores() -> anyhow::Result<Self> {
+        let all = sched_getaffinity(None).context("cannot ask which cores there are")?;
+        let last = (0..CpuSet::MAX_CPU).rev().find(|&core| all.is_set(core)).unwrap_or_default();
+        let (mut one, mut others) = (CpuSet::new(), all);
+        one.set(last);
+        others.unset(last);
+        anyhow::ensure!(others.count() > 0, "a core of its own for the proxy needs a second one for the load");
+        Ok(Self { one, others })
+    }
+}
+
+/// This thread, and the threads and processes that it starts, on some cores only, until this is dropped.
+pub struct Confined {
+    before: CpuSet,
+}
+
+impl Confined {
+    pub fn to(cores: &CpuSet) -> anyhow::Result<Self> {
+        let before = sched_getaffinity(None).context("cannot ask which cores there are")?;
+        sched_setaffinity(None, cores).context("cannot choose cores")?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Confined {
+    fn drop(&mut self) {
+        // They were allowed before; should they have been taken away meanwhile, the system's choice is as good.
+        let _ = sched_setaffinity(None, &self.before);
+    }
 }
 
 /// Busy seconds of the whole machine since it started, over all cores.
