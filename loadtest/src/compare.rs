@@ -17,7 +17,7 @@ use tokio::signal::unix::SignalKind;
 use crate::agent::BoardReport;
 use crate::balance::{Policy, simulate};
 use crate::clock::{monotonic_ns, parse_duration};
-use crate::process::{Confined, Parted, usage};
+use crate::process::{Awake, Confined, Parted, usage};
 use crate::run::{Report, execute, runtime};
 use crate::tls::TestCertificate;
 use crate::workload::Workload;
@@ -51,7 +51,7 @@ pub struct CompareOptions {
     #[arg(long)]
     idle: Option<u32>,
     /// No work is begun after this
-    #[arg(long, value_parser = parse_duration, default_value = "2h")]
+    #[arg(long, value_parser = parse_duration, default_value = "3h")]
     total: Duration,
     /// Where compare.json and compare.html are written
     #[arg(long, default_value = "target/compare")]
@@ -200,6 +200,11 @@ impl Comparison<'_> {
     ) -> anyhow::Result<(Report, Option<BoardReport>)> {
         let balance = item == Item::Balance;
         let cores = (item.placing() == Placing::OwnCore).then(Parted::cores).transpose()?;
+        let _awake = cores
+            .iter()
+            .flat_map(|cores| [&cores.one, &cores.others])
+            .map(Awake::keep)
+            .collect::<Result<Vec<_>, _>>()?;
         let _confined = cores.as_ref().map(|cores| Confined::to(&cores.others)).transpose()?;
         let agent = AgentProcess::start(BACKENDS, balance.then_some(SLOTS))?;
         let running = self.start(peer, item, &agent, cores.as_ref())?;

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::Context;
 use rustix::param::clock_ticks_per_second;
@@ -90,6 +91,45 @@ impl Drop for Confined {
     fn drop(&mut self) {
         // They were allowed before; should they have been taken away meanwhile, the system's choice is as good.
         let _ = sched_setaffinity(None, &self.before);
+    }
+}
+
+/// Cores that don't fall asleep while this lives: on each of them something runs that gives way to everything else. A
+/// virtual core that sleeps must be woken by the host, and whether it sleeps depends on how close together events are.
+pub struct Awake {
+    spinners: Vec<Child>,
+}
+
+impl Awake {
+    pub fn keep(cores: &CpuSet) -> anyhow::Result<Self> {
+        let mut awake = Self { spinners: Vec::new() };
+        for core in (0..CpuSet::MAX_CPU).filter(|&core| cores.is_set(core)) {
+            let mut one = CpuSet::new();
+            one.set(core);
+            let _confined = Confined::to(&one)?;
+            let mut command = Command::new("chrt");
+            // It ends with this process, however that ends.
+            command.args(["--idle", "0", "sh", "-c", "while kill -0 $0; do :; done"]);
+            command
+                .arg(std::process::id().to_string())
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            awake
+                .spinners
+                .push(command.spawn().context("cannot start `chrt` of util-linux, which keeps a core awake")?);
+        }
+        Ok(awake)
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        for spinner in &mut self.spinners {
+            // It has ended already, or it does now.
+            let _ = spinner.kill();
+            let _ = spinner.wait();
+        }
     }
 }
 

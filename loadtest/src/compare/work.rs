@@ -29,8 +29,8 @@ pub enum Item {
 pub enum Placing {
     /// On the cores that agent and clients use too, with two workers.
     Shared,
-    /// With one worker on a core where nothing else of the load runs: who wakes whom, and who has to give way to whom,
-    /// then says nothing about the proxy.
+    /// With one worker on a core where nothing else of the load runs, and all cores kept awake: who wakes whom, and who
+    /// has to give way to whom, then says nothing about the proxy.
     OwnCore,
 }
 
