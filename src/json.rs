@@ -1,17 +1,20 @@
 //! JSON: a streaming extractor of a few pointers from a body that goes on unchanged (RFC 8259, RFC 6901).
 
+mod glance;
+mod plain;
+
 use std::sync::Arc;
 
 use crate::config::JsonPointer;
+pub use glance::keys_around;
+pub use plain::end_of_plain;
+use plain::end_of_short;
 
 /// Nesting deeper than this is refused.
 const DEPTH_MAX: usize = 64;
 
 /// A value longer than this, unescaped, counts as absent.
 const VALUE_BYTES_MAX: usize = 1024;
-
-/// Strings up to here are searched by machine words: a search with wide registers costs more than it saves on them.
-const SHORT_BYTES: usize = 16;
 
 /// Documents nest no deeper, nearly all of them.
 const DEPTH_USUAL: usize = 8;
@@ -687,99 +690,6 @@ impl Number {
     }
 }
 
-/// The keys on the way to the key whose opening quote is at `position`, outermost first, written into `keys`.
-///
-/// A quick look at a whole document for who knows already where something stands in it, without keeping anything.
-/// `None`: it can't be told so (an escape in a key, deeper than `keys` is long, no JSON), and must be read.
-pub fn keys_around<'k, 'a>(document: &'a [u8], position: usize, keys: &'k mut [&'a [u8]]) -> Option<&'k [&'a [u8]]> {
-    let mut depth = 0_usize;
-    let mut at = 0;
-    while at < position {
-        match document[at] {
-            b'"' => {
-                let start = at + 1;
-                at = start + end_of_plain(document.get(start..)?)?;
-                let is_escaped = document[at] == b'\\';
-                while document[at] == b'\\' {
-                    at += 2;
-                    at += end_of_plain(document.get(at..)?)?;
-                }
-                let text = &document[start..at];
-                at += 1;
-                while matches!(document.get(at), Some(b' ' | b'\t' | b'\n' | b'\r')) {
-                    at += 1;
-                }
-                let is_key = document.get(at) == Some(&b':');
-                if is_key {
-                    if is_escaped {
-                        return None;
-                    }
-                    *keys.get_mut(depth.checked_sub(1)?)? = text;
-                }
-                // A colon or, behind a value, a comma: nothing to be looked at.
-                at += usize::from(is_key || document.get(at) == Some(&b','));
-            }
-            // An element of an array stands behind no key.
-            b'{' | b'[' => {
-                *keys.get_mut(depth)? = b"";
-                depth += 1;
-                at += 1;
-            }
-            b'}' | b']' => {
-                depth = depth.checked_sub(1)?;
-                at += 1;
-            }
-            _ => at += 1,
-        }
-    }
-    // Otherwise it stands inside a string. The last key is that of the object that holds the one asked for.
-    if at == position { keys.get(..depth.checked_sub(1)?) } else { None }
-}
-
-/// Where the first quote or backslash is.
-pub fn end_of_plain(text: &[u8]) -> Option<usize> {
-    near(text, words::ends).or_else(|| memchr::memchr2(b'"', b'\\', text))
-}
-
-/// As [`end_of_plain`], if that is near and there are only ASCII characters before it, none of them a control.
-fn end_of_short(text: &[u8]) -> Option<usize> {
-    let is_special = |word| words::ends(word) | words::less(word, 0x20) | words::not_ascii(word);
-    near(text, is_special).filter(|&end| matches!(text[end], b'"' | b'\\'))
-}
-
-/// The first byte that is marked, if it is among the whole words at the start.
-fn near(text: &[u8], marks: impl Fn(u64) -> u64) -> Option<usize> {
-    let mut at = 0;
-    while at < SHORT_BYTES {
-        let marks = marks(u64::from_le_bytes(*text[at..].first_chunk()?));
-        if marks != 0 {
-            return Some(at + marks.trailing_zeros() as usize / 8);
-        }
-        at += 8;
-    }
-    None
-}
-
-/// Eight bytes at once: the high bit of each that is meant. Above the first of them it may be wrong, which nobody asks.
-mod words {
-    const ONES: u64 = 0x0101_0101_0101_0101;
-    const HIGH: u64 = 0x80 * ONES;
-
-    pub fn less(word: u64, than: u64) -> u64 {
-        word.wrapping_sub(than * ONES) & !word & HIGH
-    }
-
-    pub fn not_ascii(word: u64) -> u64 {
-        word & HIGH
-    }
-
-    /// Quotes and backslashes.
-    pub fn ends(word: u64) -> u64 {
-        let is = |byte: u8| less(word ^ (u64::from(byte) * ONES), 1);
-        is(b'"') | is(b'\\')
-    }
-}
-
 /// Checks UTF-8 that may be cut inside a character.
 #[derive(Debug, Default)]
 struct Utf8 {
@@ -1010,33 +920,6 @@ mod tests {
         assert_eq!(one(&format!(r#"{{"{}":2,"a":1}}"#, "a".repeat(100_000)), "/a").as_deref(), Some("1"));
     }
 
-    #[test]
-    fn keys_around_a_key() {
-        let around = |document: &str| {
-            let position = document.find("\"x\"").expect("it is there");
-            let mut keys = [&b""[..]; 3];
-            let found = super::keys_around(document.as_bytes(), position, &mut keys)?;
-            Some(found.iter().map(|key| String::from_utf8_lossy(key).into_owned()).collect::<Vec<_>>().join("/"))
-        };
-        for (document, keys) in [
-            (r#"{"x":1}"#, Some("")),
-            (r#"{"a":{"c":{"d":"e"}},"b":{"c": "d","x":1}}"#, Some("b")),
-            (r#"{"a":{"b":[1,2],"c":{"x":1}}}"#, Some("a/c")),
-            (r#"{"a":[{"x":1}]}"#, Some("a/")),
-            (r#"{"a":"\"b\\\\\"","b":{"x":1}}"#, Some("b")),
-            (r#"{"a\"":{"x":1}}"#, None),
-            (r#"{"a": "c" ,"b" :{"x":1}}"#, Some("b")),
-            (r#"{"a":{"b":{"c":{"x":1}}}}"#, None),
-            (r#"{"a":"\"","b":{"x":1}}"#, Some("b")),
-            (r#"{"a":1}}"x":1"#, None),
-        ] {
-            assert_eq!(around(document).as_deref(), keys, "{document}");
-        }
-        let (inside, mut keys) = (br#"{"a":"b","c":"d \"x\" e"}"#, [&b""[..]; 3]);
-        let position = memchr::memmem::find(inside, b"\"x").expect("it is there");
-        assert_eq!(super::keys_around(inside, position, &mut keys), None);
-    }
-
     fn document() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(Value::Null),
@@ -1074,17 +957,6 @@ mod tests {
                 })
                 .collect();
             prop_assert_eq!(extract(text.as_bytes(), &pointers, &cuts), (Progress::Done, expected));
-        }
-
-        #[test]
-        fn the_near_end_of_a_string_is_found(
-            text in proptest::collection::vec(prop_oneof![8 => b'a'..=b'z', 1 => any::<u8>(), 1 => Just(b'"')], 0..30),
-        ) {
-            let is_special = |byte: &u8| !(0x20..0x80).contains(byte) || matches!(byte, b'"' | b'\\');
-            let end = text.iter().position(is_special).filter(|&end| matches!(text[end], b'"' | b'\\'));
-            // Only whole words are looked at.
-            let looked_at = (text.len() / 8 * 8).min(super::SHORT_BYTES);
-            prop_assert_eq!(super::end_of_short(&text), end.filter(|&end| end < looked_at));
         }
 
         #[test]
