@@ -224,4 +224,26 @@ mod tests {
     fn no_roots_use_nothing() {
         assert_eq!(usage(&[]), Usage::default());
     }
+
+    #[test]
+    fn a_confined_thread_and_what_it_starts_stay_on_their_cores() {
+        // A thread of its own: whoever runs tests beside it keeps all cores.
+        let confined = std::thread::spawn(|| {
+            let before = sched_getaffinity(None).unwrap();
+            let Ok(cores) = Parted::cores() else { return };
+            assert_eq!(cores.one.count() + cores.others.count(), before.count());
+            let confined = Confined::to(&cores.one).unwrap();
+            assert_eq!(std::thread::available_parallelism().unwrap().get(), 1);
+            let output = Command::new("nproc").output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "1");
+            let awake = Awake::keep(&cores.one).unwrap();
+            let spinner = awake.spinners[0].id();
+            assert_eq!(tree_ids(&[spinner]), [spinner]);
+            drop(awake);
+            assert_eq!(tree_ids(&[spinner]), [] as [u32; 0]);
+            drop(confined);
+            assert_eq!(sched_getaffinity(None).unwrap().count(), before.count());
+        });
+        confined.join().unwrap();
+    }
 }

@@ -141,6 +141,7 @@ impl Item {
         }
     }
 
+    /// Where the proxy runs.
     pub fn placing(self) -> Placing {
         match self {
             Self::Growth(_, placing) => placing,
