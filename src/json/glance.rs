@@ -1,10 +1,9 @@
-//! A quick look at a whole document: which objects stand around a key.
+//! A quick look at a whole document for who knows already where something stands in it, without keeping anything.
 
 use super::end_of_plain;
 
 /// The keys on the way to the key whose opening quote is at `position`, outermost first, written into `keys`.
 ///
-/// A quick look at a whole document for who knows already where something stands in it, without keeping anything.
 /// `None`: it can't be told so (an escape in a key, deeper than `keys` is long, no JSON), and must be read.
 pub fn keys_around<'k, 'a>(document: &'a [u8], position: usize, keys: &'k mut [&'a [u8]]) -> Option<&'k [&'a [u8]]> {
     let mut depth = 0_usize;
