@@ -3,6 +3,7 @@
 mod http1;
 mod http2;
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::protocol::Role;
 
-use crate::clock::monotonic_ns;
+use crate::clock::{Timer, monotonic_ns, nanoseconds};
 use crate::event::{EventChecker, EventTemplate};
 use crate::plan::{PlannedRun, PlannedSession};
 use crate::socket::{DialError, Dialer};
@@ -296,9 +297,11 @@ impl Clients {
         let mut socket = WebSocketStream::from_partially_read(socket, buffered, Role::Client, None).await;
         let mut template = EventTemplate::new(tag, size);
         let mut events = self.events(tag, size, intended_ns);
-        let start = tokio::time::Instant::now();
+        let no_timer = |error: io::Error| Failure::new(Fault::Connect, format!("no timer for its messages: {error}"));
+        let timer = Timer::new().map_err(no_timer)?;
+        let start_ns = monotonic_ns();
         for sequence in 0..messages {
-            tokio::time::sleep_until(start + interval * sequence).await;
+            timer.wait_until_ns(start_ns + nanoseconds(interval * sequence)).await.map_err(no_timer)?;
             let message = Message::binary(template.stamped(sequence, monotonic_ns()).to_vec());
             websocket::send(&mut socket, message).await?;
             match websocket::receive(&mut socket).await? {

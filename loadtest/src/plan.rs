@@ -1,8 +1,7 @@
 //! The plan of a load test: who arrives when and asks for what, drawn from a seed, so that the same plan can be
 //! replayed against another target or in a simulation.
 
-use std::time::Duration;
-
+use crate::clock::nanoseconds;
 use crate::workload::{Length, Process, SESSIONS_MAX, Work, Workload};
 
 /// A session that arrives.
@@ -137,12 +136,10 @@ impl Random {
     }
 }
 
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::workload::{Arrivals, Span};
 

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::client::Clients;
-use crate::clock::monotonic_ns;
+use crate::clock::{monotonic_ns, nanoseconds};
 use crate::plan::{PlannedSession, Planner};
 use crate::process::{Usage, machine_busy_seconds, usage};
 use crate::statistics::{Counts, Fault, Latency, Moment, Percentiles, Statistics};
@@ -292,10 +292,6 @@ async fn show_progress(workload: Workload, statistics: Arc<Statistics>, start_ns
 
 async fn sleep_until_ns(due_ns: u64) {
     tokio::time::sleep(Duration::from_nanos(due_ns.saturating_sub(monotonic_ns()))).await;
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The mock agent on HTTP/1.1: one task a connection, one write an event.
 
+use std::io;
 use std::time::Duration;
 
 use anyhow::bail;
@@ -11,7 +12,7 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 use super::Backend;
 use super::answer::{Answer, Full, StreamPlan, answer};
 use super::board::OpenRun;
-use crate::clock::monotonic_ns;
+use crate::clock::{Timer, monotonic_ns, nanoseconds};
 use crate::event::EventTemplate;
 use crate::wire::{BodyDecoder, Framing, HEAD_BYTES_MAX, HEADERS_MAX, head_length};
 
@@ -134,7 +135,7 @@ fn parse(head: &[u8]) -> anyhow::Result<(Request, Framing)> {
 
 const READ_BYTES: usize = 4096;
 
-async fn fill<S: AsyncRead + Unpin>(stream: &mut S, buffered: &mut Vec<u8>) -> std::io::Result<usize> {
+async fn fill<S: AsyncRead + Unpin>(stream: &mut S, buffered: &mut Vec<u8>) -> io::Result<usize> {
     buffered.reserve(READ_BYTES);
     stream.read_buf(buffered).await
 }
@@ -177,7 +178,7 @@ async fn write_stream<S: AsyncRead + AsyncWrite + Unpin>(
     backend: usize,
 ) -> anyhow::Result<()> {
     let mut template = EventTemplate::new(plan.tag, plan.size);
-    let mut pace = Pace::start(plan.interval);
+    let mut pace = Pace::start(plan.interval)?;
     out.extend_from_slice(
         format!(
             "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-store\r\n\
@@ -186,7 +187,7 @@ async fn write_stream<S: AsyncRead + AsyncWrite + Unpin>(
         .as_bytes(),
     );
     for sequence in 0..plan.events {
-        pace.wait(sequence).await;
+        pace.wait(sequence).await?;
         out.extend_from_slice(format!("{:x}\r\n", plan.size).as_bytes());
         out.extend_from_slice(template.stamped(sequence, pace.stamp_ns(sequence)));
         out.extend_from_slice(b"\r\n");
@@ -204,7 +205,7 @@ async fn write_stream<S: AsyncRead + AsyncWrite + Unpin>(
 /// Keeps a stream's events to their times, and stamps honestly: an event that is late because the receiver would not
 /// take the one before it carries the time at which it was due, so that the delay is seen (no coordinated omission).
 pub struct Pace {
-    start: tokio::time::Instant,
+    timer: Timer,
     start_ns: u64,
     interval: Duration,
     write_began_ns: u64,
@@ -215,22 +216,24 @@ pub struct Pace {
 const BLOCKED_NS: u64 = 2_000_000;
 
 impl Pace {
-    pub fn start(interval: Duration) -> Self {
+    pub fn start(interval: Duration) -> io::Result<Self> {
         let start_ns = monotonic_ns();
-        Self { start: tokio::time::Instant::now(), start_ns, interval, write_began_ns: 0, blocked_until_ns: 0 }
+        Ok(Self { timer: Timer::new()?, start_ns, interval, write_began_ns: 0, blocked_until_ns: 0 })
     }
 
     /// Waits until the event `sequence` is due.
-    pub async fn wait(&self, sequence: u32) {
-        if sequence > 0 {
-            tokio::time::sleep_until(self.start + self.interval * sequence).await;
-        }
+    pub async fn wait(&self, sequence: u32) -> io::Result<()> {
+        if sequence > 0 { self.timer.wait_until_ns(self.due_ns(sequence)).await } else { Ok(()) }
     }
 
     /// The send time to write into the event.
     pub fn stamp_ns(&self, sequence: u32) -> u64 {
-        let due_ns = self.start_ns + u64::try_from((self.interval * sequence).as_nanos()).unwrap_or(u64::MAX);
+        let due_ns = self.due_ns(sequence);
         if due_ns < self.blocked_until_ns { due_ns } else { monotonic_ns() }
+    }
+
+    fn due_ns(&self, sequence: u32) -> u64 {
+        self.start_ns + nanoseconds(self.interval * sequence)
     }
 
     pub fn writing(&mut self) {
@@ -266,9 +269,9 @@ mod tests {
         assert_eq!((request.keep_alive, framing), (false, Framing::Chunked));
     }
 
-    #[test]
-    fn an_event_delayed_by_its_receiver_carries_the_time_it_was_due() {
-        let mut pace = Pace::start(Duration::from_millis(1));
+    #[tokio::test]
+    async fn an_event_delayed_by_its_receiver_carries_the_time_it_was_due() {
+        let mut pace = Pace::start(Duration::from_millis(1)).unwrap();
         pace.blocked_until_ns = pace.start_ns + 5_000_000;
         assert_eq!(pace.stamp_ns(3), pace.start_ns + 3_000_000);
         pace.blocked_until_ns = 0;

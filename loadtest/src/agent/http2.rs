@@ -91,9 +91,9 @@ fn write_full(respond: &mut SendResponse<Bytes>, full: &Full, backend: usize) ->
 
 async fn write_stream(stream: &mut SendStream<Bytes>, plan: &StreamPlan) -> anyhow::Result<()> {
     let mut template = EventTemplate::new(plan.tag, plan.size);
-    let mut pace = Pace::start(plan.interval);
+    let mut pace = Pace::start(plan.interval)?;
     for sequence in 0..plan.events {
-        pace.wait(sequence).await;
+        pace.wait(sequence).await?;
         let event = Bytes::copy_from_slice(template.stamped(sequence, pace.stamp_ns(sequence)));
         pace.writing();
         stream.reserve_capacity(plan.size);
