@@ -23,7 +23,7 @@ use crate::tls::TestCertificate;
 use crate::workload::Workload;
 use outcome::Outcome;
 use peer::{AgentProcess, Peer, Programs, Reload, Running, Setup};
-use work::{BACKENDS, Item, Placing, SLOTS, Scale, trace};
+use work::{BACKENDS, INTERVAL, Item, Placing, SLOTS, Scale, trace};
 
 /// Flags of `loadtest compare`.
 #[derive(Args, Clone, Debug)]
@@ -260,23 +260,37 @@ impl Comparison<'_> {
         })
     }
 
-    /// The load at which generator, floor and agent together would use every core, and half of it.
+    /// The load at which generator, floor and agent together use every core, and half of it. The busier they are the
+    /// more each of them finds to do when it wakes up, and the less an event costs: the load is raised until they are
+    /// almost at it.
     fn find_half_load(&mut self) -> anyhow::Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+        let mut saturating = f64::from(self.scale.streams) / INTERVAL.as_secs_f64();
+        for _ in 0..LOAD_STEPS_MAX {
+            let (rate, used) = self.cores_at(saturating)?;
+            saturating = rate * cores / used.max(0.01);
+            self.outcome.notes.push(format!(
+                "h: at {rate:.0} events/s generator, floor and agent used {used:.2} of {cores} cores: half of the saturating load is {:.0} events/s",
+                saturating / 2.0
+            ));
+            if used > ALMOST_ALL * cores {
+                break;
+            }
+        }
+        self.half_load = saturating / 2.0;
+        Ok(())
+    }
+
+    /// How many events a second came, of so many asked for, and how many cores generator, floor and agent used.
+    fn cores_at(&self, load: f64) -> anyhow::Result<(f64, f64)> {
         let agent = AgentProcess::start(BACKENDS, None)?;
-        let running = self.start(Peer::Floor, Item::Streams, &agent, None)?;
-        let mut workload = Item::Streams.workload(&running.target, &self.scale, 0.0);
+        let running = self.start(Peer::Floor, Item::HalfLoad, &agent, None)?;
+        let mut workload = Item::HalfLoad.workload(&running.target, &self.scale, load);
         workload.pids = running.pid().into_iter().chain([agent.pid()]).collect();
         let report = runtime(1)?.block_on(execute(workload, "finding half of the saturating load"))?;
         let window = &report.window;
         let used = window.processes.as_ref().map_or(0.0, |processes| processes.cores) + window.generator_cores;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-        let rate = window.events as f64 / window.seconds;
-        self.half_load = rate * cores / used.max(0.01) / 2.0;
-        self.outcome.notes.push(format!(
-            "h: at {rate:.0} events/s generator, floor and agent used {used:.2} of {cores} cores: half of the saturating load is {:.0} events/s",
-            self.half_load
-        ));
-        Ok(())
+        Ok((window.events as f64 / window.seconds, used))
     }
 
     /// What ideal policies would have made of the same arrivals and lengths.
@@ -323,6 +337,10 @@ impl Comparison<'_> {
         self.outcome.add(&title, name, round, "mean runs", spread.mean);
     }
 }
+
+/// How often the load is raised to find the saturating one, and the part of all cores from which on it is taken as found.
+const LOAD_STEPS_MAX: usize = 4;
+const ALMOST_ALL: f64 = 0.85;
 
 const READY_TIMEOUT_NS: u64 = 10_000_000_000;
 

@@ -75,7 +75,8 @@ impl Scale {
 /// Backends of the balance item, and how many runs each works on at once.
 pub const BACKENDS: usize = 10;
 pub const SLOTS: usize = 4;
-const INTERVAL: Duration = Duration::from_millis(100);
+/// Between the events of a stream.
+pub const INTERVAL: Duration = Duration::from_millis(100);
 const EVENT_BYTES: usize = 200;
 const CONNECTIONS: u32 = 64;
 
