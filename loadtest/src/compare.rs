@@ -17,13 +17,13 @@ use tokio::signal::unix::SignalKind;
 use crate::agent::BoardReport;
 use crate::balance::{Policy, simulate};
 use crate::clock::{monotonic_ns, parse_duration};
-use crate::process::{Awake, Confined, Parted, usage};
+use crate::process::usage;
 use crate::run::{Report, execute, runtime};
 use crate::tls::TestCertificate;
 use crate::workload::Workload;
 use outcome::Outcome;
 use peer::{AgentProcess, Peer, Programs, Reload, Running, Setup};
-use work::{BACKENDS, INTERVAL, Item, Placing, SLOTS, Scale, trace};
+use work::{BACKENDS, INTERVAL, Item, SLOTS, Scale, trace};
 
 /// Flags of `loadtest compare`.
 #[derive(Args, Clone, Debug)]
@@ -51,7 +51,7 @@ pub struct CompareOptions {
     #[arg(long)]
     idle: Option<u32>,
     /// No work is begun after this
-    #[arg(long, value_parser = parse_duration, default_value = "3h")]
+    #[arg(long, value_parser = parse_duration, default_value = "2h")]
     total: Duration,
     /// Where compare.json and compare.html are written
     #[arg(long, default_value = "target/compare")]
@@ -199,15 +199,8 @@ impl Comparison<'_> {
         title: &str,
     ) -> anyhow::Result<(Report, Option<BoardReport>)> {
         let balance = item == Item::Balance;
-        let cores = (item.placing() == Placing::OwnCore).then(Parted::cores).transpose()?;
-        let _awake = cores
-            .iter()
-            .flat_map(|cores| [&cores.one, &cores.others])
-            .map(Awake::keep)
-            .collect::<Result<Vec<_>, _>>()?;
-        let _confined = cores.as_ref().map(|cores| Confined::to(&cores.others)).transpose()?;
         let agent = AgentProcess::start(BACKENDS, balance.then_some(SLOTS))?;
-        let running = self.start(peer, item, &agent, cores.as_ref())?;
+        let running = self.start(peer, item, &agent)?;
         let mut workload = item.workload(&running.target, &self.scale, self.half_load);
         workload.pids = running.pid().into_iter().collect();
         // All contestants of a round meet the same arrivals and lengths.
@@ -247,16 +240,13 @@ impl Comparison<'_> {
         Ok((report, board))
     }
 
-    /// `cores`: where the proxy is to have one to itself.
-    fn start(&self, peer: Peer, item: Item, agent: &AgentProcess, cores: Option<&Parted>) -> anyhow::Result<Running> {
-        let _confined = cores.map(|cores| Confined::to(&cores.one)).transpose()?;
+    fn start(&self, peer: Peer, item: Item, agent: &AgentProcess) -> anyhow::Result<Running> {
         peer.start(&Setup {
             front: item.front(),
             agents: &agent.addresses,
             folder: self.folder,
             certificate: self.certificate,
             programs: self.programs,
-            workers: if cores.is_some() { 1 } else { 2 },
         })
     }
 
@@ -284,7 +274,7 @@ impl Comparison<'_> {
     /// How many events a second came, of so many asked for, and how many cores generator, floor and agent used.
     fn cores_at(&self, load: f64) -> anyhow::Result<(f64, f64)> {
         let agent = AgentProcess::start(BACKENDS, None)?;
-        let running = self.start(Peer::Floor, Item::HalfLoad, &agent, None)?;
+        let running = self.start(Peer::Floor, Item::HalfLoad, &agent)?;
         let mut workload = Item::HalfLoad.workload(&running.target, &self.scale, load);
         workload.pids = running.pid().into_iter().chain([agent.pid()]).collect();
         let report = runtime(1)?.block_on(execute(workload, "finding half of the saturating load"))?;

@@ -1,12 +1,9 @@
-//! Processes and their children: CPU time and memory, read from /proc, and the cores that they may use.
+//! CPU time and memory of processes and their children, read from /proc.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::process::{Child, Command, Stdio};
 
-use anyhow::Context;
 use rustix::param::clock_ticks_per_second;
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::{Deserialize, Serialize};
 
 /// What a set of processes used so far.
@@ -51,86 +48,6 @@ pub fn usage(roots: &[u32]) -> Usage {
 /// The living processes of `roots` and all their descendants.
 pub fn tree_ids(roots: &[u32]) -> Vec<u32> {
     tree(roots).iter().filter(|stat| !stat.ended).map(|stat| stat.pid).collect()
-}
-
-/// The cores that this thread may use, in two parts.
-pub struct Parted {
-    /// The last one.
-    pub one: CpuSet,
-    /// All before it.
-    pub others: CpuSet,
-}
-
-impl Parted {
-    /// Fails where there is one core only.
-    pub fn cores() -> anyhow::Result<Self> {
-        let all = sched_getaffinity(None).context("cannot ask which cores there are")?;
-        let last = (0..CpuSet::MAX_CPU).rev().find(|&core| all.is_set(core)).unwrap_or_default();
-        let (mut one, mut others) = (CpuSet::new(), all);
-        one.set(last);
-        others.unset(last);
-        anyhow::ensure!(others.count() > 0, "a core of its own for the proxy needs a second one for the load");
-        Ok(Self { one, others })
-    }
-}
-
-/// This thread, and the threads and processes that it starts, on some cores only, until this is dropped.
-pub struct Confined {
-    before: CpuSet,
-}
-
-impl Confined {
-    pub fn to(cores: &CpuSet) -> anyhow::Result<Self> {
-        let before = sched_getaffinity(None).context("cannot ask which cores there are")?;
-        sched_setaffinity(None, cores).context("cannot choose cores")?;
-        Ok(Self { before })
-    }
-}
-
-impl Drop for Confined {
-    fn drop(&mut self) {
-        // They were allowed before; should they have been taken away meanwhile, the system's choice is as good.
-        let _ = sched_setaffinity(None, &self.before);
-    }
-}
-
-/// Cores that don't fall asleep while this lives: on each of them something runs that gives way to everything else. A
-/// virtual core that sleeps must be woken by the host, and whether it sleeps depends on how close together events are.
-pub struct Awake {
-    spinners: Vec<Child>,
-}
-
-impl Awake {
-    pub fn keep(cores: &CpuSet) -> anyhow::Result<Self> {
-        let mut awake = Self { spinners: Vec::new() };
-        for core in (0..CpuSet::MAX_CPU).filter(|&core| cores.is_set(core)) {
-            let mut one = CpuSet::new();
-            one.set(core);
-            let _confined = Confined::to(&one)?;
-            let mut command = Command::new("chrt");
-            // It ends with this process, however that ends.
-            command.args(["--idle", "0", "sh", "-c", "while kill -0 $0; do :; done"]);
-            command
-                .arg(std::process::id().to_string())
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null());
-            awake
-                .spinners
-                .push(command.spawn().context("cannot start `chrt` of util-linux, which keeps a core awake")?);
-        }
-        Ok(awake)
-    }
-}
-
-impl Drop for Awake {
-    fn drop(&mut self) {
-        for spinner in &mut self.spinners {
-            // It has ended already, or it does now.
-            let _ = spinner.kill();
-            let _ = spinner.wait();
-        }
-    }
 }
 
 /// Busy seconds of the whole machine since it started, over all cores.
@@ -223,27 +140,5 @@ mod tests {
     #[test]
     fn no_roots_use_nothing() {
         assert_eq!(usage(&[]), Usage::default());
-    }
-
-    #[test]
-    fn a_confined_thread_and_what_it_starts_stay_on_their_cores() {
-        // A thread of its own: whoever runs tests beside it keeps all cores.
-        let confined = std::thread::spawn(|| {
-            let before = sched_getaffinity(None).unwrap();
-            let Ok(cores) = Parted::cores() else { return };
-            assert_eq!(cores.one.count() + cores.others.count(), before.count());
-            let confined = Confined::to(&cores.one).unwrap();
-            assert_eq!(std::thread::available_parallelism().unwrap().get(), 1);
-            let output = Command::new("nproc").output().unwrap();
-            assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "1");
-            let awake = Awake::keep(&cores.one).unwrap();
-            let spinner = awake.spinners[0].id();
-            assert_eq!(tree_ids(&[spinner]), [spinner]);
-            drop(awake);
-            assert_eq!(tree_ids(&[spinner]), [] as [u32; 0]);
-            drop(confined);
-            assert_eq!(sched_getaffinity(None).unwrap().count(), before.count());
-        });
-        confined.join().unwrap();
     }
 }

@@ -57,8 +57,6 @@ pub struct Setup<'a> {
     pub folder: &'a Path,
     pub certificate: &'a TestCertificate,
     pub programs: &'a Programs,
-    /// Threads or processes that serve. longhaul takes as many as it has cores.
-    pub workers: usize,
 }
 
 impl Peer {
@@ -152,7 +150,6 @@ impl Peer {
             Self::Direct => Reload::None,
             Self::Floor => {
                 command.arg("floor").arg("--listen").arg(format!("127.0.0.1:{}", places.port));
-                command.arg("--threads").arg(places.setup.workers.to_string());
                 for agent in places.setup.agents {
                     command.arg("--to").arg(agent.to_string());
                 }
@@ -180,8 +177,7 @@ impl Peer {
                 Reload::Post(SocketAddr::from(([127, 0, 0, 1], places.admin)), rendered(1))
             }
             Self::Envoy => {
-                command.arg("--concurrency").arg(places.setup.workers.to_string());
-                command.args(["--disable-hot-restart", "-l", "error", "-c"]);
+                command.args(["--concurrency", "2", "--disable-hot-restart", "-l", "error", "-c"]);
                 command.arg(folder.join("envoy.yaml"));
                 Reload::Watched(rendered(2))
             }
@@ -207,7 +203,6 @@ impl Peer {
             ("PORT", port.to_string()),
             ("ADMIN", admin.to_string()),
             ("FOLDER", setup.folder.display().to_string()),
-            ("WORKERS", setup.workers.to_string()),
         ];
         values.extend(match self {
             Self::Direct | Self::Floor => Vec::new(),
@@ -487,8 +482,8 @@ mod tests {
         let programs = Programs { longhaul: PathBuf::new(), envoy: None };
         let agents = [SocketAddr::from(([127, 0, 0, 1], 1)), SocketAddr::from(([127, 0, 0, 1], 2))];
         for front in [Front::Http1, Front::Tls, Front::Http2] {
-            let (folder, certificate) = (folder.path(), &certificate);
-            let setup = Setup { front, agents: &agents, folder, certificate, programs: &programs, workers: 2 };
+            let setup =
+                Setup { front, agents: &agents, folder: folder.path(), certificate: &certificate, programs: &programs };
             for peer in Peer::ALL {
                 let places = Places { port: 1000, admin: 1001, setup: &setup };
                 let reload = peer.configure(&places, &mut Command::new("true")).unwrap();

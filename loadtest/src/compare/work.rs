@@ -20,18 +20,7 @@ pub enum Item {
     Balance,
     Reloads,
     HalfLoad,
-    /// So many streams, the proxy beside the load or on a core of its own.
-    Growth(u32, Placing),
-}
-
-/// Where a proxy runs.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Placing {
-    /// On the cores that agent and clients use too, with two workers.
-    Shared,
-    /// With one worker on a core where nothing else of the load runs, and all cores kept awake: who wakes whom, and who
-    /// has to give way to whom, then says nothing about the proxy.
-    OwnCore,
+    Growth(u32),
 }
 
 /// One measured value.
@@ -92,10 +81,7 @@ impl Item {
             "f" => vec![Self::Balance],
             "g" => vec![Self::Reloads],
             "h" => vec![Self::HalfLoad],
-            "i" => [Placing::Shared, Placing::OwnCore]
-                .into_iter()
-                .flat_map(|placing| [100, 1000, 9000].map(|streams| Self::Growth(streams, placing)))
-                .collect(),
+            "i" => vec![Self::Growth(100), Self::Growth(1000), Self::Growth(9000)],
             _ => return None,
         })
     }
@@ -114,10 +100,7 @@ impl Item {
             }
             Self::Reloads => "g: as b, with a reload each second".to_owned(),
             Self::HalfLoad => "h: SSE streams at half of the floor's saturating load".to_owned(),
-            Self::Growth(streams, Placing::Shared) => format!("i: 10,000 events a second over {streams} streams"),
-            Self::Growth(streams, Placing::OwnCore) => {
-                format!("i: 10,000 events a second over {streams} streams, the proxy on a core of its own")
-            }
+            Self::Growth(streams) => format!("i: 10,000 events a second over {streams} streams"),
         }
     }
 
@@ -137,16 +120,8 @@ impl Item {
             (Self::ShortTls | Self::StreamsTls | Self::IdleTls | Self::Idle | Self::Balance, Peer::Direct) => false,
             // A byte copy knows connections, not runs.
             (Self::Balance, Peer::Floor) => false,
-            (Self::Growth(..), peer) => matches!(peer, Peer::Floor | Peer::Longhaul | Peer::Nginx | Peer::Haproxy),
+            (Self::Growth(_), peer) => matches!(peer, Peer::Floor | Peer::Longhaul | Peer::Nginx | Peer::Haproxy),
             _ => true,
-        }
-    }
-
-    /// Where the proxy runs.
-    pub fn placing(self) -> Placing {
-        match self {
-            Self::Growth(_, placing) => placing,
-            _ => Placing::Shared,
         }
     }
 
@@ -170,7 +145,7 @@ impl Item {
                 let count = (half_load * INTERVAL.as_secs_f64()).clamp(10.0, f64::from(scale.idle)) as u32;
                 streams(target, count, INTERVAL, scale.stream_seconds)
             }
-            Self::Growth(count, _) => {
+            Self::Growth(count) => {
                 let count = count.min(scale.idle);
                 streams(target, count, INTERVAL * count / scale.streams, scale.stream_seconds)
             }
