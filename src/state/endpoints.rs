@@ -419,6 +419,8 @@ impl Version {
         };
         match (&endpoint.indexed, &wanted) {
             (Indexed::Nowhere, Indexed::Nowhere) | (Indexed::Ramping, Indexed::Ramping) => return,
+            // Nothing of its place has changed, as after an exchange that was no run.
+            (Indexed::ByLoad(entry), Indexed::ByLoad(wanted)) if entry == wanted => return,
             (Indexed::ByLoad(entry), _) => {
                 self.by_load.remove(entry);
             }
