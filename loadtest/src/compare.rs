@@ -16,7 +16,7 @@ use tokio::signal::unix::SignalKind;
 
 use crate::agent::BoardReport;
 use crate::balance::{Policy, simulate};
-use crate::clock::{monotonic_ns, parse_duration};
+use crate::clock::{monotonic_ns, nanoseconds, parse_duration};
 use crate::process::usage;
 use crate::run::{Report, execute, runtime};
 use crate::tls::TestCertificate;
@@ -110,7 +110,7 @@ pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
         agent_cores_max: 0.0,
         generator_cores_max: 0.0,
     };
-    let end_ns = monotonic_ns() + u64::try_from(options.total.as_nanos()).unwrap_or(u64::MAX);
+    let end_ns = monotonic_ns() + nanoseconds(options.total);
     if items.contains(&Item::HalfLoad) {
         comparison.find_half_load()?;
     }
@@ -288,7 +288,6 @@ impl Comparison<'_> {
         let mut workload = Item::Balance.workload("simulated", &self.scale, 0.0);
         workload.seed = round.into();
         let runs = trace(&workload);
-        let nanoseconds = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let window = nanoseconds(workload.window.from.0)..nanoseconds(workload.window_end());
         for (name, policy) in [
             ("ideal shortest", Policy::JoinShortestQueue),

@@ -164,7 +164,7 @@ async fn open_loop(
 
 /// Keeps so many clients busy until the duration is over.
 async fn closed_loop(workload: &Workload, clients: &Arc<Clients>, concurrency: u32, start_ns: u64) {
-    let end_ns = start_ns + u64::try_from(workload.arrivals.duration.0.as_nanos()).unwrap_or(u64::MAX);
+    let end_ns = start_ns + nanoseconds(workload.arrivals.duration.0);
     let planner = Arc::new(tokio::sync::Mutex::new(OwnedPlanner::new(workload)));
     let mut running = JoinSet::new();
     for _ in 0..concurrency {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Backend;
+use crate::clock::nanoseconds;
 use crate::clock::parse_duration;
 use crate::event::{EVENT_BYTES_MAX, EVENT_BYTES_MIN};
 
@@ -44,7 +45,7 @@ pub fn answer(path_and_query: &str, backend: &Backend) -> Answer {
         "/idle" => stream(query, true),
         "/run" => time(query).map(Answer::Run),
         "/jobs" => time(query).map(|hold| {
-            let number = backend.board.add_job(u64::try_from(hold.as_nanos()).unwrap_or(u64::MAX));
+            let number = backend.board.add_job(nanoseconds(hold));
             full(202, "started", Some(format!("/jobs/{number}")))
         }),
         "/websocket" => Some(Answer::WebSocket),
