@@ -235,7 +235,7 @@ fn open(address: &SocketAddr) -> io::Result<UnixListener> {
 }
 
 /// The directory counts as it is, the file by its name there: what a ConfigMap's link points to changes.
-fn address(config: &Path) -> io::Result<SocketAddr> {
+pub(super) fn address(config: &Path) -> io::Result<SocketAddr> {
     let path = std::path::absolute(config)?;
     let named = match (path.parent(), path.file_name()) {
         (Some(directory), Some(name)) => directory.canonicalize()?.join(name),

@@ -69,7 +69,10 @@ impl Predecessor {
             let failure = match door::knock(config) {
                 Ok(stream) => match hear(&stream, heritage) {
                     Ok(hello) => return Ok(Predecessor::take(heritage, hello, stream)),
-                    Err(failure) if failure.kind() == io::ErrorKind::UnexpectedEof => {
+                    // A reset where it had not read the knock (unix(7)).
+                    Err(failure)
+                        if matches!(failure.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) =>
+                    {
                         "--upgrade: the running process went, or handed over to another just now; try again".to_owned()
                     }
                     Err(failure) => {
@@ -408,4 +411,32 @@ async fn wait(mut waiting: Waiting) -> Result<Placed, Refusal> {
 
 fn end(mut lease: Lease, finish: Finish) {
     lease.finish(finish);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener as StdUnixListener;
+
+    use super::*;
+    use crate::control::handover::{Refused, frame};
+
+    #[test]
+    fn a_process_that_ends_with_the_knock_unread_is_not_the_last_that_is_asked() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = directory.path().join("longhaul.yaml");
+        let door = StdUnixListener::bind_addr(&door::address(&config).unwrap()).unwrap();
+        let processes = std::thread::spawn(move || {
+            let ends = door.accept().unwrap().0;
+            // The knock is there: closed now, the other side is told of a reset and not of an end.
+            let peek = rustix::net::RecvFlags::PEEK;
+            assert!(rustix::net::recv(&ends, &mut [0; 1][..], peek).unwrap().0 > 0);
+            drop(ends);
+            let mut serves = door.accept().unwrap().0;
+            serves.write_all(&frame(&Refused { refused: "not now".to_owned() }).unwrap()).unwrap();
+        });
+        let said = Predecessor::find(&mut Heritage::default(), &config).err().expect("nobody hands over");
+        assert!(said.contains("not now"), "{said}");
+        processes.join().unwrap();
+    }
 }
