@@ -34,9 +34,10 @@ use crate::state::waiting::Waiting;
 /// How often it is looked which runs of the old process are to end, and which endpoints drain.
 const STOPS_EVERY: Duration = Duration::from_millis(50);
 
-/// For how long a process that serves is looked for, and how often.
+/// For how long there may be no process that serves, how often it is looked for, and for how long in all.
 const FOUND_WITHIN: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOK_MAX: Duration = Duration::from_secs(60);
 
 /// The process that serves until this one takes over from it.
 pub struct Predecessor {
@@ -64,7 +65,8 @@ impl Predecessor {
 
     /// Asks the process that serves this configuration. While one hands over to another there is none for a moment.
     fn find(heritage: &mut Heritage, config: &Path) -> Result<Predecessor, String> {
-        let since = ids::now();
+        let began = ids::now();
+        let mut none_since = began;
         loop {
             let failure = match door::knock(config) {
                 Ok(stream) => match hear(&stream, heritage) {
@@ -73,6 +75,8 @@ impl Predecessor {
                     Err(failure)
                         if matches!(failure.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) =>
                     {
+                        // It may have been busy for long with another that takes over, and that one is to be found.
+                        none_since = ids::now();
                         "--upgrade: the running process went, or handed over to another just now; try again".to_owned()
                     }
                     Err(failure) => {
@@ -82,7 +86,9 @@ impl Predecessor {
                 Err(Unheard::Other(failure)) => return Err(failure),
                 Err(Unheard::Nobody(failure)) => failure,
             };
-            if ids::now().saturating_duration_since(since) >= FOUND_WITHIN {
+            let now = ids::now();
+            let (none, in_all) = (now.saturating_duration_since(none_since), now.saturating_duration_since(began));
+            if none >= FOUND_WITHIN || in_all >= LOOK_MAX {
                 return Err(failure);
             }
             std::thread::sleep(LOOK_EVERY);
@@ -422,7 +428,7 @@ mod tests {
     use crate::control::handover::{Refused, frame};
 
     #[test]
-    fn a_process_that_ends_with_the_knock_unread_is_not_the_last_that_is_asked() {
+    fn a_process_that_ends_after_long_with_the_knock_unread_is_not_the_last_that_is_asked() {
         let directory = tempfile::tempdir().unwrap();
         let config = directory.path().join("longhaul.yaml");
         let door = StdUnixListener::bind_addr(&door::address(&config).unwrap()).unwrap();
@@ -431,6 +437,8 @@ mod tests {
             // The knock is there: closed now, the other side is told of a reset and not of an end.
             let peek = rustix::net::RecvFlags::PEEK;
             assert!(rustix::net::recv(&ends, &mut [0; 1][..], peek).unwrap().0 > 0);
+            // As one does that is handing over to another: more than that is not waited for where nobody answers.
+            std::thread::sleep(FOUND_WITHIN);
             drop(ends);
             let mut serves = door.accept().unwrap().0;
             serves.write_all(&frame(&Refused { refused: "not now".to_owned() }).unwrap()).unwrap();
