@@ -233,7 +233,7 @@ impl Pace {
     }
 
     fn due_ns(&self, sequence: u32) -> u64 {
-        self.start_ns + nanoseconds(self.interval * sequence)
+        self.start_ns.saturating_add(nanoseconds(self.interval.saturating_mul(sequence)))
     }
 
     pub fn writing(&mut self) {
