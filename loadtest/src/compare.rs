@@ -111,8 +111,11 @@ pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
         generator_cores_max: 0.0,
     };
     let end_ns = monotonic_ns() + nanoseconds(options.total);
-    if items.contains(&Item::HalfLoad) {
-        comparison.find_half_load()?;
+    if items.contains(&Item::HalfLoad)
+        && let Err(error) = comparison.find_half_load()
+    {
+        comparison.outcome.notes.push(format!("h: left out, as the saturating load could not be found: {error:#}"));
+        items.retain(|item| *item != Item::HalfLoad);
     }
     'rounds: for round in 1..=rounds {
         for &item in &items {
@@ -224,12 +227,7 @@ impl Comparison<'_> {
             let (report, board, failed) = tokio::join!(execute(workload.clone(), title), board, reloads);
             anyhow::Ok((report?, board?, failed))
         };
-        let (report, board, failed_reloads) = runtime(1)?.block_on(async {
-            tokio::select! {
-                measured = measured => measured,
-                () = stopped() => anyhow::bail!("stopped by a signal"),
-            }
-        })?;
+        let (report, board, failed_reloads) = runtime(1)?.block_on(unless_stopped(measured))?;
         for failure in failed_reloads {
             self.outcome.add_failure(&item.title(), peer.name(), failure);
         }
@@ -250,37 +248,45 @@ impl Comparison<'_> {
         })
     }
 
-    /// The load at which generator, floor and agent together use every core, and half of it. The busier they are the
-    /// more each of them finds to do when it wakes up, and the less an event costs: the load is raised until they are
-    /// almost at it.
+    /// The load at which generator, floor and agent together use every core, or more than which one of them does not
+    /// carry, and half of it. The busier they are the more each of them finds to do when it wakes up, and the less an
+    /// event costs: the load is raised until they are almost at it.
     fn find_half_load(&mut self) -> anyhow::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
         let mut saturating = f64::from(self.scale.streams) / INTERVAL.as_secs_f64();
+        let mut how = "extrapolated from the last, as it was not reached";
         for _ in 0..LOAD_STEPS_MAX {
-            let (rate, used) = self.cores_at(saturating)?;
-            saturating = rate * cores / used.max(0.01);
+            let Tried { asked, came, used, faults } = self.try_load(saturating)?;
             self.outcome.notes.push(format!(
-                "h: at {rate:.0} events/s generator, floor and agent used {used:.2} of {cores} cores: half of the saturating load is {:.0} events/s",
-                saturating / 2.0
+                "h: of {asked:.0} events/s {came:.0} came, by {used:.2} of {cores} cores of generator, floor and agent; {faults} faults"
             ));
-            if used > ALMOST_ALL * cores {
+            let clamped = asked < NEARLY * saturating;
+            let carried = came >= NEARLY * asked;
+            saturating = if carried { came * cores / used.max(0.01) } else { came };
+            if !carried || used > ALMOST_ALL * cores {
+                how = "as measured";
+                break;
+            }
+            if clamped {
+                how = "extrapolated, as there are not so many streams (--idle)";
                 break;
             }
         }
         self.half_load = saturating / 2.0;
+        self.outcome.notes.push(format!("h: half of the saturating load is {:.0} events/s, {how}", self.half_load));
         Ok(())
     }
 
-    /// How many events a second came, of so many asked for, and how many cores generator, floor and agent used.
-    fn cores_at(&self, load: f64) -> anyhow::Result<(f64, f64)> {
+    fn try_load(&self, load: f64) -> anyhow::Result<Tried> {
         let agent = AgentProcess::start(BACKENDS, None)?;
         let running = self.start(Peer::Floor, Item::HalfLoad, &agent)?;
         let mut workload = Item::HalfLoad.workload(&running.target, &self.scale, load);
         workload.pids = running.pid().into_iter().chain([agent.pid()]).collect();
-        let report = runtime(1)?.block_on(execute(workload, "finding half of the saturating load"))?;
+        let asked = workload.arrivals.limit as f64 / INTERVAL.as_secs_f64();
+        let report = runtime(1)?.block_on(unless_stopped(execute(workload, "finding half of the saturating load")))?;
         let window = &report.window;
         let used = window.processes.as_ref().map_or(0.0, |processes| processes.cores) + window.generator_cores;
-        Ok((window.events as f64 / window.seconds, used))
+        Ok(Tried { asked, came: window.events as f64 / window.seconds, used, faults: report.fault_count() })
     }
 
     /// What ideal policies would have made of the same arrivals and lengths.
@@ -330,6 +336,26 @@ impl Comparison<'_> {
 /// How often the load is raised to find the saturating one, and the part of all cores from which on it is taken as found.
 const LOAD_STEPS_MAX: usize = 4;
 const ALMOST_ALL: f64 = 0.85;
+/// The part of the events asked for that has to come.
+const NEARLY: f64 = 0.95;
+
+/// How much came of a load that was tried.
+struct Tried {
+    /// Events a second.
+    asked: f64,
+    /// Events a second.
+    came: f64,
+    /// Cores of generator, floor and agent.
+    used: f64,
+    faults: u64,
+}
+
+async fn unless_stopped<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::select! {
+        done = work => done,
+        () = stopped() => anyhow::bail!("stopped by a signal"),
+    }
+}
 
 const READY_TIMEOUT_NS: u64 = 10_000_000_000;
 

@@ -125,8 +125,8 @@ impl Item {
         }
     }
 
-    /// The workload. `half_load`: events a second of item h.
-    pub fn workload(self, target: &str, scale: &Scale, half_load: f64) -> Workload {
+    /// The workload. `load`: events a second of item h, as many as there are streams for.
+    pub fn workload(self, target: &str, scale: &Scale, load: f64) -> Workload {
         match self {
             Self::Short | Self::ShortTls => {
                 let mut workload = blank(target, Work::Short { path: "/".to_owned() });
@@ -142,7 +142,7 @@ impl Item {
                 Workload { http: 2, ..streams(target, scale.streams, INTERVAL, scale.stream_seconds) }
             }
             Self::HalfLoad => {
-                let count = (half_load * INTERVAL.as_secs_f64()).clamp(10.0, f64::from(scale.idle)) as u32;
+                let count = (load * INTERVAL.as_secs_f64()).clamp(10.0, f64::from(scale.idle)) as u32;
                 streams(target, count, INTERVAL, scale.stream_seconds)
             }
             Self::Growth(count) => {
