@@ -114,7 +114,8 @@ pub fn main(options: &CompareOptions) -> anyhow::Result<bool> {
     if items.contains(&Item::HalfLoad)
         && let Err(error) = comparison.find_half_load()
     {
-        comparison.outcome.notes.push(format!("h: left out, as the saturating load could not be found: {error:#}"));
+        let failure = format!("left out, as the saturating load could not be found: {error:#}");
+        comparison.outcome.add_failure(&Item::HalfLoad.title(), Peer::Floor.name(), failure);
         items.retain(|item| *item != Item::HalfLoad);
     }
     'rounds: for round in 1..=rounds {
