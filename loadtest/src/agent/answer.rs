@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use super::Backend;
-use crate::clock::nanoseconds;
-use crate::clock::parse_duration;
+use crate::clock::{nanoseconds, parse_duration};
 use crate::event::{EVENT_BYTES_MAX, EVENT_BYTES_MIN};
 
 /// What is to be done for a request.
