@@ -254,6 +254,22 @@ fn no_endpoint_is_favoured_for_long_where_all_stay_equally_busy() {
 }
 
 #[test]
+fn what_is_no_run_and_brings_no_session_leaves_the_turns_of_starts_as_they_are() {
+    let mut world = World::new(&fleet(0..3));
+    let mut order = Vec::new();
+    for reads in [0, 1, 0, 0, 2, 1] {
+        for _ in 0..reads {
+            let grant = world.keyless(Kind::Other).expect("a place");
+            world.finish(grant);
+        }
+        let grant = world.keyless(Kind::Start).expect("a place");
+        order.push(world.port(&grant));
+        world.finish(grant);
+    }
+    assert_eq!(order, [0, 1, 2, 0, 1, 2]);
+}
+
+#[test]
 fn where_endpoints_say_that_they_have_more_than_our_runs_these_go_in_turn() {
     let mut world = World::new(&fleet(0..3));
     for port in 0..3 {

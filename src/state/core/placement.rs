@@ -249,16 +249,20 @@ impl Core {
         affinity: AffinityOutcome,
         request: &Request<'_>,
     ) -> Grant {
-        self.picks += 1;
         let Rules { slow_start, .. } = self.rules;
         let endpoint = &mut self.endpoints[number];
-        endpoint.stamp = self.picks;
         match request.run {
             Some(_) => endpoint.outstanding += 1,
             None => endpoint.open += 1,
         }
         let placing = request.creates && request.run.is_none() && session.is_none();
         endpoint.credit += u32::from(placing);
+        let placed = matches!(affinity, AffinityOutcome::New | AffinityOutcome::Lost | AffinityOutcome::Moved);
+        // Whatever brings neither a run nor a session is nothing to the order in which starts take endpoints.
+        if request.run.is_some() || placing || placed {
+            self.picks += 1;
+            endpoint.stamp = self.picks;
+        }
         self.versions[endpoint.version].turn(number, endpoint, slow_start, request.now);
         let run = request.run.map(|id| {
             let target = endpoint.target.clone();
@@ -273,7 +277,7 @@ impl Core {
             if run.is_some() {
                 self.sessions.set_first_run(session, run);
                 self.take_credit(session);
-            } else if matches!(affinity, AffinityOutcome::New | AffinityOutcome::Lost | AffinityOutcome::Moved) {
+            } else if placed {
                 self.give_credit(session, request.now);
             }
         }

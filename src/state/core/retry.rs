@@ -65,7 +65,6 @@ impl Core {
     /// old endpoint never comes here: it retries there.)
     pub(super) fn shift(&mut self, grant: &mut Grant, to: u32, now: Instant) {
         let from = grant.endpoint;
-        self.picks += 1;
         match grant.run {
             Some(_) => {
                 self.endpoints[from].outstanding -= 1;
@@ -82,7 +81,10 @@ impl Core {
         }
         let Rules { slow_start, .. } = self.rules;
         let endpoint = &mut self.endpoints[to];
-        endpoint.stamp = self.picks;
+        if grant.run.is_some() || grant.placing || grant.session.is_some() {
+            self.picks += 1;
+            endpoint.stamp = self.picks;
+        }
         self.versions[endpoint.version].turn(to, endpoint, slow_start, now);
         if let Some(run) = grant.run.and_then(|run| self.runs.run_mut(run)) {
             run.endpoint = to;
