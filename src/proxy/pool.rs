@@ -27,11 +27,23 @@ pub struct Pool {
     http2: RefCell<HashMap<u64, Vec<Multiplexed>, foldhash::fast::RandomState>>,
 }
 
-type IdleByTarget = HashMap<u64, Vec<Idle>, foldhash::fast::RandomState>;
+type IdleByTarget = HashMap<u64, OfTarget, foldhash::fast::RandomState>;
+
+/// What a worker keeps of one target.
+#[derive(Default)]
+struct OfTarget {
+    /// The one used last at the end.
+    idle: Vec<Idle>,
+    /// Places of connections that are in use again: the next that becomes idle takes one of them, as it would be another
+    /// change, for every request, of a count that all workers change. Given back by the next sweep; none where somebody may
+    /// wait for what is idle.
+    spare: Vec<IdlePlace>,
+}
 
 struct Idle {
     stream: Stream,
     counted: Counted,
+    place: IdlePlace,
     since: Instant,
     /// Closes it for another worker that must not open one more; set where there is such a limit.
     _giving_way: Option<AbortOnDropHandle<()>>,
@@ -54,11 +66,11 @@ struct Usage {
 /// One stream of a [`Multiplexed`] connection, as long as it lives.
 pub struct StreamCount(Rc<Usage>);
 
-/// Counts a connection among those of its target, as long as it lives, and among its idle ones while it is idle.
-pub struct Counted {
-    target: Arc<Target>,
-    idle: bool,
-}
+/// Counts a connection among those of its target, as long as it lives.
+pub struct Counted(Arc<Target>);
+
+/// One of the `pool.max_idle` places of a target, as long as it lives.
+struct IdlePlace(Arc<Target>);
 
 impl Counted {
     /// Waits where `pool.max_connections` is reached until an idle connection, maybe another worker's, has given way;
@@ -86,48 +98,51 @@ impl Counted {
         let counted = target.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |connections| {
             (connections < limit).then_some(connections + 1)
         });
-        counted.is_ok().then(|| Counted { target: target.clone(), idle: false })
+        counted.is_ok().then(|| Counted(target.clone()))
     }
 
     pub fn target(&self) -> &Arc<Target> {
-        &self.target
-    }
-
-    /// Counts it among the idle ones from here on; false where `pool.max_idle` is reached.
-    fn become_idle(&mut self) -> bool {
-        let limit = self.target.pool.max_idle;
-        let counted = self
-            .target
-            .idle_connections
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |idle| (idle < limit).then_some(idle + 1));
-        self.idle = counted.is_ok();
-        if self.idle {
-            self.tell();
-        }
-        self.idle
-    }
-
-    /// Ends what [`Counted::become_idle`] began.
-    fn become_busy(&mut self) {
-        if std::mem::take(&mut self.idle) {
-            self.target.idle_connections.fetch_sub(1, Ordering::Relaxed);
-            self.tell();
-        }
-    }
-
-    /// Tells whoever waits for room. Nobody does where there is no limit; it would be a lock for every request.
-    fn tell(&self) {
-        if self.target.pool.max_connections.is_some() {
-            self.target.connections_changed.notify_waiters();
-        }
+        &self.0
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.become_busy();
-        self.target.connections.fetch_sub(1, Ordering::Relaxed);
-        self.tell();
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+        tell(&self.0);
+    }
+}
+
+impl IdlePlace {
+    /// `None` where all are taken.
+    fn take(target: &Arc<Target>) -> Option<IdlePlace> {
+        let limit = target.pool.max_idle;
+        let taken = target
+            .idle_connections
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |idle| (idle < limit).then_some(idle + 1));
+        taken.is_ok().then(|| {
+            tell(target);
+            IdlePlace(target.clone())
+        })
+    }
+
+    /// Somebody may wait for what is idle, so that it matters at once who is.
+    fn is_waited_for(&self) -> bool {
+        self.0.pool.max_connections.is_some()
+    }
+}
+
+impl Drop for IdlePlace {
+    fn drop(&mut self) {
+        self.0.idle_connections.fetch_sub(1, Ordering::Relaxed);
+        tell(&self.0);
+    }
+}
+
+/// Tells whoever waits for room. Nobody does where there is no limit; it would be a lock for every request.
+fn tell(target: &Target) {
+    if target.pool.max_connections.is_some() {
+        target.connections_changed.notify_waiters();
     }
 }
 
@@ -149,10 +164,12 @@ impl Pool {
     /// The connection used last (old ones are the likeliest to be closed), if there is one that still stands.
     pub fn take(&self, target: &Target) -> Option<(Stream, Counted)> {
         let mut http1 = self.http1.borrow_mut();
-        let idle = http1.get_mut(&target.id)?;
+        let OfTarget { idle, spare } = http1.get_mut(&target.id)?;
         while let Some(mut connection) = idle.pop() {
             if stands(&mut connection.stream) {
-                connection.counted.become_busy();
+                if !connection.place.is_waited_for() {
+                    spare.push(connection.place);
+                }
                 return Some((connection.stream, connection.counted));
             }
         }
@@ -160,15 +177,16 @@ impl Pool {
     }
 
     /// Keeps a connection whose last exchange left it clean.
-    pub fn put(&self, stream: Stream, mut counted: Counted, now: Instant) {
-        if counted.target().retired() || !counted.become_idle() {
+    pub fn put(&self, stream: Stream, counted: Counted, now: Instant) {
+        if counted.target().retired() {
             return;
         }
+        let mut http1 = self.http1.borrow_mut();
         let target = counted.target();
-        let id = target.id;
-        let giving_way = target.pool.max_connections.map(|_| self.give_way(target.clone()));
-        let idle = Idle { stream, counted, since: now, _giving_way: giving_way };
-        self.http1.borrow_mut().entry(id).or_default().push(idle);
+        let OfTarget { idle, spare } = http1.entry(target.id).or_default();
+        let Some(place) = spare.pop().or_else(|| IdlePlace::take(target)) else { return };
+        let giving_way = place.is_waited_for().then(|| self.give_way(target.clone()));
+        idle.push(Idle { stream, counted, place, since: now, _giving_way: giving_way });
     }
 
     /// Once another worker waits for room, drops the connection that is idle for longest.
@@ -177,7 +195,7 @@ impl Pool {
         AbortOnDropHandle::new(tokio::task::spawn_local(async move {
             target.give_way.notified().await;
             if let Some(http1) = http1.upgrade()
-                && let Some(idle) = http1.borrow_mut().get_mut(&target.id)
+                && let Some(OfTarget { idle, .. }) = http1.borrow_mut().get_mut(&target.id)
                 && !idle.is_empty()
             {
                 drop(idle.remove(0));
@@ -207,7 +225,8 @@ impl Pool {
 
     /// Drops what is idle for too long, closed by its endpoint, or of a target that was removed.
     pub fn sweep(&self, now: Instant) {
-        self.http1.borrow_mut().retain(|_, idle| {
+        self.http1.borrow_mut().retain(|_, OfTarget { idle, spare }| {
+            spare.clear();
             idle.retain_mut(|connection| {
                 let target = connection.counted.target();
                 now.duration_since(connection.since) < target.pool.idle_timeout
