@@ -251,7 +251,7 @@ impl App {
 
     /// Blocks until the proxy was drained or forced to end.
     pub fn wait(mut self) -> Ended {
-        let open = || self.running.open_exchanges.load(std::sync::atomic::Ordering::Acquire);
+        let open = || self.running.open_exchanges.get();
         let Some(Threads { control, data }) = self.threads.take() else { return Ended { cut: open(), forced: true } };
         let ended = control.join().unwrap_or_else(|_| {
             error!("the control plane broke down; ending");

@@ -31,6 +31,7 @@ pub mod rollout;
 pub mod run;
 pub mod scaling;
 pub mod snapshot;
+pub mod spread;
 pub mod sse;
 pub mod state;
 pub mod store;

@@ -1,6 +1,5 @@
 //! Snapshot: everything that a reload replaces as a whole. Built by control, read by the data plane, never changed.
 
-use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::SystemTime;
@@ -16,6 +15,7 @@ use crate::net::listen::Socket;
 use crate::net::tls::ServerTls;
 use crate::protocols::{self, Protocol};
 use crate::pulse::Pulses;
+use crate::spread::OpenCount;
 use crate::state::dispatcher::Dispatcher;
 
 /// One generation of the configuration, with what was built from it.
@@ -84,7 +84,7 @@ pub struct Running {
     pub metrics: Arc<Metrics>,
     pub drain: Drain,
     /// Exchanges between their first and last byte, upgrades included.
-    pub open_exchanges: Contended,
+    pub open_exchanges: OpenCount,
     /// Those that were cut because the proxy's own drain took as long as it may.
     pub cut_exchanges: AtomicUsize,
     pub access_log: AccessLog,
@@ -92,20 +92,6 @@ pub struct Running {
     pub scope_secret: [u8; 16],
     /// Of the threads that must turn.
     pub pulses: Pulses,
-}
-
-/// A count that every worker changes with every request. It has its cache lines to itself, so that what lies beside it
-/// stays in every core's cache.
-#[derive(Default)]
-#[repr(align(128))]
-pub struct Contended(AtomicUsize);
-
-impl Deref for Contended {
-    type Target = AtomicUsize;
-
-    fn deref(&self) -> &AtomicUsize {
-        &self.0
-    }
 }
 
 /// Told by control to whoever accepts connections.

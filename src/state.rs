@@ -32,6 +32,7 @@ use crate::config;
 use crate::error::Code;
 use crate::ids::RunId;
 use crate::metrics::VersionMetrics;
+use crate::spread::Spread;
 
 pub use crate::run::{Kind, RunOutcome};
 
@@ -76,25 +77,8 @@ pub struct Cut {
     /// How often it came to that (the high half), and how far the last time has gone: each exchange has a place of its own
     /// between 1 and `u32::MAX`, and is cut when the low half has come so far.
     wave: AtomicU64,
-    /// One for each worker, as far as they reach: every request waits here for a moment, and what workers share goes to
-    /// and fro between their cores.
-    told: [Told; TOLD_PLACES],
-}
-
-/// Where a worker's exchanges wait, with its cache lines to itself.
-#[derive(Default)]
-#[repr(align(128))]
-struct Told(Notify);
-
-const TOLD_PLACES: usize = 4;
-
-/// This thread's among the [`Cut::told`].
-fn told_place() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local! {
-        static PLACE: usize = NEXT.fetch_add(1, Ordering::Relaxed) % TOLD_PLACES;
-    }
-    PLACE.with(|place| *place)
+    /// Every request waits here for a moment.
+    told: Spread<Notify, 4>,
 }
 
 impl Cut {
@@ -111,7 +95,7 @@ impl Cut {
 
     /// Is woken by the next step.
     pub fn told(&self) -> Notified<'_> {
-        self.told[told_place()].0.notified()
+        self.told.here().notified()
     }
 
     /// Begins to cut what there is now. Only to be called by whoever holds the service's lock, as [`Cut::reach`].
@@ -130,8 +114,8 @@ impl Cut {
     }
 
     fn tell(&self) {
-        for told in &self.told {
-            told.0.notify_waiters();
+        for told in self.told.all() {
+            told.notify_waiters();
         }
     }
 }

@@ -427,7 +427,7 @@ async fn counts_return_to_zero_after_random_aborts_of_both_sides() {
         }
         eventually_within(Duration::from_secs(10), "all counts are zero", || idle(&proxy, &backends)).await;
         let open = &proxy.app.running.open_exchanges;
-        eventually("no exchange is open", || open.load(std::sync::atomic::Ordering::SeqCst) == 0).await;
+        eventually("no exchange is open", || open.get() == 0).await;
         assert_eq!(proxy.metric("longhaul_outstanding_runs", &["service=\"support\""]).await, Some(0.0));
         proxy.metric_becomes("longhaul_connections", &[], 0.0).await;
         let now = longhaul::ids::now();

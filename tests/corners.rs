@@ -297,8 +297,7 @@ async fn counts_return_to_zero_after_resets_anywhere() {
             }
         }
         eventually("no run is left", || proxy.outstanding() == 0).await;
-        eventually("no exchange is left", || running.open_exchanges.load(std::sync::atomic::Ordering::Acquire) == 0)
-            .await;
+        eventually("no exchange is left", || running.open_exchanges.get() == 0).await;
         eventually("none is left at the endpoint", || backend.in_flight() == 0).await;
         proxy.metric_becomes("longhaul_connections", &[], 0.0).await;
     }

@@ -3,7 +3,6 @@
 mod support;
 
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use longhaul::app::App;
@@ -291,7 +290,7 @@ async fn a_request_of_which_a_part_has_come_is_served() {
     second.send(GET).await;
     assert_eq!(second.read_response().await.text(), "ok");
     second.send("GET / HTTP/1.1\r\nHo").await;
-    eventually("both heads have begun", || proxy.app.running.open_exchanges.load(Ordering::SeqCst) == 2).await;
+    eventually("both heads have begun", || proxy.app.running.open_exchanges.get() == 2).await;
     proxy.app.drain.drain();
     refuses(proxy.address).await;
     let waiting = tokio::spawn(ended(proxy.app));

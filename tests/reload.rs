@@ -467,7 +467,7 @@ fn a_drain_ends_by_itself() {
 #[test]
 fn a_drain_waits_for_open_exchanges_and_refuses_reloads() {
     let (app, _directory) = start_app(&format!("{PLAIN}{DRAINING}"));
-    app.running.open_exchanges.fetch_add(1, Ordering::AcqRel);
+    app.running.open_exchanges.begin();
     app.drain.drain();
     wait_until("draining", || app.running.drain.phase() == Phase::Draining);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -476,14 +476,16 @@ fn a_drain_waits_for_open_exchanges_and_refuses_reloads() {
     assert!(error.list[0].message.contains("draining"), "{}", error.list[0].message);
     assert_eq!(app.running.drain.phase(), Phase::Draining, "the exchange is still open");
 
-    app.running.open_exchanges.fetch_sub(1, Ordering::AcqRel);
+    app.running.open_exchanges.end();
     assert_eq!(app.wait().cut, 0);
 }
 
 #[test]
 fn a_drain_has_an_end() {
     let (app, _directory) = start_app(&format!("{PLAIN}shutdown: {{delay: 0ms, timeout: 100ms}}\n"));
-    app.running.open_exchanges.fetch_add(3, Ordering::AcqRel);
+    for _ in 0..3 {
+        app.running.open_exchanges.begin();
+    }
     app.drain.drain();
     let ended = app.wait();
     assert_eq!((ended.cut, ended.forced), (3, false));
@@ -492,7 +494,7 @@ fn a_drain_has_an_end() {
 #[test]
 fn a_forced_end_does_not_wait() {
     let (app, _directory) = start_app(&format!("{PLAIN}shutdown: {{delay: 60000ms, timeout: 60000ms}}\n"));
-    app.running.open_exchanges.fetch_add(1, Ordering::AcqRel);
+    app.running.open_exchanges.begin();
     app.drain.drain();
     wait_until("announced", || app.running.drain.phase() == Phase::Announced);
     app.drain.force();

@@ -61,7 +61,7 @@ fn hangup_reloads_and_the_second_terminate_ends_at_once() {
     // As a preStop hook does it: the signal that follows is the first, and does not end at once.
     app.drain.drain();
     wait_until("announced", || app.running.drain.phase() == Phase::Announced);
-    app.running.open_exchanges.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+    app.running.open_exchanges.begin();
     send("TERM");
     // A reload that comes after it shows that it was taken in.
     std::fs::write(&path, FILE.replace("stable", "blue")).expect("a file");

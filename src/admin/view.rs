@@ -1,7 +1,6 @@
 //! View: the live state in the shapes that the admin API and the metrics show.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
 use serde::Serialize;
@@ -61,7 +60,7 @@ pub fn status(context: &Context, now: Instant) -> Value {
             State::Memory => json!("memory"),
             State::File(directory) => json!({ "file": store::path_in(directory) }),
         },
-        "open_exchanges": context.running.open_exchanges.load(Ordering::Relaxed),
+        "open_exchanges": context.running.open_exchanges.get(),
         "listeners": listeners,
         "services": services(context, now),
         "discovery": context.discovery.status().iter().map(discovery).collect::<Vec<Value>>(),

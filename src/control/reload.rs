@@ -38,7 +38,8 @@ use crate::metrics::Metrics;
 use crate::net::inherit::{Inherited, Spare};
 use crate::net::listen::Socket;
 use crate::pulse::Pulses;
-use crate::snapshot::{AcceptCommand, Contended, Running, Snapshot};
+use crate::snapshot::{AcceptCommand, Running, Snapshot};
+use crate::spread::OpenCount;
 use crate::state::TargetSettings;
 use crate::state::image::Place;
 use crate::store::{Kept, Secrets, Store, StoreSlot};
@@ -166,7 +167,7 @@ impl Reloader {
             snapshot: ArcSwap::from_pointee(prepared.snapshot),
             metrics,
             drain: Drain::new(),
-            open_exchanges: Contended::default(),
+            open_exchanges: OpenCount::default(),
             cut_exchanges: AtomicUsize::new(0),
             access_log,
             scope_secret: secrets.scope,

@@ -98,7 +98,7 @@ pub async fn run(
         () = handle.asked(Asked::Force) => true,
         () = drain(&running, &reload, &reload_state) => false,
     };
-    let cut = running.open_exchanges.load(Ordering::Acquire) + running.cut_exchanges.load(Ordering::Acquire);
+    let cut = running.open_exchanges.get() + running.cut_exchanges.load(Ordering::Acquire);
     running.drain.advance(Phase::Forced);
     if cut > 0 {
         warn!(cut, "the end: open exchanges are cut");
@@ -116,7 +116,7 @@ async fn drain(running: &Running, reload: &ReloadHandle, reload_state: &ReloadSt
 
     // The timeout may have been changed by a reload meanwhile; from here on it can't.
     let timeout = running.snapshot.load().loaded.config.shutdown.timeout;
-    let open = running.open_exchanges.load(Ordering::Acquire);
+    let open = running.open_exchanges.get();
     running.drain.advance(Phase::Draining);
     info!(open, ?timeout, "draining: listeners close, open exchanges finish");
     let finish = async {
@@ -126,7 +126,7 @@ async fn drain(running: &Running, reload: &ReloadHandle, reload_state: &ReloadSt
         all_finished(running).await;
     };
     if tokio::time::timeout(timeout, finish).await.is_err() {
-        let left = running.open_exchanges.load(Ordering::Acquire);
+        let left = running.open_exchanges.get();
         let over = timeout / SPREAD_PART;
         warn!(?timeout, left, ?over, "shutdown.timeout has passed: what is left is cut, one after another");
         cut_what_is_left(running, reload_state, over).await;
@@ -137,7 +137,7 @@ async fn drain(running: &Running, reload: &ReloadHandle, reload_state: &ReloadSt
 pub(super) async fn cut_what_is_left(running: &Running, reload_state: &ReloadState, over: Duration) {
     let began = ids::now();
     let mut begins = true;
-    while running.open_exchanges.load(Ordering::Acquire) > 0 {
+    while running.open_exchanges.get() > 0 {
         let passed = ids::now().saturating_duration_since(began);
         let share = if passed >= over { 1.0 } else { passed.as_secs_f64() / over.as_secs_f64() };
         for service in &running.snapshot.load().services {
@@ -162,7 +162,7 @@ async fn all_finished(running: &Running) {
     let mut quiet_since = None;
     loop {
         let now = ids::now();
-        if running.open_exchanges.load(Ordering::Acquire) > 0 {
+        if running.open_exchanges.get() > 0 {
             quiet_since = None;
         } else if now.saturating_duration_since(*quiet_since.get_or_insert(now)) >= QUIET {
             return;

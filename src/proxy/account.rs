@@ -2,7 +2,6 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
@@ -24,14 +23,14 @@ pub struct OpenExchange(Rc<Worker>);
 
 impl OpenExchange {
     pub fn new(worker: &Rc<Worker>) -> OpenExchange {
-        worker.running.open_exchanges.fetch_add(1, Ordering::Relaxed);
+        worker.running.open_exchanges.begin();
         OpenExchange(worker.clone())
     }
 }
 
 impl Drop for OpenExchange {
     fn drop(&mut self) {
-        self.0.running.open_exchanges.fetch_sub(1, Ordering::Release);
+        self.0.running.open_exchanges.end();
     }
 }
 

@@ -174,7 +174,7 @@ impl World {
 
     fn unrest(&self) -> Option<String> {
         let running = &self.proxy.running;
-        let open = running.open_exchanges.load(std::sync::atomic::Ordering::Acquire);
+        let open = running.open_exchanges.get();
         if open > 0 {
             return Some(format!("{open} exchanges are open"));
         }

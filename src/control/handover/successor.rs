@@ -227,7 +227,7 @@ impl HandOver {
         self.admin_stop.cancel();
         self.notifier.main_is(process);
         let timeout = self.running.snapshot.load().loaded.config.shutdown.timeout;
-        let open = self.running.open_exchanges.load(Ordering::Acquire);
+        let open = self.running.open_exchanges.get();
         info!(open, ?timeout, process, "the new process serves; this one finishes what it has begun");
         self.running.drain.advance(Phase::Draining);
 
@@ -288,12 +288,12 @@ impl HandOver {
             }
         });
         if tokio::time::timeout(timeout, self.all_finished()).await.is_err() {
-            let left = self.running.open_exchanges.load(Ordering::Acquire);
+            let left = self.running.open_exchanges.get();
             let over = timeout / SPREAD_PART;
             warn!(?timeout, left, ?over, "shutdown.timeout has passed: what is left is cut, one after another");
             shutdown::cut_what_is_left(&self.running, &self.reload_state, over).await;
         }
-        let open = self.running.open_exchanges.load(Ordering::Acquire);
+        let open = self.running.open_exchanges.get();
         let cut = open + self.running.cut_exchanges.load(Ordering::Acquire);
         self.running.drain.advance(Phase::Forced);
         drop(done);
@@ -333,7 +333,7 @@ impl HandOver {
             let now = ids::now();
             let listeners = &self.running.snapshot.load().listeners;
             let connected = listeners.iter().any(|listener| listener.metrics.connections.get() > 0);
-            let open = self.running.open_exchanges.load(Ordering::Acquire) > 0;
+            let open = self.running.open_exchanges.get() > 0;
             if open || connected || !self.predecessor_gone.is_cancelled() {
                 quiet_since = None;
             } else if now.saturating_duration_since(*quiet_since.get_or_insert(now)) >= QUIET {

@@ -1,0 +1,100 @@
+//! Spread: one of something for each worker, as far as they reach. Every request changes it, and what several cores
+//! change goes to and fro between them.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// `PLACES` of it, each with its cache lines to itself; each thread has one of them.
+pub struct Spread<T, const PLACES: usize>([Line<T>; PLACES]);
+
+#[derive(Default)]
+#[repr(align(128))]
+struct Line<T>(T);
+
+/// Threads in the order in which they came first.
+fn thread_number() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static NUMBER: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    NUMBER.with(|number| *number)
+}
+
+impl<T, const PLACES: usize> Spread<T, PLACES> {
+    /// This thread's, always the same one; with more threads than places it shares it.
+    pub fn here(&self) -> &T {
+        &self.0[thread_number() % PLACES].0
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &T> {
+        self.0.iter().map(|line| &line.0)
+    }
+}
+
+impl<T: Default, const PLACES: usize> Default for Spread<T, PLACES> {
+    fn default() -> Spread<T, PLACES> {
+        Spread(std::array::from_fn(|_| Line::default()))
+    }
+}
+
+/// How many of something are open. What a thread begins it also ends.
+#[derive(Default)]
+pub struct OpenCount(Spread<AtomicUsize, 16>);
+
+impl OpenCount {
+    pub fn begin(&self) {
+        self.0.here().fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn end(&self) {
+        self.0.here().fetch_sub(1, Ordering::Release);
+    }
+
+    /// How many are open. While some begin and others end it may be off by those, but is 0 only where none were open for
+    /// a moment: one that begins behind the sum while another ends in front of it is found by the second.
+    pub fn get(&self) -> usize {
+        let sum = || self.0.all().map(|count| count.load(Ordering::Acquire)).sum();
+        match sum() {
+            0 => sum(),
+            count => count,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::{OpenCount, Spread};
+
+    #[test]
+    fn a_thread_keeps_its_place() {
+        let spread: Spread<u8, 4> = Spread::default();
+        assert!(std::ptr::eq(spread.here(), spread.here()));
+        assert!(spread.all().any(|place| std::ptr::eq(place, spread.here())));
+        let elsewhere = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| std::ptr::from_ref(spread.here()) as usize)).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
+        });
+        assert!(elsewhere.iter().any(|place| *place != std::ptr::from_ref(spread.here()) as usize), "{elsewhere:?}");
+    }
+
+    #[test]
+    fn what_is_open_on_any_thread_counts() {
+        let open = OpenCount::default();
+        let (begun, counted) = (Barrier::new(41), Barrier::new(41));
+        std::thread::scope(|scope| {
+            for _ in 0..40 {
+                scope.spawn(|| {
+                    open.begin();
+                    begun.wait();
+                    counted.wait();
+                    open.end();
+                });
+            }
+            begun.wait();
+            assert_eq!(open.get(), 40);
+            counted.wait();
+        });
+        assert_eq!(open.get(), 0);
+    }
+}
