@@ -30,6 +30,7 @@ use crate::proxy::rewrite::{self, Place};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{self, Unanswered, Upstream};
 use crate::proxy::watch::{self, Watching};
+use crate::proxy::worker::Local;
 use crate::proxy::{Caller, edits, forwarded, in_place, may_keep_alive, respond, shadow, websocket, whose_error};
 use crate::snapshot::{Listener, Service};
 use crate::state::core::Finish;
@@ -42,7 +43,7 @@ use crate::state::{AffinityOutcome, Evidence, Kind, Refusal, RunOutcome, Target}
 pub struct Asked<'a> {
     pub connection: &'a Connection,
     pub listener: &'a Listener,
-    pub service: &'a Arc<Service>,
+    pub service: &'a Local<Service>,
     pub route: &'a config::Route,
     pub outside: &'a forwarded::Outside,
     /// What it does if its session has a run.
@@ -76,13 +77,20 @@ pub async fn forward(
     // 5 identify
     let mut observer = Observer::up_to(body_bytes_max);
     let secret = &connection.worker.running.scope_secret;
-    let identified = identify::identify(service, prefix, secret, &mut request, client, &mut observer, timer).await;
-    let mut identity = match identified {
-        Ok(identity) => identity,
-        Err(SourceFault::Cut(_)) => return Ok(Forwarded::ClientGone),
-        Err(SourceFault::Malformed(reason)) => {
-            record.caller_form = form_by_head(service, prefix, &request);
-            return Err(ProxyError::new(Code::BadRequest, reason));
+    let mut identity = {
+        let (head, sought) = identify::Head::read(service, prefix, secret, &request);
+        let found = match sought {
+            None => Ok(None),
+            // Boxed, so that an exchange that its head tells all of does not make room for it.
+            Some(sought) => Box::pin(identify::look_ahead(sought, &mut request, client, &mut observer, timer)).await,
+        };
+        match found {
+            Ok(found) => head.identity(service, prefix, &request, found.as_ref()),
+            Err(SourceFault::Cut(_)) => return Ok(Forwarded::ClientGone),
+            Err(SourceFault::Malformed(reason)) => {
+                record.caller_form = form_by_head(service, prefix, &request);
+                return Err(ProxyError::new(Code::BadRequest, reason));
+            }
         }
     };
     record.session = identity.key.clone();
@@ -254,7 +262,7 @@ pub async fn forward(
         return Err(if drain_over { whose_error(error, &connection.worker.running) } else { error });
     };
 
-    let mut upstream = exchange.expect("whoever was answered has an exchange");
+    let upstream = exchange.as_mut().expect("whoever was answered has an exchange");
     let outside =
         Place { scheme: asked.outside.scheme, authority: asked.outside.authority(&request.authority), prefix };
     let ahead = rewrite::ahead(
@@ -278,7 +286,7 @@ pub async fn forward(
         kept,
         lease,
         (target, cuts),
-        upstream,
+        &mut exchange,
         direction,
         &mut answer,
         ahead,
@@ -426,8 +434,9 @@ async fn try_once(
         &edited
     };
     let host = edits::host_for(&target.host, &request.authority, &target.url);
-    let upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
-        Ok(upstream) => exchange.insert(upstream),
+    let begun = Upstream::begin(exchange, connected, head, &host, target.tls.is_some(), direction.raw).await;
+    let upstream = match begun {
+        Ok(upstream) => upstream,
         // A request that HTTP/2 can't carry is no fault of the endpoint.
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
@@ -490,7 +499,7 @@ fn begin_answer(
     kept: Option<Rc<Kept>>,
     mut lease: Lease,
     (target, cuts): (Arc<Target>, u32),
-    mut upstream: Upstream,
+    exchange: &mut Option<Upstream>,
     direction: Direction,
     answer: &mut ResponseHead,
     ahead: Option<Bytes>,
@@ -498,6 +507,7 @@ fn begin_answer(
     record: &mut Record,
 ) -> Result<Forwarded, ProxyError> {
     let Asked { connection, service, route, caller, .. } = asked;
+    let upstream = exchange.as_mut().expect("whoever was answered has an exchange");
     let status = answer.status.as_u16();
     let now = ids::now();
     if status >= 500 {
@@ -647,7 +657,8 @@ fn begin_answer(
     }
     let idle = route.timeouts.idle.unwrap_or(service.config.timeouts.idle);
     let flow = in_place::boxed(|| Flow {
-        upstream,
+        // Large, so it is moved once, from where it was made to where it stays.
+        upstream: exchange.take().expect("it is still there"),
         lease: Some(lease),
         target,
         cuts,
@@ -657,7 +668,7 @@ fn begin_answer(
         tunnel,
         // Whoever asks for more than 49 days gets those.
         idle_milliseconds: u32::try_from(idle.as_millis()).unwrap_or(u32::MAX),
-        service: Arc::clone(service),
+        service: Rc::clone(service),
         timed,
         cancels: false,
         finish: Finish::Ended(outcome),

@@ -74,33 +74,8 @@ pub fn accepts_event_stream(fields: &Fields) -> bool {
     })
 }
 
-/// Identifies an exchange. Reads ahead in the body only where the protocol wants fields of it, or a `json` place is asked
-/// before any other has a hit; what was read is given back whole. `prefix` is the route's `strip_prefix`.
-pub async fn identify(
-    service: &Service,
-    prefix: Option<&str>,
-    scope_secret: &[u8; 16],
-    request: &mut RequestHead,
-    client: &mut Peer,
-    observer: &mut Observer,
-    timer: &mut Timer,
-) -> Result<Identity, SourceFault> {
-    let (head, body) = Head::read(service, prefix, scope_secret, request);
-    if !body.wanted() {
-        return Ok(head.identity(service, prefix, request, None, None));
-    }
-    // Boxed, so that an exchange that its head tells all of does not make room for it.
-    Box::pin(async move {
-        let mut body = body;
-        let looked = look_ahead(&mut body, request, client, observer, timer).await?;
-        let (in_body, fields) = if looked { (body.key(), body.fields.as_deref()) } else { (None, None) };
-        Ok(head.identity(service, prefix, request, in_body, fields))
-    })
-    .await
-}
-
-/// What the head tells.
-struct Head {
+/// What the head tells. With what was looked for in the body it becomes the [`Identity`].
+pub struct Head {
     plan: Plan,
     places: Places,
     /// As in [`Identity`].
@@ -111,8 +86,14 @@ struct Head {
 }
 
 impl Head {
-    /// What the head tells, and what is to be looked for in the body.
-    fn read(service: &Service, prefix: Option<&str>, scope_secret: &[u8; 16], request: &RequestHead) -> (Head, Ahead) {
+    /// What the head tells, and what is to be looked for in the body: something only where the protocol wants fields of
+    /// it, or a `json` place is asked before any other has a hit. `prefix` is the route's `strip_prefix`.
+    pub fn read(
+        service: &Service,
+        prefix: Option<&str>,
+        scope_secret: &[u8; 16],
+        request: &RequestHead,
+    ) -> (Head, Option<Sought>) {
         let session = &service.config.session;
         let view = view(request, prefix);
         let (scope, anonymous) = scope(session, scope_secret, &view).unzip();
@@ -126,27 +107,28 @@ impl Head {
             .map(Box::new);
         let plan = plan(service, &view);
         let places = if keyed { places(session, &view) } else { Places::default() };
-        let body = Ahead {
-            fields: plan.wants(&view).map(|pointers| Box::new(Extractor::of(pointers.clone()))),
+        let wanted = plan.wants(&view);
+        let sought = (wanted.is_some() || places.in_body.is_some()).then(|| Sought {
+            fields: wanted.map(|pointers| Box::new(Extractor::of(pointers.clone()))),
             places: places.in_body.as_ref().map(|pointers| Box::new(Extractor::new(pointers))),
             places_count: places.in_body.as_ref().map_or(0, Vec::len),
-        };
-        (Head { plan, places, scope, anonymous: anonymous.unwrap_or_default(), principal, cookie }, body)
+        });
+        (Head { plan, places, scope, anonymous: anonymous.unwrap_or_default(), principal, cookie }, sought)
     }
 
-    /// `in_body`, `fields`: what was found in the body for the session key and for the protocol.
-    fn identity(
+    /// `found`: what was looked for in the body, where there was one to look into.
+    pub fn identity(
         self,
         service: &Service,
         prefix: Option<&str>,
         request: &RequestHead,
-        in_body: Option<String>,
-        fields: Option<&Extractor>,
+        found: Option<&Sought>,
     ) -> Identity {
         let Head { plan, places, scope, anonymous, principal, cookie } = self;
         let keyed = service.config.session.affinity != config::Affinity::None;
         let view = view(request, prefix);
-        let mut recognised = plan.recognise(&view, fields);
+        let in_body = found.and_then(Sought::key);
+        let mut recognised = plan.recognise(&view, found.and_then(|found| found.fields.as_deref()));
         let kind = recognised.as_ref().map_or_else(|| kind(&service.config, &view), |recognised| recognised.kind);
         let own = recognised.as_mut().and_then(|recognised| recognised.session.take());
         let text = places.before.or(in_body).or(places.after).or(own.filter(|_| keyed));
@@ -323,7 +305,7 @@ fn query_value<T>(query: &str, name: &str, read: impl Fn(&[u8]) -> Option<T>) ->
 }
 
 /// What is looked for in a body.
-struct Ahead {
+pub struct Sought {
     /// Of the protocol.
     fields: Option<Box<Extractor>>,
     /// Of the session key.
@@ -331,11 +313,7 @@ struct Ahead {
     places_count: usize,
 }
 
-impl Ahead {
-    fn wanted(&self) -> bool {
-        self.fields.is_some() || self.places.is_some()
-    }
-
+impl Sought {
     /// Whether more bytes can tell more.
     fn feed(&mut self, bytes: &[u8]) -> bool {
         let more = |extractor: &mut Option<Box<Extractor>>| {
@@ -351,16 +329,17 @@ impl Ahead {
     }
 }
 
-/// Looks into the body's first [`LOOK_AHEAD_BYTES_MAX`]. False: there is nothing to look into.
-async fn look_ahead(
-    sought: &mut Ahead,
+/// Looks into the body's first [`LOOK_AHEAD_BYTES_MAX`]; what was read is given back whole. `None`: there is nothing to
+/// look into.
+pub async fn look_ahead(
+    mut sought: Sought,
     request: &mut RequestHead,
     client: &mut Peer,
     observer: &mut Observer,
     timer: &mut Timer,
-) -> Result<bool, SourceFault> {
+) -> Result<Option<Sought>, SourceFault> {
     if !may_be_json(request) || client.source_ended() && client.held().is_empty() {
-        return Ok(false);
+        return Ok(None);
     }
     if request.expect_continue {
         // The client waits for a word before it sends the body; we are the ones who read it first.
@@ -395,7 +374,7 @@ async fn look_ahead(
     .await;
     client.put_back(Bytes::from(ahead));
     result?;
-    Ok(true)
+    Ok(Some(sought))
 }
 
 fn may_be_json(request: &RequestHead) -> bool {

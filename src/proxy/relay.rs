@@ -23,6 +23,7 @@ use crate::proxy::peer::{Next, Peer, SourceFault};
 use crate::proxy::timer::Timer;
 use crate::proxy::upstream::{Unanswered, Upstream};
 use crate::proxy::watch::Watching;
+use crate::proxy::worker::Local;
 use crate::snapshot::Service;
 use crate::state::core::Finish;
 use crate::state::dispatcher::Lease;
@@ -333,7 +334,7 @@ pub struct Flow {
     /// The answer is an event stream into which something can be put between events.
     pub takes_comments: bool,
     pub idle_milliseconds: u32,
-    pub service: Arc<Service>,
+    pub service: Local<Service>,
     /// Where anything is to happen at its time; most streams have nothing of it.
     pub timed: Option<Box<Timed>>,
     /// The run is to end with its exchange whatever its protocol says.

@@ -170,30 +170,34 @@ impl Upstream {
         self.peer = Peer::Nobody;
     }
 
-    /// Begins the exchange: the head is on its way (or waits for the first body bytes to go with it).
-    /// `passes_chunks`: the client's own chunk framing will be passed on.
-    pub async fn begin(
+    /// Begins the exchange, in its place: it is large, and is not to be moved. The head is on its way (or waits for the
+    /// first body bytes to go with it). `passes_chunks`: the client's own chunk framing will be passed on.
+    pub async fn begin<'a>(
+        place: &'a mut Option<Upstream>,
         connected: Connected,
         request: &RequestHead,
         host: &[u8],
         https: bool,
         passes_chunks: bool,
-    ) -> Result<Upstream, Unanswered> {
+    ) -> Result<&'a mut Upstream, Unanswered> {
         match connected {
             Connected::Http1 { stream, counted, reused } => {
-                let mut peer = Http1::new(stream);
-                http1::write_request(peer.pending_head(), request, host);
-                peer.begin_body(request.framing, passes_chunks);
-                Ok(Upstream {
-                    peer: Peer::Http1(peer),
+                let upstream = place.insert(Upstream {
+                    peer: Peer::Http1(Http1::new(stream)),
                     reused,
                     wire: Wire::Http1 { counted },
                     head: request.method == Method::HEAD,
-                })
+                });
+                if let Peer::Http1(peer) = &mut upstream.peer {
+                    http1::write_request(peer.pending_head(), request, host);
+                    peer.begin_body(request.framing, passes_chunks);
+                }
+                Ok(upstream)
             }
             // Boxed, so that HTTP/1.1 does not make room for it.
             Connected::Http2 { connection, stream } => {
-                Box::pin(Upstream::begin_stream(connection, stream, request, host, https)).await
+                let upstream = Box::pin(Upstream::begin_stream(connection, stream, request, host, https)).await?;
+                Ok(place.insert(upstream))
             }
         }
     }

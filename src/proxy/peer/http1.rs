@@ -104,6 +104,7 @@ pub struct Closing {
 }
 
 impl Http1 {
+    #[inline(always)]
     pub fn new(stream: Stream) -> Http1 {
         Http1 {
             stream,
