@@ -13,9 +13,9 @@ use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics, ServiceMetrics};
 use crate::net::cookie::Sealer;
 use crate::net::listen::Socket;
 use crate::net::tls::ServerTls;
+use crate::per_thread::OpenCount;
 use crate::protocols::{self, Protocol};
 use crate::pulse::Pulses;
-use crate::spread::OpenCount;
 use crate::state::dispatcher::Dispatcher;
 
 /// One generation of the configuration, with what was built from it.

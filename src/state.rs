@@ -32,7 +32,7 @@ use crate::config;
 use crate::error::Code;
 use crate::ids::RunId;
 use crate::metrics::VersionMetrics;
-use crate::spread::Spread;
+use crate::per_thread::PerThread;
 
 pub use crate::run::{Kind, RunOutcome};
 
@@ -57,7 +57,7 @@ pub struct Target {
     pub metrics: Arc<VersionMetrics>,
     /// Open connections of all workers.
     pub connections: AtomicUsize,
-    /// Those that no exchange uses.
+    /// Those that no exchange uses, and the places among them that workers keep for some that one does.
     pub idle_connections: AtomicUsize,
     /// Asks whoever holds an idle connection to close it, because `pool.max_connections` keeps another worker waiting.
     pub give_way: Notify,
@@ -78,7 +78,7 @@ pub struct Cut {
     /// between 1 and `u32::MAX`, and is cut when the low half has come so far.
     wave: AtomicU64,
     /// Every request waits here for a moment.
-    told: Spread<Notify, 4>,
+    told: PerThread<Notify, 4>,
 }
 
 impl Cut {

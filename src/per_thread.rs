@@ -1,10 +1,10 @@
-//! Spread: one of something for each worker, as far as they reach. Every request changes it, and what several cores
+//! Per thread: one of something for each worker, as far as they reach. Every request changes it, and what several cores
 //! change goes to and fro between them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// `PLACES` of it, each with its cache lines to itself; each thread has one of them.
-pub struct Spread<T, const PLACES: usize>([Line<T>; PLACES]);
+pub struct PerThread<T, const PLACES: usize>([Line<T>; PLACES]);
 
 #[derive(Default)]
 #[repr(align(128))]
@@ -19,7 +19,7 @@ fn thread_number() -> usize {
     NUMBER.with(|number| *number)
 }
 
-impl<T, const PLACES: usize> Spread<T, PLACES> {
+impl<T, const PLACES: usize> PerThread<T, PLACES> {
     /// This thread's, always the same one; with more threads than places it shares it.
     pub fn here(&self) -> &T {
         &self.0[thread_number() % PLACES].0
@@ -30,15 +30,15 @@ impl<T, const PLACES: usize> Spread<T, PLACES> {
     }
 }
 
-impl<T: Default, const PLACES: usize> Default for Spread<T, PLACES> {
-    fn default() -> Spread<T, PLACES> {
-        Spread(std::array::from_fn(|_| Line::default()))
+impl<T: Default, const PLACES: usize> Default for PerThread<T, PLACES> {
+    fn default() -> PerThread<T, PLACES> {
+        PerThread(std::array::from_fn(|_| Line::default()))
     }
 }
 
-/// How many of something are open. What a thread begins it also ends.
+/// How many of something are open.
 #[derive(Default)]
-pub struct OpenCount(Spread<AtomicUsize, 16>);
+pub struct OpenCount(PerThread<AtomicUsize, 16>);
 
 impl OpenCount {
     pub fn begin(&self) {
@@ -49,10 +49,11 @@ impl OpenCount {
         self.0.here().fetch_sub(1, Ordering::Release);
     }
 
-    /// How many are open. While some begin and others end it may be off by those, but is 0 only where none were open for
-    /// a moment: one that begins behind the sum while another ends in front of it is found by the second.
+    /// How many are open, give or take what begins and ends meanwhile. One that begins behind the sum while another ends
+    /// in front of it is missed, so nothing is taken for 0 that is not so twice.
     pub fn get(&self) -> usize {
-        let sum = || self.0.all().map(|count| count.load(Ordering::Acquire)).sum();
+        // What another thread ended than began it wraps around, and so does the sum.
+        let sum = || self.0.all().fold(0_usize, |sum, count| sum.wrapping_add(count.load(Ordering::Acquire)));
         match sum() {
             0 => sum(),
             count => count,
@@ -64,25 +65,25 @@ impl OpenCount {
 mod tests {
     use std::sync::Barrier;
 
-    use super::{OpenCount, Spread};
+    use super::{OpenCount, PerThread};
 
     #[test]
     fn a_thread_keeps_its_place() {
-        let spread: Spread<u8, 4> = Spread::default();
-        assert!(std::ptr::eq(spread.here(), spread.here()));
-        assert!(spread.all().any(|place| std::ptr::eq(place, spread.here())));
+        let places: PerThread<u8, 64> = PerThread::default();
+        assert!(std::ptr::eq(places.here(), places.here()));
+        assert!(places.all().any(|place| std::ptr::eq(place, places.here())));
         let elsewhere = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| std::ptr::from_ref(spread.here()) as usize)).collect();
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| std::ptr::from_ref(places.here()) as usize)).collect();
             threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
         });
-        assert!(elsewhere.iter().any(|place| *place != std::ptr::from_ref(spread.here()) as usize), "{elsewhere:?}");
+        assert!(elsewhere.iter().any(|place| *place != std::ptr::from_ref(places.here()) as usize), "{elsewhere:?}");
     }
 
     #[test]
     fn what_is_open_on_any_thread_counts() {
         let open = OpenCount::default();
         let (begun, counted) = (Barrier::new(41), Barrier::new(41));
-        std::thread::scope(|scope| {
+        let counted_then = std::thread::scope(|scope| {
             for _ in 0..40 {
                 scope.spawn(|| {
                     open.begin();
@@ -92,9 +93,14 @@ mod tests {
                 });
             }
             begun.wait();
-            assert_eq!(open.get(), 40);
+            let counted_then = open.get();
             counted.wait();
+            counted_then
         });
+        assert_eq!(counted_then, 40);
         assert_eq!(open.get(), 0);
+        open.begin();
+        std::thread::scope(|scope| scope.spawn(|| open.end()).join().expect("no panic"));
+        assert_eq!(open.get(), 0, "whichever thread ends it");
     }
 }
