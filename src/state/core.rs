@@ -75,7 +75,7 @@ pub struct Core {
     last_credit: u64,
     /// Endpoints that are ejected now.
     ejected: Vec<u32>,
-    /// Counts picks that bring a run or a session: the stamp by which ties rotate.
+    /// Counts what was placed by load, and runs: the stamp by which ties rotate.
     picks: u64,
     /// The first configuration is there.
     applied: bool,

@@ -66,7 +66,7 @@ pub(crate) struct Endpoint {
     pub original: bool,
     /// When the slow start began that goes on.
     pub ramp: Option<Instant>,
-    /// When it was picked last, by the service's count of picks.
+    /// When it was last chosen by load or given a run, by the service's count of those: what else passes takes no turn.
     pub stamp: u64,
     /// How far it has come in the rotation.
     pub pass: u128,
@@ -182,7 +182,7 @@ pub(crate) struct Version {
     pub awaited: bool,
     /// In the order of the configuration, then as they were found; removed ones after.
     pub endpoints: Vec<u32>,
-    /// Ready endpoints with a free slot, least loaded first, least recently picked first among equals.
+    /// Ready endpoints with a free slot, least loaded first, that of the oldest [`Endpoint::stamp`] first among equals.
     by_load: Ordered<ByLoad>,
     /// Those with a free slot that are in slow start: their weight changes with time, so they are compared at each pick.
     ramping: Vec<u32>,

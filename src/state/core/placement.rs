@@ -169,7 +169,12 @@ impl Core {
         tried: &[u32],
     ) -> Result<u32, Unplaced> {
         match self.choose(version, request, tried) {
-            Some(endpoint) => Ok(endpoint),
+            Some(endpoint) => {
+                // It has had its turn, whether or not it is a run that it was chosen for.
+                self.picks += 1;
+                self.endpoints[endpoint].stamp = self.picks;
+                Ok(endpoint)
+            }
             None if request.run.is_some() => Err(Unplaced::Full(Some(version))),
             None => self.versions[version].next_in_rotation(tried).ok_or(Unplaced::Empty),
         }
@@ -252,17 +257,15 @@ impl Core {
         let Rules { slow_start, .. } = self.rules;
         let endpoint = &mut self.endpoints[number];
         match request.run {
-            Some(_) => endpoint.outstanding += 1,
+            Some(_) => {
+                endpoint.outstanding += 1;
+                self.picks += 1;
+                endpoint.stamp = self.picks;
+            }
             None => endpoint.open += 1,
         }
         let placing = request.creates && request.run.is_none() && session.is_none();
         endpoint.credit += u32::from(placing);
-        let placed = matches!(affinity, AffinityOutcome::New | AffinityOutcome::Lost | AffinityOutcome::Moved);
-        // Whatever brings neither a run nor a session is nothing to the order in which starts take endpoints.
-        if request.run.is_some() || placing || placed {
-            self.picks += 1;
-            endpoint.stamp = self.picks;
-        }
         self.versions[endpoint.version].turn(number, endpoint, slow_start, request.now);
         let run = request.run.map(|id| {
             let target = endpoint.target.clone();
@@ -277,7 +280,7 @@ impl Core {
             if run.is_some() {
                 self.sessions.set_first_run(session, run);
                 self.take_credit(session);
-            } else if placed {
+            } else if matches!(affinity, AffinityOutcome::New | AffinityOutcome::Lost | AffinityOutcome::Moved) {
                 self.give_credit(session, request.now);
             }
         }

@@ -81,7 +81,7 @@ impl Core {
         }
         let Rules { slow_start, .. } = self.rules;
         let endpoint = &mut self.endpoints[to];
-        if grant.run.is_some() || grant.placing || grant.session.is_some() {
+        if grant.run.is_some() {
             self.picks += 1;
             endpoint.stamp = self.picks;
         }
