@@ -35,15 +35,15 @@ struct OfTarget {
     /// The one used last at the end.
     idle: Vec<Idle>,
     /// Places of connections that are in use again: the next that becomes idle takes one of them, as it would be another
-    /// change, for every request, of a count that all workers change. Given back by the next sweep; none where somebody may
-    /// wait for what is idle.
+    /// change, for every request, of a count that all workers change. None where places are scarce; given back by the next
+    /// sweep.
     spare: Vec<IdlePlace>,
 }
 
 struct Idle {
     stream: Stream,
-    counted: Counted,
     place: IdlePlace,
+    counted: Counted,
     since: Instant,
     /// Closes it for another worker that must not open one more; set where there is such a limit.
     _giving_way: Option<AbortOnDropHandle<()>>,
@@ -130,6 +130,11 @@ impl IdlePlace {
     fn is_waited_for(&self) -> bool {
         self.0.pool.max_connections.is_some()
     }
+
+    /// Nobody is likely to miss it while its connection is in use: no more than half of the places are taken.
+    fn may_be_kept(&self) -> bool {
+        !self.is_waited_for() && self.0.idle_connections.load(Ordering::Relaxed) <= self.0.pool.max_idle / 2
+    }
 }
 
 impl Drop for IdlePlace {
@@ -167,8 +172,10 @@ impl Pool {
         let OfTarget { idle, spare } = http1.get_mut(&target.id)?;
         while let Some(mut connection) = idle.pop() {
             if stands(&mut connection.stream) {
-                if !connection.place.is_waited_for() {
+                if connection.place.may_be_kept() {
                     spare.push(connection.place);
+                } else {
+                    spare.clear();
                 }
                 return Some((connection.stream, connection.counted));
             }
