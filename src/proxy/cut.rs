@@ -4,7 +4,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, RawWakerVTable, Waker};
 
 use tokio::sync::futures::Notified;
 
@@ -52,22 +52,34 @@ pub struct Hearing<'a> {
     since: Since<'a>,
     /// Of the exchange's run, where it carries one.
     stop: Option<Arc<Stop>>,
-    wakes: Option<Waker>,
+    /// Which task it wakes, while no step has come. No clone of the waker, as that would be two more atomic operations for
+    /// each request: `told` has one until then, which keeps another task from getting the same address.
+    wakes: Task,
+}
+
+type Task = (*const (), *const RawWakerVTable);
+
+const NOBODY: Task = (std::ptr::null(), std::ptr::null());
+
+fn task(waker: &Waker) -> Task {
+    (waker.data(), std::ptr::from_ref(waker.vtable()))
 }
 
 impl<'a> Hearing<'a> {
     /// To be polled with what [`Cut::told`] gave before the first poll.
     pub fn new(since: Since<'a>, stop: Option<&Arc<Stop>>) -> Hearing<'a> {
-        Hearing { since, stop: stop.cloned(), wakes: None }
+        Hearing { since, stop: stop.cloned(), wakes: NOBODY }
     }
 
     pub fn poll(&mut self, mut told: Pin<&mut Notified<'a>>, context: &mut Context<'_>) -> Poll<Heard> {
-        let has_begun = self.since.cut.count() != self.since.count;
-        if has_begun && self.since.is_reached() {
+        let (count, place) = self.since.cut.wave();
+        // Each step ends what `told` waits for: also those of a wave that had begun when the endpoint was picked, which are
+        // not meant for this exchange, but the next wave is.
+        let steps = count != self.since.count || place != 0;
+        if steps && self.since.is_reached() {
             return Poll::Ready(Heard::DrainOver);
         }
-        // What was told to begin has to listen for the next step.
-        if has_begun || !self.wakes.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+        if steps || self.wakes != task(context.waker()) {
             if let Some(stop) = &self.stop {
                 stop.wakes(context.waker());
             }
@@ -78,11 +90,55 @@ impl<'a> Hearing<'a> {
                     return Poll::Ready(Heard::DrainOver);
                 }
             }
-            self.wakes = Some(context.waker().clone());
+            self.wakes = task(context.waker());
         }
         match self.stop.as_ref().and_then(|stop| stop.outcome()) {
             Some(outcome) => Poll::Ready(Heard::Stopped(outcome)),
             None => Poll::Pending,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Poll, Wake};
+
+    use super::{Heard, Hearing, Since};
+    use crate::state::Cut;
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn who_came_while_others_are_cut_hears_the_next_time() {
+        let cut = Cut::default();
+        cut.begin();
+        let woken = Arc::new(Woken::default());
+        let times = || woken.0.load(Ordering::Relaxed);
+        let waker = Arc::clone(&woken).into();
+        let mut context = Context::from_waker(&waker);
+        let mut told = pin!(cut.told());
+        let mut hearing = Hearing::new(Since::new(&cut, cut.count()), None);
+        assert!(hearing.poll(told.as_mut(), &mut context).is_pending());
+        for (step, share) in [0.5, 1.0].into_iter().enumerate() {
+            cut.reach(share);
+            assert_eq!(times(), step + 1, "it looks");
+            assert!(hearing.poll(told.as_mut(), &mut context).is_pending(), "it is not meant");
+        }
+        cut.begin();
+        assert_eq!(times(), 3);
+        assert!(hearing.poll(told.as_mut(), &mut context).is_pending(), "not its turn yet");
+        cut.reach(1.0);
+        assert_eq!(times(), 4);
+        assert_eq!(hearing.poll(told.as_mut(), &mut context), Poll::Ready(Heard::DrainOver));
     }
 }
