@@ -234,11 +234,7 @@ pub async fn until_answer(
         // An answer that is recorded, or names a run that goes on, is wanted though its client is gone, which is seen once
         // it has begun.
         let is_gone = |client: &mut Peer, context: &mut Context<'_>| !goes_on && client.poll_gone(context).is_ready();
-        if request.over() {
-            if is_gone(client, context) {
-                return Poll::Ready(Answer::ClientGone);
-            }
-        } else {
+        if !request.over() {
             match poll_pump(client, &mut upstream.peer, request, context, request_came_in) {
                 Poll::Pending if request.blocked && client.poll_left(goes_on, context).is_ready() => {
                     return Poll::Ready(Answer::ClientGone);
@@ -253,9 +249,6 @@ pub async fn until_answer(
                     return Poll::Ready(Answer::Refused(ProxyError::new(Code::BadRequest, reason)));
                 }
                 Poll::Ready(Err(PumpFault::Source(SourceFault::Cut(_)))) => return Poll::Ready(Answer::ClientGone),
-            }
-            if request.over() && is_gone(client, context) {
-                return Poll::Ready(Answer::ClientGone);
             }
         }
         loop {
@@ -273,9 +266,16 @@ pub async fn until_answer(
                     }
                 }
                 Poll::Ready(Ok(head)) => return Poll::Ready(Answer::Head(head)),
+                Poll::Ready(Err(_)) if request.over() && is_gone(client, context) => {
+                    return Poll::Ready(Answer::ClientGone);
+                }
                 Poll::Ready(Err(unanswered)) => return Poll::Ready(Answer::None(unanswered)),
                 Poll::Pending => break,
             }
+        }
+        // Behind the answer: where that is there, it is what became of the request.
+        if request.over() && is_gone(client, context) {
+            return Poll::Ready(Answer::ClientGone);
         }
         if let Poll::Ready(Err(_)) = client.poll_flush(context)
             && !goes_on
