@@ -175,14 +175,12 @@ pub fn apply(fields: &mut Fields, peer: &Peer, is_trusted: bool, scheme: &str, a
 
 /// Gives the request an `x-request-id` (a UUID) and a `traceparent` (W3C Trace Context, sampled) where it has none.
 pub fn add_ids(fields: &mut Fields, ids: &RequestIds) {
-    if fields.get(REQUEST_ID).is_none_or(<[u8]>::is_empty) {
+    if lacks(fields, REQUEST_ID) {
         let id = uuid::Builder::from_random_bytes(ids.request_id).into_uuid();
         let mut buffer = uuid::Uuid::encode_buffer();
-        fields.remove(REQUEST_ID);
         fields.append(REQUEST_ID, id.hyphenated().encode_lower(&mut buffer).as_bytes());
     }
-    if fields.get(TRACEPARENT).is_none_or(<[u8]>::is_empty) {
-        fields.remove(TRACEPARENT);
+    if lacks(fields, TRACEPARENT) {
         fields.append_with(TRACEPARENT, |text| {
             text.extend_from_slice(b"00-");
             push_hex(text, &ids.trace);
@@ -192,6 +190,18 @@ pub fn add_ids(fields: &mut Fields, ids: &RequestIds) {
         });
         // It belongs to the traceparent that isn't there.
         fields.remove("tracestate");
+    }
+}
+
+/// There is no such field, or there was an empty one, which is removed.
+fn lacks(fields: &mut Fields, name: &str) -> bool {
+    match fields.get(name) {
+        None => true,
+        Some([]) => {
+            fields.remove(name);
+            true
+        }
+        Some(_) => false,
     }
 }
 
