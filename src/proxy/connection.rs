@@ -188,7 +188,7 @@ async fn serve_http1(connection: Connection, stream: Stream) {
         }
         first = false;
         let request = match http1.take_request(length, limits) {
-            Ok(request) => Box::new(request),
+            Ok(request) => request,
             Err(error) => return Box::pin(refuse(&connection, client, &mut timer, error)).await,
         };
         let upgrade = request.upgrade.is_some();
@@ -292,9 +292,11 @@ mod tests {
     fn a_silent_stream_is_small() {
         let task = size(serve);
         let flow = size_of::<proxy::relay::Flow>();
+        let upstream = size_of::<proxy::upstream::Upstream>();
         let exchange = size_of_exchange(proxy::exchange);
         assert!(task <= 1152, "{task}");
         assert!(exchange <= 656, "{exchange}");
-        assert!(flow <= 544, "{flow}");
+        assert!(flow <= 320, "{flow}");
+        assert!(upstream <= 256, "{upstream}");
     }
 }

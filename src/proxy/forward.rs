@@ -262,7 +262,7 @@ pub async fn forward(
         return Err(if drain_over { whose_error(error, &connection.worker.running) } else { error });
     };
 
-    let upstream = exchange.as_mut().expect("whoever was answered has an exchange");
+    let mut upstream = exchange.expect("whoever was answered has an exchange");
     let outside =
         Place { scheme: asked.outside.scheme, authority: asked.outside.authority(&request.authority), prefix };
     let ahead = rewrite::ahead(
@@ -286,7 +286,7 @@ pub async fn forward(
         kept,
         lease,
         (target, cuts),
-        &mut exchange,
+        upstream,
         direction,
         &mut answer,
         ahead,
@@ -384,7 +384,7 @@ async fn try_once(
     client: &mut Peer,
     request: &mut RequestHead,
     direction: &mut Direction,
-    exchange: &mut Option<Upstream>,
+    exchange: &mut Option<Box<Upstream>>,
     timer: &mut Timer,
 ) -> Tried {
     let Attempt { asked, target, cuts, stop, deadlines, connect_timeout, fresh, goes_on, outlives, begun } = attempt;
@@ -434,9 +434,8 @@ async fn try_once(
         &edited
     };
     let host = edits::host_for(&target.host, &request.authority, &target.url);
-    let begun = Upstream::begin(exchange, connected, head, &host, target.tls.is_some(), direction.raw).await;
-    let upstream = match begun {
-        Ok(upstream) => upstream,
+    let upstream = match Upstream::begin(connected, head, &host, target.tls.is_some(), direction.raw).await {
+        Ok(upstream) => exchange.insert(upstream),
         // A request that HTTP/2 can't carry is no fault of the endpoint.
         Err(unanswered) if unanswered.error.code == Code::BadRequest => return Tried::Refused(unanswered.error),
         Err(unanswered) => return Tried::in_vain(unanswered),
@@ -499,7 +498,8 @@ fn begin_answer(
     kept: Option<Rc<Kept>>,
     mut lease: Lease,
     (target, cuts): (Arc<Target>, u32),
-    exchange: &mut Option<Upstream>,
+    // Behind the lease, so that on every way out the connection is closed before its place is given on.
+    mut upstream: Box<Upstream>,
     direction: Direction,
     answer: &mut ResponseHead,
     ahead: Option<Bytes>,
@@ -507,7 +507,6 @@ fn begin_answer(
     record: &mut Record,
 ) -> Result<Forwarded, ProxyError> {
     let Asked { connection, service, route, caller, .. } = asked;
-    let upstream = exchange.as_mut().expect("whoever was answered has an exchange");
     let status = answer.status.as_u16();
     let now = ids::now();
     if status >= 500 {
@@ -521,7 +520,8 @@ fn begin_answer(
         lease.keep_from_judge();
     }
     let tunnel = status == 101;
-    if record.begun && (status != 200 || !is_event_stream(answer) || answer.fields.contains("content-encoding")) {
+    let is_event_stream = is_event_stream(answer);
+    if record.begun && (status != 200 || !is_event_stream || answer.fields.contains("content-encoding")) {
         lease.outcome(outcome);
         record.ended(Finish::Ended(outcome));
         let detail = format!("the endpoint answered {status}, and no event stream, when the wait was over");
@@ -529,6 +529,7 @@ fn begin_answer(
     }
     if tunnel && !direction.done() {
         lease.outcome(RunOutcome::Failed);
+        record.ended(Finish::Ended(RunOutcome::Failed));
         let detail = "the endpoint switched protocols before the request had ended (RFC 9110 section 7.8)";
         return Err(ProxyError::new(Code::UpstreamReset, detail));
     }
@@ -559,7 +560,7 @@ fn begin_answer(
         watching.head(status, &answer.fields, &mut lease);
     }
     let mut response_observer = Observer::of_answer(learn, watching, kept.clone());
-    if is_event_stream(answer) {
+    if is_event_stream {
         response_observer.expect_events();
     }
     let untouched = ahead.is_none();
@@ -622,7 +623,7 @@ fn begin_answer(
     // The head of a stream that was begun in the queue has said that the connection closes.
     let client_keep_alive = client_keep_alive && !eof_framed && !record.begun;
     let until_close = client.is_http1() && (eof_framed || answer.framing == Framing::Eof) && !tunnel;
-    let takes_comments = is_event_stream(answer)
+    let takes_comments = is_event_stream
         && matches!(answer.framing, Framing::Chunked | Framing::Eof)
         && !answer.fields.contains("content-encoding");
     let heartbeat = service.config.runs.heartbeat.filter(|_| takes_comments);
@@ -657,8 +658,7 @@ fn begin_answer(
     }
     let idle = route.timeouts.idle.unwrap_or(service.config.timeouts.idle);
     let flow = in_place::boxed(|| Flow {
-        // Large, so it is moved once, from where it was made to where it stays.
-        upstream: exchange.take().expect("it is still there"),
+        upstream,
         lease: Some(lease),
         target,
         cuts,

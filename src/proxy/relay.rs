@@ -322,7 +322,7 @@ impl Deadlines {
 
 /// An exchange whose answer has begun.
 pub struct Flow {
-    pub upstream: Upstream,
+    pub upstream: Box<Upstream>,
     /// Given back with the endpoint's last byte.
     pub lease: Option<Lease>,
     pub target: Arc<Target>,

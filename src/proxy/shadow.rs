@@ -87,9 +87,8 @@ async fn send(
     };
     let host = edits::host_for(&target.host, &request.authority, &target.url);
     let unanswered = |unanswered: upstream::Unanswered| unanswered.error.detail.to_string();
-    let mut place = None;
-    let begun = Upstream::begin(&mut place, connected, request, &host, target.tls.is_some(), false).await;
-    let upstream = begun.map_err(unanswered)?;
+    let begun = Upstream::begin(connected, request, &host, target.tls.is_some(), false).await;
+    let mut upstream = begun.map_err(unanswered)?;
     let answered = async {
         let empty = matches!(request.framing, Framing::None | Framing::Length(0));
         write(&mut upstream.peer, body, empty).await.map_err(|error| error.to_string())?;
@@ -114,9 +113,7 @@ async fn send(
             Err(fault) => return Err(format!("the answer broke off: {fault:?}")),
         }
     }
-    if let Some(upstream) = place {
-        upstream.recycle(&worker.pool, head.keep_alive);
-    }
+    upstream.recycle(&worker.pool, head.keep_alive);
     Ok(head.status.as_u16())
 }
 

@@ -19,6 +19,7 @@ use crate::error::{Code, ProxyError};
 use crate::http1::{self, HeadLimits};
 use crate::message::{Fields, Framing, RequestHead, ResponseHead, Version};
 use crate::net::stream::{Plain, Stream};
+use crate::proxy::in_place;
 use crate::proxy::peer::{HeadFault, Http1, Http2, Peer, fields, header_map};
 use crate::proxy::pool::{Counted, Multiplexed, Pool, StreamCount};
 use crate::state::Target;
@@ -170,19 +171,18 @@ impl Upstream {
         self.peer = Peer::Nobody;
     }
 
-    /// Begins the exchange, in its place: it is large, and is not to be moved. The head is on its way (or waits for the
+    /// Begins the exchange, in a box: it is large, and goes through several hands. The head is on its way (or waits for the
     /// first body bytes to go with it). `passes_chunks`: the client's own chunk framing will be passed on.
-    pub async fn begin<'a>(
-        place: &'a mut Option<Upstream>,
+    pub async fn begin(
         connected: Connected,
         request: &RequestHead,
         host: &[u8],
         https: bool,
         passes_chunks: bool,
-    ) -> Result<&'a mut Upstream, Unanswered> {
+    ) -> Result<Box<Upstream>, Unanswered> {
         match connected {
             Connected::Http1 { stream, counted, reused } => {
-                let upstream = place.insert(Upstream {
+                let mut upstream = in_place::boxed(|| Upstream {
                     peer: Peer::Http1(Http1::new(stream)),
                     reused,
                     wire: Wire::Http1 { counted },
@@ -196,8 +196,7 @@ impl Upstream {
             }
             // Boxed, so that HTTP/1.1 does not make room for it.
             Connected::Http2 { connection, stream } => {
-                let upstream = Box::pin(Upstream::begin_stream(connection, stream, request, host, https)).await?;
-                Ok(place.insert(upstream))
+                Box::pin(Upstream::begin_stream(connection, stream, request, host, https)).await.map(Box::new)
             }
         }
     }
@@ -275,14 +274,13 @@ impl Upstream {
     }
 
     /// Gives the connection back to the pool, where the exchange has left it clean and the endpoint keeps it open.
-    pub fn recycle(self, pool: &Pool, keep_alive: bool) {
-        if let (Peer::Http1(peer), Wire::Http1 { counted }) = (self.peer, self.wire)
-            && keep_alive
-            && peer.is_at_rest()
-            && peer.is_flushed()
+    pub fn recycle(self: Box<Self>, pool: &Pool, keep_alive: bool) {
+        let is_clean = matches!(&self.peer, Peer::Http1(peer) if peer.is_at_rest() && peer.is_flushed());
+        if keep_alive
+            && is_clean
+            && let Upstream { peer: Peer::Http1(peer), wire: Wire::Http1 { counted }, .. } = *self
         {
-            let (stream, _) = peer.into_parts();
-            pool.put(stream, counted, crate::ids::now());
+            pool.put(peer.into_stream(), counted, crate::ids::now());
         }
     }
 }

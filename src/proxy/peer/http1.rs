@@ -181,8 +181,8 @@ impl Http1 {
     }
 
     /// Reads the request head of that length and makes its body the one that comes in.
-    pub fn take_request(&mut self, length: usize, limits: HeadLimits) -> Result<RequestHead, HeadError> {
-        let head = http1::read_request(&self.unread()[..length], limits)?;
+    pub fn take_request(&mut self, length: usize, limits: HeadLimits) -> Result<Box<RequestHead>, HeadError> {
+        let head = Box::new(http1::read_request(&self.unread()[..length], limits)?);
         self.claim(length);
         self.expect_body(head.framing);
         Ok(head)
@@ -618,6 +618,12 @@ impl Http1 {
     pub fn into_parts(self) -> (Stream, Vec<u8>) {
         let unread = self.unread().to_vec();
         (self.stream, unread)
+    }
+
+    /// The connection, where nothing of what came in is left.
+    #[inline(always)]
+    pub fn into_stream(self) -> Stream {
+        self.stream
     }
 
     pub fn into_closing(self) -> Closing {
